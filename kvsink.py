@@ -1,0 +1,271 @@
+"""KVSink: predict the attention sinks from one hidden channel of one block, keep their Keys and Values (Algorithm 1).
+
+Read top to bottom: Table 3 says where the stable outliers of each model emerge; then Algorithm 1, to be laid beside the
+printed one line by line; then the calibration that static quantization needs first; last the finder that locates the
+outliers of a model that Table 3 does not list.
+
+What this file does not do: the transformer's parts come from llama.py and the equations of quantization from quant.py.
+It stores no cache: Keys and Values are quantized and dequantized in place, which is what perplexity needs.
+
+Blocks are counted from 1, as Algorithm 1 does; only Table 3, as printed, counts from 0.
+"""
+
+import functools
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+import hub
+from llama import attention, rope_table, rotate
+from quant import Quantizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 3: emergence stage and outlier channels of stable outliers
+
+
+class Table3Row(NamedTuple):
+    layers: int
+    emergence: int  # as printed, counted from 0
+    hidden_size: int
+    channels: tuple[int, ...]
+
+
+TABLE_3 = {
+    "llama2-7b": Table3Row(32, 1, 4096, (2533, 1415)),
+    "llama2-13b": Table3Row(40, 3, 5120, (4743, 2100)),
+    "mistral-7b": Table3Row(32, 1, 4096, (2070, 3398)),
+    "llama3-8b": Table3Row(32, 1, 4096, (788, 1384, 4062)),
+    "llama3.1-8b-instruct": Table3Row(32, 1, 4096, (788, 1384, 4062)),
+    "llama3.2-1b": Table3Row(16, 1, 2048, (400, 698, 2029, 1159)),
+    "llama3.2-3b": Table3Row(28, 1, 3072, (588, 1016, 3046, 1731)),
+    "smollm2-135m": Table3Row(30, 11, 576, (507,)),  # not the paper's: measured with `find_site` below
+}
+
+
+class Site(NamedTuple):
+    """Where Algorithm 1 looks: after block l_E (counted from 1), in channel c."""
+
+    l_E: int
+    c: int
+
+
+def table_site(name):
+    """Table 3's row as Algorithm 1 needs it: its layer + 1, because it counts from 0, and the first of its channels."""
+    row = TABLE_3[name]
+    return Site(l_E=row.emergence + 1, c=row.channels[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1. S_sink is a mask (b, n): True for the tokens whose Keys and Values stay as they are. A cache is a list of
+# L pairs (quantize_K, quantize_V), each a function of K or V (b, h_kv, n, d_k) and of the mask of tokens to leave out.
+
+
+def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope=False):
+    """Algorithm 1, lines 6-13: H^{l-1} -> H^l, both (b, n, d). The line that the paper leaves out is RoPE: Keys are
+    quantized after it, as a cache holds them, or before it with `pre_rope`, as KVQuant does."""
+    sink = S_sink[:, None, :, None]  # (b, 1, n, 1): a sink is one in every head
+    X = block.LN_mhsa(H)  # 6
+    Q, K, V = block.QKV(X)  # 7    Q (b, h, n, d_k), K and V (b, h_kv, n, d_k)
+    Q, K = rotate(Q, rope), K if pre_rope else rotate(K, rope)
+    K_quant = torch.where(sink, K, quantize_K(K, sink))  # 8, 10
+    V_quant = torch.where(sink, V, quantize_V(V, sink))  # 9, 10
+    K_quant = rotate(K_quant, rope) if pre_rope else K_quant
+    A = attention(Q, K_quant, V_quant, block.sliding_window)  # 11   (b, n, h d_k)
+    H = block.W_o(A) + H  # 12   H^{l'} of Eq. 2
+    return block.FFN(block.LN_ffn(H)) + H  # 13
+
+
+def predict_sinks(H, c, k):
+    """Algorithm 1, lines 15-16: the k tokens of each sequence that are largest in channel c of H^{l_E} (b, n, d)."""
+    S_outliers = H[:, :, c].abs().topk(k, dim=1).indices  # 15   (b, k): i of every (i, c)
+    return torch.zeros(H.shape[:2], dtype=torch.bool, device=H.device).scatter(1, S_outliers, True)  # 16   (b, n)
+
+
+def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, pre_rope=False, step=decoder_block):
+    """Algorithm 1. H is H^0 (b, n, d); returns H^L (b, n, d) and S_sink (b, n), each sequence with its own.
+
+    `site = Site(l_E, c)` and k make it KVSink-k; `S_sink=pfn(H, N)` makes it PFN-N; without either nothing is kept.
+    `step` is lines 6-13, eager or compiled. Raises ValueError where k exceeds n.
+    """
+    if k > H.shape[1]:
+        raise ValueError(f"cannot keep {k} of {H.shape[1]} tokens")
+    rope = rope_table(model.config, H.shape[1], H.device)
+    S_sink = pfn(H, 0) if S_sink is None else S_sink  # 4
+    for l, block in enumerate(model.blocks, start=1):  # 5
+        H = step(block, H, S_sink, *cache[l - 1], rope, pre_rope)  # 6-13
+        if l == l_E:  # 14
+            S_sink = predict_sinks(H, c, k)  # 15-16
+    return H, S_sink  # 19
+
+
+def pfn(H, N):
+    """Preserve-First-N: the mask (b, n) of the first N tokens of each sequence, kept from block 1 on."""
+    b, n, _ = H.shape
+    return (torch.arange(n, device=H.device) < N).expand(b, n)
+
+
+def preservation(keep, N, site, H):
+    """The arguments that make `prefill` follow a rule: "none", "pfn" or "kvsink", with N tokens."""
+    return {"none": {}, "pfn": {"S_sink": pfn(H, N)}, "kvsink": {"l_E": site.l_E, "c": site.c, "k": N}}[keep]
+
+
+@functools.cache
+def has_compiler(device):
+    """Whether torch.compile works here; says so in one line where it does not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))  # takes a second and asks the whole toolchain
+    except Exception as error:  # each thing that can be missing (C++ compiler, headers, Triton) has a type of its own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        print(f"no working compiler on this machine, running eager ({reason[:120]})", file=sys.stderr)
+        return False
+    return True
+
+
+def compiled(function, device):
+    """`function` under torch.compile where that works. `decoder_block` is compiled at its first call and then serves
+    every block: weights, masks and ranges are inputs of its graph."""
+    return torch.compile(function) if has_compiler(device) else function
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The RTN schemes of Section 5.1 and their calibration
+
+
+
+class Scheme(NamedTuple):
+    K: str  # granularity of the Keys
+    V: str  # granularity of the Values
+    static: bool
+
+
+SCHEMES = {
+    "token-static": Scheme("token", "token", True),
+    "token-dynamic": Scheme("token", "token", False),
+    "channel-static": Scheme("channel", "token", True),
+}
+
+
+def unquantized(X, leave_out):
+    """The quantizer of a full-precision cache."""
+    return X
+
+
+def full_precision_cache(model):
+    return [(unquantized, unquantized)] * len(model.blocks)
+
+
+def rtn_cache(model, scheme, bits, group_size):
+    """A cache of one of the SCHEMES. A group is no wider than a head. Static ones have to be calibrated."""
+    K, V, static = SCHEMES[scheme]
+    g = min(group_size, model.config.head_dim)
+    return [(Quantizer(bits, K, g, static), Quantizer(bits, V, g, static)) for _ in model.blocks]
+
+
+def with_bits(cache, bits):
+    """The same cache at another width: ranges do not depend on the bits, so one calibration serves all."""
+    return [(replace(K, bits=bits), replace(V, bits=bits)) for K, V in cache]
+
+
+def calibrate(model, windows, caches, site, pre_rope=False):
+    """Calibrate static caches: the full-precision model runs over the windows, every Key and Value widens the ranges.
+
+    windows   token ids, (1, n) each
+    caches    list of (keep, N, cache). Tokens that a rule preserves are left out by that rule: PFN's first N in every
+              block, KVSink's predicted ones after block l_E and none before (the last sentence of Appendix G).
+    """
+    for tokens in windows:
+        H = model.embedding(tokens)
+        rope, nothing = rope_table(model.config, H.shape[1], H.device), pfn(H, 0)
+        S_sinks = [pfn(H, N if keep == "pfn" else 0) for keep, N, _ in caches]
+        for l, block in enumerate(model.blocks, start=1):
+
+            def record(which):  # a quantizer that quantizes nothing and shows what it sees to every cache
+                def quantize(X, _):
+                    for (_, _, cache), S_sink in zip(caches, S_sinks):
+                        cache[l - 1][which].calibrate(X, S_sink[:, None, :, None])
+                    return X
+
+                return quantize
+
+            H = decoder_block(block, H, nothing, record(0), record(1), rope, pre_rope)
+            if l == site.l_E:
+                S_sinks = [
+                    predict_sinks(H, site.c, N) if keep == "kvsink" else S_sink
+                    for (keep, N, _), S_sink in zip(caches, S_sinks)
+                ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The finder: emergence block and outlier channels of any LLaMA-type model
+
+PROMPTS = (  # Appendix D
+    "The following are multiple choice questions (with answers) about machine learning.\n \n A 6-sided die is rolled 15 "
+    "times and the results are: side 1 comes up 0 times;",
+    "Summer is warm.\n Winter is cold.\n Spring is mild.\n Autumn is crisp.\n The sun rises early in the summer.\n The "
+    "days are short in the winter.\n ",
+)
+OUTLIER = 100  # a stable outlier is at least this many times the median magnitude of its block's hidden state,
+SPARSE = 10  # and this many times the median of its channel over the tokens: it belongs to a few tokens
+
+
+class Outliers(NamedTuple):
+    """What one prompt shows: the emergence block (counted from 1), and its outlier channels, the largest first."""
+
+    l_E: int
+    channels: tuple[int, ...]
+    magnitudes: tuple[float, ...]
+
+
+def stable_outliers(model, tokens):
+    """The stable outliers (Section 3.1) that a prompt (1, n) shows. Raises ValueError where it shows none."""
+    H, rope = model.embedding(tokens), rope_table(model.config, tokens.shape[1], tokens.device)
+    peak, typical, elsewhere = [], [], []
+    for block in model.blocks:
+        H = block(H, rope)
+        X = H[0].abs().float()  # (n, d)
+        peak.append(X.amax(0))  # (d,): the largest token of each channel
+        elsewhere.append(X.median(0).values)  # (d,): an ordinary token of each channel
+        typical.append(X.median())
+    peak, elsewhere, typical = torch.stack(peak), torch.stack(elsewhere), torch.stack(typical)  # (L, d), (L, d), (L,)
+    outlying = (peak > OUTLIER * typical[:, None]) & (peak > SPARSE * elsewhere)  # (L, d)
+    # The stabilization stage spans most blocks, so the median over the blocks is the level at which a channel is stable.
+    level = torch.where(outlying, peak, 0.0).median(0).values  # (d,)
+    if not level.max() > 0:
+        raise ValueError("no stable outliers: no channel of any token stands out through most blocks")
+    c = int(level.argmax())
+    # It emerges where it first comes near that level; a weaker emergence before it (SmolLM2 has one) stays far below.
+    l = int((outlying[:, c] & (peak[:, c] > level[c] / 4)).int().argmax())
+    channels = (outlying[l] & (level > 0)).nonzero().flatten()
+    channels = channels[peak[l, channels].argsort(descending=True)]
+    return Outliers(l + 1, tuple(channels.tolist()), tuple(peak[l, channels].tolist()))
+
+
+def find_site(model, prompts):
+    """The site of any LLaMA-type model from several prompts (token ids, each a list): Appendix D finds that block and
+    channel do not depend on the input. Raises ValueError where there are no stable outliers or the prompts disagree."""
+    device = model.embedding.weight.device
+    found = [stable_outliers(model, torch.tensor([prompt], device=device)) for prompt in prompts]
+    if any(other.l_E != found[0].l_E or other.channels[0] != found[0].channels[0] for other in found):
+        seen = ", ".join(f"block {o.l_E} (from 1) channel {o.channels[0]}" for o in found)
+        raise ValueError(f"the prompts disagree on where outliers emerge: {seen}; choose with --layer and --channel")
+    return Site(found[0].l_E, found[0].channels[0])
+
+
+def site_of(model, tokenizer, name, directory):
+    """The site of a model: Table 3's where it lists the name, else found once and remembered in our own cache."""
+    config = model.config
+    if name in TABLE_3 and TABLE_3[name][:3:2] == (config.num_hidden_layers, config.hidden_size):
+        return table_site(name)
+    # A checkpoint is known again by its place and by the name, size and time of every file of weights.
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(directory.glob("*.safetensors"))]
+    key = hashlib.sha256(repr((str(directory.resolve()), files)).encode()).hexdigest()[:16]
+    memory = hub.cache_directory() / "sites" / f"{key}.json"
+    if memory.is_file():
+        return Site(**json.loads(memory.read_text(encoding="utf-8")))
+    site = find_site(model, [tokenizer.encode(prompt) for prompt in PROMPTS])
+    hub.write_atomically(memory, json.dumps(site._asdict()).encode())
+    return site

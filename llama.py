@@ -1,0 +1,447 @@
+"""The LLaMA transformer of Section 2, from scratch: configuration, forward pass, weights, tokenizer.
+
+Read top to bottom: LlamaConfig, then RMSNorm, RoPE and attention (Eq. 3), the FFN (Eq. 4), the decoder block
+(Eq. 1-2), the model, the loading of safetensors, and last the tokenizer that turns text into token ids.
+
+What this file does not do: it knows nothing of quantization or of sinks (that is quant.py and kvsink.py), it keeps no
+KV cache between calls (a prefill needs none), it does not train, and it runs no code out of a checkpoint.
+
+Shapes: b sequences, n tokens, d hidden size, h query heads, h_kv Key/Value heads, d_k channels a head.
+"""
+
+import base64
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import regex
+import sentencepiece
+import tiktoken
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a model, under the names of Hugging Face's config.json; `from_dict` says what it refuses."""
+
+    vocab_size: int
+    hidden_size: int  # d
+    intermediate_size: int  # d_ffn
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # h
+    num_key_value_heads: int  # h_kv; h_kv < h is Grouped-Query Attention
+    head_dim: int  # d_k
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_type: str = "default"  # or "linear", or "llama3"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0  # the last three are read by "llama3" only
+    rope_high_freq_factor: float = 4.0
+    rope_original_context: int = 8192
+    sliding_window: int | None = None  # Mistral: a token sees itself and the window - 1 tokens before it
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, raw):
+        """`raw` is a parsed config.json. Raises ValueError, by name, for what is not a plain LLaMA or Mistral."""
+        architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
+        if architecture not in ("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral"):
+            raise ValueError(f"architecture {architecture!r} is not supported: only LLaMA and Mistral are")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported: only 'silu' is")
+        for bias in ("attention_bias", "mlp_bias"):
+            if raw.get(bias):
+                raise ValueError(f"{bias} is not supported: LLaMA's projections have none")
+        # Newer files keep all of RoPE in `rope_parameters`, older ones in `rope_scaling` and `rope_theta`.
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "linear", "llama3"):
+            raise ValueError(f"rope type {rope_type!r} is not supported: only default, linear and llama3 are")
+        try:
+            d, h, context = raw["hidden_size"], raw["num_attention_heads"], raw.get("max_position_embeddings", 4096)
+            return cls(
+                vocab_size=raw["vocab_size"],
+                hidden_size=d,
+                intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"],
+                num_attention_heads=h,
+                num_key_value_heads=raw.get("num_key_value_heads") or h,
+                head_dim=raw.get("head_dim") or d // h,
+                max_position_embeddings=context,
+                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+                rope_theta=float(rope.get("rope_theta", raw.get("rope_theta") or 10000.0)),
+                rope_type=rope_type,
+                rope_factor=rope.get("factor", 1.0),
+                rope_low_freq_factor=rope.get("low_freq_factor", 1.0),
+                rope_high_freq_factor=rope.get("high_freq_factor", 4.0),
+                rope_original_context=rope.get("original_max_position_embeddings", context),
+                # LLaMA has no window, whatever its file says; Mistral's file may say null.
+                sliding_window=raw.get("sliding_window") if architecture.lower().startswith("mistral") else None,
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            )
+        except KeyError as missing:
+            raise ValueError(f"config.json lacks {missing}") from None
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        path = Path(directory) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory}: no config.json, so this is not a model's directory")
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:  # not JSON, not UTF-8, or refused by name above
+            raise ValueError(f"{path}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a decoder block, laid out so that Algorithm 1 can call them one by one
+
+
+class RMSNorm(nn.Module):
+    """LN of Eq. 1-2. LLaMA's is x / rms(x), in fp32: a sink's hidden state reaches thousands, its square overflows fp16."""
+
+    def __init__(self, d, eps):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(d))
+
+    def forward(self, H):  # (b, n, d) -> (b, n, d)
+        X = H.float()
+        X = X * torch.rsqrt(X.pow(2).mean(-1, keepdim=True) + self.eps)
+        return X.to(H.dtype) * self.weight
+
+
+def rope_table(config, n, device):
+    """cos and sin of the angle by which RoPE turns each pair of channels at each position, fp32, each (n, d_k)."""
+    d_k = config.head_dim
+    frequency = config.rope_theta ** (-torch.arange(0, d_k, 2, device=device, dtype=torch.float32) / d_k)  # (d_k/2,)
+    if config.rope_type == "linear":
+        frequency = frequency / config.rope_factor
+    elif config.rope_type == "llama3":
+        # Fast pairs keep their frequency, slow ones are divided by the factor, those between are mixed.
+        turns = config.rope_original_context * frequency / (2 * math.pi)  # over the context the model was trained at
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        fast = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (fast + (1 - fast) / config.rope_factor)
+    angle = torch.outer(torch.arange(n, device=device, dtype=torch.float32), frequency)  # (n, d_k/2)
+    angle = torch.cat((angle, angle), dim=-1)  # (n, d_k): channel i is paired with channel i + d_k/2
+    return angle.cos(), angle.sin()
+
+
+def rotate(X, rope):
+    """RoPE on Q or K, (b, heads, n, d_k) -> the same; `rope` is the table above."""
+    cos, sin = rope
+    first, second = X.float().chunk(2, dim=-1)
+    return (X * cos + torch.cat((-second, first), dim=-1) * sin).to(X.dtype)
+
+
+def attention(Q, K, V, sliding_window=None):
+    """Softmax(Q K^T / sqrt(d_k) + M) V of Eq. 3, causal. Q (b, h, n, d_k), K and V (b, h_kv, n, d_k) -> (b, n, h d_k)."""
+    n, group = Q.shape[2], Q.shape[1] // K.shape[1]
+    K, V = K.repeat_interleave(group, dim=1), V.repeat_interleave(group, dim=1)  # each K and V serves `group` queries
+    if sliding_window is None or n <= sliding_window:
+        A = F.scaled_dot_product_attention(Q, K, V, is_causal=True)
+    else:
+        i = torch.arange(n, device=Q.device)
+        age = i[:, None] - i[None, :]  # (n, n): how many tokens ago the query saw the key
+        A = F.scaled_dot_product_attention(Q, K, V, attn_mask=(age >= 0) & (age < sliding_window))
+    return A.transpose(1, 2).flatten(2)
+
+
+class FFN(nn.Module):
+    """Eq. 4: (sigma(X W_g) * X W_u) W_d. The input of W_d is X_d.in (Eq. 7), its output X_d.out (Eq. 8)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, d_ffn = config.hidden_size, config.intermediate_size
+        self.W_g = nn.Linear(d, d_ffn, bias=False)
+        self.W_u = nn.Linear(d, d_ffn, bias=False)
+        self.W_d = nn.Linear(d_ffn, d, bias=False)
+
+    def forward(self, X):  # (b, n, d) -> (b, n, d)
+        return self.W_d(F.silu(self.W_g(X)) * self.W_u(X))
+
+
+class Block(nn.Module):
+    """One decoder block, Eq. 1-3."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, d_k, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        self.d_k, self.sliding_window = d_k, config.sliding_window
+        self.LN_mhsa = RMSNorm(d, eps)
+        self.W_q = nn.Linear(d, config.num_attention_heads * d_k, bias=False)
+        self.W_k = nn.Linear(d, config.num_key_value_heads * d_k, bias=False)
+        self.W_v = nn.Linear(d, config.num_key_value_heads * d_k, bias=False)
+        self.W_o = nn.Linear(config.num_attention_heads * d_k, d, bias=False)
+        self.LN_ffn = RMSNorm(d, eps)
+        self.FFN = FFN(config)
+
+    def QKV(self, X):
+        """Queries, Keys and Values before RoPE: (b, n, d) -> (b, h, n, d_k), (b, h_kv, n, d_k), (b, h_kv, n, d_k)."""
+        return [W(X).unflatten(-1, (-1, self.d_k)).transpose(1, 2) for W in (self.W_q, self.W_k, self.W_v)]
+
+    def forward(self, H, rope):
+        """H^{l-1} -> H^l, both (b, n, d)."""
+        Q, K, V = self.QKV(self.LN_mhsa(H))
+        A = attention(rotate(Q, rope), rotate(K, rope), V, self.sliding_window)
+        H = self.W_o(A) + H  # H^{l'}, Eq. 2
+        return self.FFN(self.LN_ffn(H)) + H  # Eq. 1
+
+
+class Llama(nn.Module):
+    """The whole decoder: embedding, L blocks, final norm, output layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.LN_final = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.W_vocab = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.W_vocab.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        """tokens (b, n) int64 -> logits (b, n, vocab)."""
+        H = self.embedding(tokens)  # H^0 (b, n, d)
+        rope = rope_table(self.config, tokens.shape[1], tokens.device)
+        for block in self.blocks:
+            H = block(H, rope)
+        return self.logits(H)
+
+    def logits(self, H):
+        """H^L (b, n, d) -> logits (b, n, vocab)."""
+        return self.W_vocab(self.LN_final(H))
+
+    @classmethod
+    def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
+        """A model from a Hugging Face directory: config.json and model.safetensors, or shards with their index.
+
+        Tensor by tensor from the memory-mapped file to the device: never two copies of the model in memory. Raises
+        FileNotFoundError or ValueError naming file and tensor where one is missing, unexpected, misshapen or unreadable.
+        """
+        config = LlamaConfig.from_pretrained(directory)
+        with torch.device("meta"):  # shapes without storage
+            model = cls(config)
+        load_weights(model, Path(directory), device, dtype)
+        return model.requires_grad_(False).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+# The paper's name (as in this file) -> the checkpoint's key. {l} counts blocks from 0, as checkpoints do.
+CHECKPOINT_KEYS = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "blocks.{l}.LN_mhsa.weight": "model.layers.{l}.input_layernorm.weight",
+    "blocks.{l}.W_q.weight": "model.layers.{l}.self_attn.q_proj.weight",
+    "blocks.{l}.W_k.weight": "model.layers.{l}.self_attn.k_proj.weight",
+    "blocks.{l}.W_v.weight": "model.layers.{l}.self_attn.v_proj.weight",
+    "blocks.{l}.W_o.weight": "model.layers.{l}.self_attn.o_proj.weight",
+    "blocks.{l}.LN_ffn.weight": "model.layers.{l}.post_attention_layernorm.weight",
+    "blocks.{l}.FFN.W_g.weight": "model.layers.{l}.mlp.gate_proj.weight",
+    "blocks.{l}.FFN.W_u.weight": "model.layers.{l}.mlp.up_proj.weight",
+    "blocks.{l}.FFN.W_d.weight": "model.layers.{l}.mlp.down_proj.weight",
+    "LN_final.weight": "model.norm.weight",
+    "W_vocab.weight": "lm_head.weight",
+}
+
+
+def checkpoint_names(config):
+    """Checkpoint key -> parameter name, for every tensor of the model."""
+    names = {}
+    for ours, theirs in CHECKPOINT_KEYS.items():
+        for l in range(config.num_hidden_layers if "{l}" in ours else 1):
+            names[theirs.format(l=l)] = ours.format(l=l)
+    if config.tie_word_embeddings:
+        del names["lm_head.weight"]
+    return names
+
+
+def weight_files(directory):
+    """Every safetensors file of a checkpoint -> the keys its index says it holds (None where there is no index)."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise FileNotFoundError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
+        return {single: None}
+    files = {}
+    try:
+        for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(directory / Path(name).name, []).append(key)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{index}: not a safetensors index (no readable weight_map)") from None
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: this shard is listed in {index.name} but is not there")
+    return files
+
+
+def load_weights(model, directory, device, dtype):
+    names, loaded = checkpoint_names(model.config), set()
+    for path, expected in weight_files(directory).items():
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                keys = set(file.keys())
+                if lost := set(expected or ()) - keys:
+                    raise ValueError(f"tensor {min(lost)} is missing, though the index says it is here")
+                for key in sorted(keys):
+                    # Old LLaMA files carry RoPE's frequencies, tied models sometimes the embedding twice: not needed.
+                    if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and key not in names):
+                        continue
+                    if key not in names:
+                        raise ValueError(f"tensor {key} is unexpected: this model has none of that name")
+                    assign(model, names[key], file.get_tensor(key), key, dtype)
+                    loaded.add(key)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if missing := set(names) - loaded:
+        raise ValueError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} in all)")
+    if model.config.tie_word_embeddings:
+        model.W_vocab.weight = model.embedding.weight
+
+
+def assign(model, name, tensor, key, dtype):
+    module, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module)
+    shape = getattr(module, leaf).shape
+    if tensor.shape != shape:
+        raise ValueError(f"tensor {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"tensor {key} is stored as {tensor.dtype}: only float32, float16 and bfloat16 weights are read")
+    setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+# How each family cuts text into words before byte-pair encoding merges within them.
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM2 isolates every digit first and cuts what lies between with GPT-2's pattern. In one pattern: a digit stands
+# alone, and spaces that run into a digit stay together ("a  5" is "a", "  ", "5").
+SMOLLM_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """Text to token ids and back, exactly as the model's own tokenizer: each file format is read as its owner reads it.
+
+    tokenizer.model, SentencePiece    LLaMA-2, Mistral           text that looks like a special token stays text
+    tokenizer.model, tiktoken format  LLaMA-3, as Meta ships it  the same
+    tokenizer.json, byte-level BPE    LLaMA-3 family, SmolLM2    special tokens written out in the text are recognised
+
+    `bos` is the id that the model's tokenizer puts before every text (None where it puts none, as SmolLM2's), `eot` the
+    id that ends a document, by which documents are packed end to end.
+    """
+
+    def __init__(self, encode, decode, bos, eot):
+        self._encode, self.decode, self.bos, self.eot = encode, decode, bos, eot
+
+    def encode(self, text, bos=True):
+        """Token ids, a list of int. With `bos`, the begin-of-sequence id goes first where the model has one."""
+        ids = self._encode(text)
+        return [self.bos, *ids] if bos and self.bos is not None else ids
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Raises FileNotFoundError where there is no tokenizer, ValueError for one of another kind."""
+        model, bpe = Path(directory) / "tokenizer.model", Path(directory) / "tokenizer.json"
+        for path, read in ((model, tokenizer_from_model), (bpe, tokenizer_from_json)):
+            if path.is_file():
+                try:
+                    return cls(*read(path))
+                except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+                    raise ValueError(f"{path}: not a tokenizer this project reads ({error})") from None
+        raise FileNotFoundError(f"{directory}: no tokenizer.model and no tokenizer.json")
+
+
+def tokenizer_from_model(path):
+    try:  # tiktoken's format: a line for each token, its bytes in base64 and its rank
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:  # not that, so it should be SentencePiece's protocol buffer
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return processor.encode, processor.decode, processor.bos_id(), processor.eos_id()
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
+    special = {name: len(ranks) + i for i, name in enumerate(names)}
+    coding = tiktoken.Encoding("llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
+    return coding.encode_ordinary, coding.decode, special["<|begin_of_text|>"], special["<|end_of_text|>"]
+
+
+def tokenizer_from_json(path):
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    model, added = raw["model"], {token["content"]: token["id"] for token in raw["added_tokens"]}
+    if model["type"] != "BPE" or model.get("byte_fallback") or raw.get("normalizer"):
+        raise ValueError("only byte-level BPE is read from a tokenizer.json")
+    if any(token.get(flag) for token in raw["added_tokens"] for flag in ("lstrip", "rstrip", "single_word")):
+        raise ValueError("an added token strips its surroundings")
+    to_byte = {char: byte for byte, char in enumerate(byte_characters())}
+    ranks = {bytes(to_byte[c] for c in token): i for token, i in model["vocab"].items() if token not in added}
+    # tiktoken merges the pair whose result has the lowest id, the original the pair that stands first in its list of
+    # merges: the same thing where, as in every file that this was made for, the list is in the order of the ids.
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    ids = [model["vocab"][left + right] for left, right in pairs]
+    if ids != sorted(ids) or len(set(ids)) + 256 < len(ranks):
+        raise ValueError("its merges are not in the order of its vocabulary")
+    # A byte that the vocabulary lacks (SmolLM2's lacks 0x04) gets an id beyond the vocabulary, by which it is noticed.
+    lost = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    top = max(model["vocab"].values(), default=0)
+    unused = {bytes([byte]): max(top, *added.values()) + 1 + byte for byte in lost}
+    words = word_pattern(raw)
+    coding = tiktoken.Encoding("bpe", pat_str=words, mergeable_ranks=ranks | unused, special_tokens=added)
+    # The template of the post-processor says whether a text begins with a special token.
+    processor = raw.get("post_processor") or {"processors": []}
+    templates = [p["single"] for p in processor.get("processors", [processor]) if p["type"] == "TemplateProcessing"]
+    first = templates[0][0].get("SpecialToken", {}).get("id") if templates else None
+    eot = next((added[name] for name in ("<|endoftext|>", "<|end_of_text|>") if name in added), None)
+
+    def encode(text):
+        ids = coding.encode(text, allowed_special="all")
+        if not lost or max(ids, default=0) <= top:
+            return ids
+        # The original drops such bytes after cutting the text into words, so that merges reach across the gap.
+        ids = []
+        for part in regex.split("(" + "|".join(map(regex.escape, added)) + ")", text):
+            for word in [part] if part in added else regex.findall(words, part):
+                if word in added:
+                    ids.append(added[word])
+                elif left := bytes(byte for byte in word.encode() if byte not in lost):
+                    ids += coding._encode_single_piece(left)
+        return ids
+
+    return encode, coding.decode, added.get(first), eot
+
+
+def word_pattern(raw):
+    """The regular expression that a tokenizer.json's pre-tokenizer amounts to."""
+    steps = raw["pre_tokenizer"].get("pretokenizers", [raw["pre_tokenizer"]])
+    if any(step.get("add_prefix_space") for step in steps):
+        raise ValueError("it puts a space before the text")
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return GPT2_WORDS
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
+        return SMOLLM_WORDS
+    if kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated" and not steps[1].get("use_regex", True):
+        return steps[0]["pattern"]["Regex"]
+    raise ValueError(f"its pre-tokenizer {kinds} is unknown")
+
+
+def byte_characters():
+    """The 256 printable characters by which byte-level BPE writes the bytes 0 to 255 (GPT-2's table)."""
+    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = iter(range(256, 512))  # the bytes that do not print get the characters after the first 256
+    return [chr(byte) if byte in shown else chr(next(hidden)) for byte in range(256)]

@@ -1,0 +1,210 @@
+"""Low-bit integer quantization: Equations 10 to 13 (Appendix C) in every granularity, dynamic and static.
+
+Read top to bottom: the four equations; the groups that share one scale and zero (Figure 10); the range of a group; the
+Quantizer that puts them together; and the packing of codes into bytes.
+
+What this file does not do: it knows tensors only, no model, no layer, no sink. Which tokens to leave out is told to it
+by a mask; why is kvsink.py's business. It rounds to nearest (RTN) and has no learned or non-uniform levels.
+
+Tensors are (..., n, d): n tokens of d channels. In a model they are Keys or Values (b, h, n, d_k); sequences and heads
+never share a scale, except that static parameters are shared by all sequences.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The equations. `lo` and `hi` are clipped_min(X) and clipped_max(X), n the number of bits. torch.round rounds half to even.
+
+
+def scale(lo, hi, n):
+    """Eq. 12: scale = (clipped_max(X) - clipped_min(X)) / (2^n - 1).
+
+    A constant group has no extent. Its scale is |x| (1 where x is 0), by which Eq. 10, 11 and 13 give x back exactly.
+    """
+    s = (hi - lo) / (2**n - 1)
+    return torch.where(s > 0, s, torch.where(lo == 0, 1.0, lo.abs()))
+
+
+def zero(lo, s):
+    """Eq. 13: zero = -round(clipped_min(X) / scale). An integer that, unlike the codes, is not clamped to 0 ... 2^n - 1."""
+    return -torch.round(lo / s)
+
+
+def quantize(X, s, z, n):
+    """Eq. 10: Q(X) = clamp(round(X / scale) + zero, 0, 2^n - 1), as uint8."""
+    return torch.clamp(torch.round(X / s) + z, 0, 2**n - 1).to(torch.uint8)
+
+
+def dequantize(codes, s, z):
+    """Eq. 11: X' = scale * (Q(X) - zero)."""
+    return s * (codes.to(s.dtype) - z)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups: which numbers share one scale and one zero (Figure 10)
+
+GRANULARITIES = ("tensor", "token", "channel")
+
+
+def grouped(X, granularity, group_size=None):
+    """X (..., n, d) in groups: a tensor with one more axis, and the axes over which one group extends.
+
+        "token"    group_size consecutive channels of one token    (..., n, d/g, g), axis -1; g has to divide d
+        "channel"  group_size consecutive tokens of one channel    (..., n/g, g, d), axis -2
+        "tensor"   group_size consecutive tokens of all channels   (..., n/g, g, d), axes -2 and -1
+
+    Without a group size, or with one that is wider than X, a group is all of its token, channel or tensor. Where tokens
+    do not fill the last group, its last token is repeated: that changes no minimum and no maximum (`ungrouped` cuts it).
+    """
+    n, d = X.shape[-2:]
+    if granularity == "token":
+        g = min(group_size or d, d)
+        if d % g:
+            raise ValueError(f"group size {g} does not divide {d} channels")
+        return X.unflatten(-1, (-1, g)), (-1,)
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
+    g = min(group_size or n, n)
+    if n % g:
+        last = X[..., -1:, :].expand(*X.shape[:-2], -n % g, d)
+        X = torch.cat((X, last), dim=-2)
+    return X.unflatten(-2, (-1, g)), ((-2,) if granularity == "channel" else (-2, -1))
+
+
+def ungrouped(Xg, granularity, n):
+    """The inverse of `grouped`: (..., n, d)."""
+    return Xg.flatten(-2) if granularity == "token" else Xg.flatten(-3, -2)[..., :n, :]
+
+
+def clipped_range(X, granularity, group_size=None, axes=(), leave_out=None, quantile=1.0, ratio=1.0):
+    """clipped_min(X) and clipped_max(X) of every group of X, in shapes that broadcast against `grouped(X)`.
+
+    axes        further axes of the grouped X to reduce over (static quantization: the sequences and the tokens)
+    leave_out   bool, broadcastable to X: True where a number must not count. A group of which nothing is left has
+                the range (inf, -inf).
+    quantile    instead of the maximum the quantile at this level, instead of the minimum the one at 1 - this level
+    ratio       shrink the range to this part of itself, about its middle
+    """
+
+
+    def groups_with(value):  # X in groups, `value` standing where a number must not count
+        return grouped(X if leave_out is None else X.masked_fill(leave_out, value), granularity, group_size)
+
+    if quantile < 1:
+        Xg, group_axes = groups_with(torch.nan)
+        shape = [1 if i in {a % Xg.ndim for a in (*axes, *group_axes)} else length for i, length in enumerate(Xg.shape)]
+        order = sorted(range(Xg.ndim), key=lambda i: shape[i] == 1)  # the axes to reduce go last
+        flat = Xg.permute(order).reshape(torch.Size(shape).numel(), -1)
+        lo, hi = torch.nanquantile(flat, torch.tensor([1 - quantile, quantile]).to(flat), dim=-1)
+        lo, hi = lo.nan_to_num(torch.inf).view(shape), hi.nan_to_num(-torch.inf).view(shape)
+    else:
+        Xg, group_axes = groups_with(torch.inf)
+        lo = Xg.amin((*axes, *group_axes), keepdim=True)
+        Xg, _ = groups_with(-torch.inf)
+        hi = Xg.amax((*axes, *group_axes), keepdim=True)
+    if ratio < 1:
+        cut = (1 - ratio) / 2 * (hi - lo)
+        lo, hi = lo + cut, hi - cut
+    return lo, hi
+
+
+def check_finite(X):
+    """Raises ValueError where X holds NaN or inf, which would spread over its whole group."""
+    if not torch.isfinite(X).all():
+        raise ValueError("NaN or inf in a tensor to be quantized")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The quantizer
+
+
+@dataclass
+class Quantizer:
+    """RTN quantization of one tensor to `bits` bits: asymmetric, dynamic or static (Appendix C).
+
+    Dynamic: scale and zero come from the tensor itself. Static: from the global minimum and maximum of all tensors that
+    `calibrate` has seen; they are shared by all tokens, so one set serves a channel group ("token"), a channel
+    ("channel") or a head ("tensor"), whatever their group size along the tokens.
+    Raises ValueError for bits outside 1 to 8, an unknown granularity, a group size that does not divide, NaN or inf,
+    and a static quantizer that has not been calibrated.
+    """
+
+    bits: int
+    granularity: str
+    group_size: int | None = None
+    static: bool = False
+    quantile: float = 1.0
+    ratio: float = 1.0
+    lo: torch.Tensor | None = None  # static only: the range so far
+    hi: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.bits not in range(1, 9):
+            raise ValueError(f"{self.bits} bits: this quantizer has 1 to 8")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity {self.granularity!r} is none of {', '.join(GRANULARITIES)}")
+        if self.static and self.granularity != "token":
+            self.group_size = None  # groups of tokens would need a parameter for tokens not seen yet
+
+    def calibrate(self, X, leave_out=None):
+        """Widen the static range by X (..., h, n, d), except for what `leave_out` masks (bool, broadcastable to X)."""
+        check_finite(X)
+        sequences = tuple(range(X.ndim - 3))
+        tokens = (-3,)  # "token": the axis of tokens; else there is but one group of tokens on that axis
+        lo, hi = clipped_range(
+            X.float(), self.granularity, self.group_size, sequences + tokens, leave_out, self.quantile, self.ratio
+        )
+        self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
+        self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
+
+    def parameters(self, X, leave_out=None):
+        """scale and zero for X (..., n, d), in shapes that broadcast against `grouped(X)`."""
+        if self.static:
+            if self.lo is None:
+                raise ValueError("a static quantizer needs `calibrate` first")
+            lo, hi = self.lo, self.hi
+        elif self.granularity == "token":  # a token of its own group cannot disturb another, so no mask is needed
+            lo, hi = clipped_range(X, "token", self.group_size, quantile=self.quantile, ratio=self.ratio)
+        else:
+            lo, hi = clipped_range(X, self.granularity, self.group_size, (), leave_out, self.quantile, self.ratio)
+        nothing = lo > hi  # every token of the group is left out: its codes are never looked at
+        lo, hi = lo.masked_fill(nothing, 0.0), hi.masked_fill(nothing, 0.0)
+        s = scale(lo, hi, self.bits)
+        return s, zero(lo, s)
+
+    def __call__(self, X, leave_out=None):
+        """Quantize X (..., n, d) and dequantize it again; `leave_out` masks what must not count for the ranges."""
+        if not torch.compiler.is_compiling():
+            check_finite(X)
+        Xf = X.to(torch.promote_types(X.dtype, torch.float32))  # fp16 cannot hold the quotients of Eq. 10 and 13
+        s, z = self.parameters(Xf, leave_out)
+        Xg, _ = grouped(Xf, self.granularity, self.group_size)
+        X_ = ungrouped(dequantize(quantize(Xg, s, z, self.bits), s, z), self.granularity, X.shape[-2])
+        if torch.compiler.is_compiling():
+            # A compiled graph cannot stop to raise. X - X is 0, or NaN where X is not finite, which a clamp would hide:
+            # so it reaches the logits, where it is found.
+            X_ = X_ + (Xf - Xf)
+        return X_.to(X.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Codes as bytes
+
+
+def pack(codes, bits):
+    """Codes of `bits` bits, any shape, to a flat uint8 tensor of ceil(count * bits / 8) bytes, first code in the low bits."""
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
+    stream = (codes.flatten().unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1  # (count, bits)
+    stream = F.pad(stream.flatten(), (0, -stream.numel() % 8)).view(-1, 8)
+    return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+def unpack(packed, bits, shape):
+    """The inverse of `pack`: codes of the given shape, uint8."""
+    stream = (packed.unsqueeze(-1) >> torch.arange(8, device=packed.device)) & 1  # (bytes, 8)
+    stream = stream.flatten()[: torch.Size(shape).numel() * bits].view(-1, bits)
+    return (stream << torch.arange(bits, device=packed.device)).sum(-1).to(torch.uint8).view(shape)
