@@ -26,6 +26,17 @@ from torch import nn
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
+ROPE_KEYS = {  # the rope types there are, and what each needs: our name -> config.json's
+    "default": {},
+    "linear": {"rope_factor": "factor"},
+    "llama3": {
+        "rope_factor": "factor",
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_context": "original_max_position_embeddings",
+    },
+}
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -38,12 +49,12 @@ class LlamaConfig:
     num_attention_heads: int  # h
     num_key_value_heads: int  # h_kv; h_kv < h is Grouped-Query Attention
     head_dim: int  # d_k
-    max_position_embeddings: int = 4096
+    max_position_embeddings: int  # the context the model was trained at
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_type: str = "default"  # or "linear", or "llama3"
+    rope_type: str = "default"
     rope_factor: float = 1.0
-    rope_low_freq_factor: float = 1.0  # the last three are read by "llama3" only
+    rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_context: int = 8192
     sliding_window: int | None = None  # Mistral: a token sees itself and the window - 1 tokens before it
@@ -63,10 +74,11 @@ class LlamaConfig:
         # Newer files keep all of RoPE in `rope_parameters`, older ones in `rope_scaling` and `rope_theta`.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "linear", "llama3"):
-            raise ValueError(f"rope type {rope_type!r} is not supported: only default, linear and llama3 are")
+        if rope_type not in ROPE_KEYS:
+            raise ValueError(f"rope type {rope_type!r} is not supported: only {', '.join(ROPE_KEYS)} are")
         try:
-            d, h, context = raw["hidden_size"], raw["num_attention_heads"], raw.get("max_position_embeddings", 4096)
+            rope_numbers = {ours: rope[theirs] for ours, theirs in ROPE_KEYS[rope_type].items()}
+            d, h = raw["hidden_size"], raw["num_attention_heads"]
             return cls(
                 vocab_size=raw["vocab_size"],
                 hidden_size=d,
@@ -75,14 +87,11 @@ class LlamaConfig:
                 num_attention_heads=h,
                 num_key_value_heads=raw.get("num_key_value_heads") or h,
                 head_dim=raw.get("head_dim") or d // h,
-                max_position_embeddings=context,
+                max_position_embeddings=raw["max_position_embeddings"],
                 rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
                 rope_theta=float(rope.get("rope_theta", raw.get("rope_theta") or 10000.0)),
                 rope_type=rope_type,
-                rope_factor=rope.get("factor", 1.0),
-                rope_low_freq_factor=rope.get("low_freq_factor", 1.0),
-                rope_high_freq_factor=rope.get("high_freq_factor", 4.0),
-                rope_original_context=rope.get("original_max_position_embeddings", context),
+                **rope_numbers,
                 # LLaMA has no window, whatever its file says; Mistral's file may say null.
                 sliding_window=raw.get("sliding_window") if architecture.lower().startswith("mistral") else None,
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),

@@ -1,0 +1,902 @@
+"""The tests, in the order of the paper: Section 2 (the transformer), Appendix C (Equations 10-13), Algorithm 1,
+calibration, Table 3 and the finder, Section 5 (perplexity), where weights and texts come from, bad input, and the
+default model end to end.
+
+Every formula is held against something independent: a few lines of NumPy in float64, an example worked by hand, or
+numbers that another implementation printed (each says which). Run with `python -m pytest`; the default model is fetched
+once, and its tests skip, saying so, where there is no network.
+"""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import eval_ppl
+import hub
+import kvsink
+import quant
+from kvsink import Site, full_precision_cache, pfn, preservation, prefill
+from llama import Llama, LlamaConfig, Tokenizer, attention, checkpoint_names, rope_table, rotate
+from quant import Quantizer
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 2: the transformer
+
+SMALL = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 97,
+    "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+LLAMA31_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES = {
+    "llama2-mha": {},
+    "llama2-gqa": {"num_key_value_heads": 2},
+    "llama3": {"num_key_value_heads": 1, "rope_theta": 500000.0},
+    "llama3.1": {"num_key_value_heads": 2, "rope_theta": 500000.0, "rope_scaling": LLAMA31_ROPE},
+    "llama3.2-tied": {
+        "num_key_value_heads": 2, "head_dim": 32, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        "rope_scaling": {**LLAMA31_ROPE, "factor": 32.0},
+    },
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "mistral": {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 16,
+    },
+}  # fmt: skip
+# Logits of the transformers package (5.23.0, fp32) for the weights of `write_model` and the tokens below: of sequence and
+# token (0, 3), (0, 50), (1, 70), (1, 99) those of the vocabulary's 0, 41 and 96.
+GOLDEN = {
+    "llama2-mha": [-0.54516, -0.4232, -0.52108, 0.33692, 0.52123, 0.43235, -0.76152, 0.04591, -0.3704, -0.74062, -0.73239, -1.294],
+    "llama2-gqa": [0.12231, 0.50431, 0.62561, -0.43123, -0.54595, 0.0589, 0.04128, -2.00896, -0.43138, 0.59327, -0.33802, 0.50021],
+    "llama3": [0.15639, -0.60385, 0.31031, 0.52411, -1.02354, 0.77473, 0.86473, 0.09561, -0.36945, 1.20313, 0.50739, -1.35994],
+    "llama3.1": [0.12904, 0.49626, 0.63109, -0.53639, -0.72211, 0.22603, 0.07068, -2.45648, -0.78793, 0.3275, -0.86388, 0.30683],
+    "llama3.2-tied": [0.28845, -0.18586, 0.57973, -0.40443, 0.90222, 0.47161, -0.86342, -0.06388, 0.58952, -1.23296, 0.70068, 0.0361],
+    "linear": [-0.64514, -0.43968, -0.50094, 0.2294, 0.36005, 0.33909, -0.84517, 0.14226, -0.35059, -0.90029, -0.72504, -1.22333],
+    "mistral": [0.12231, 0.50431, 0.62561, 0.73236, -0.18087, -0.136, 1.00822, -0.09213, 0.77551, -0.41028, -1.28478, -0.48398],
+}  # fmt: skip
+GOLDEN_TOKENS = torch.tensor(np.random.RandomState(1).randint(0, 97, (2, 100)))
+
+
+def golden_logits(logits):
+    return logits[[0, 0, 1, 1], [3, 50, 70, 99]][:, [0, 41, 96]].flatten().float()
+
+
+def write_model(directory, config, shards=1, seed=0):
+    """A checkpoint of random weights that depend on the seed alone."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_dict(config))
+    draw, weights = np.random.RandomState(seed), {}
+    for key, name in sorted(checkpoint_names(model.config).items()):
+        shape = model.get_parameter(name).shape
+        noise = draw.standard_normal(shape)
+        weights[key] = torch.tensor(noise * 0.08 if len(shape) > 1 else 1 + 0.3 * noise, dtype=torch.float32)
+    write_weights(directory, weights, shards)
+    return directory
+
+
+def write_weights(directory, weights, shards=1):
+    if shards == 1:
+        return save_file(weights, directory / "model.safetensors")
+    weight_map = {key: f"model-{i % shards:05}.safetensors" for i, key in enumerate(weights)}
+    for name in set(weight_map.values()):
+        save_file({key: weights[key] for key in weights if weight_map[key] == name}, directory / name)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_transformers(family, tmp_path):
+    write_model(tmp_path, {**SMALL, **FAMILIES[family]})
+    logits = Llama.from_pretrained(tmp_path)(GOLDEN_TOKENS)
+    assert logits.shape == (2, 100, 97)
+    torch.testing.assert_close(golden_logits(logits), torch.tensor(GOLDEN[family]), rtol=1e-4, atol=2e-5)
+    low = Llama.from_pretrained(tmp_path, dtype=torch.bfloat16)(GOLDEN_TOKENS)
+    assert low.dtype == torch.bfloat16
+    assert (low - logits).norm() < 2e-2 * logits.norm()
+
+
+def test_shards_give_the_same_model_as_one_file(tmp_path):
+    one = Llama.from_pretrained(write_model(tmp_path / "one", SMALL))
+    many = Llama.from_pretrained(write_model(tmp_path / "many", SMALL, shards=4))
+    assert torch.equal(one(GOLDEN_TOKENS), many(GOLDEN_TOKENS))
+
+
+def test_rope_parameters_of_newer_files_mean_the_same():
+    old = LlamaConfig.from_dict({**SMALL, "rope_theta": 5e5, "rope_scaling": LLAMA31_ROPE})
+    assert old == LlamaConfig.from_dict({**SMALL, "rope_parameters": {**LLAMA31_ROPE, "rope_theta": 5e5}})
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_against_numpy(window):
+    """Eq. 3 written out in float64: every query of every head by itself, over the keys that it may see."""
+    draw = np.random.RandomState(0)
+    Q, K, V = draw.randn(2, 4, 9, 8), draw.randn(2, 2, 9, 8), draw.randn(2, 2, 9, 8)
+    expected = np.zeros((2, 9, 4, 8))
+    for b, h, t in np.ndindex(2, 4, 9):
+        seen = slice(max(0, t - window + 1) if window else 0, t + 1)
+        p = np.exp(K[b, h // 2, seen] @ Q[b, h, t] / np.sqrt(8))
+        expected[b, t, h] = p / p.sum() @ V[b, h // 2, seen]
+    A = attention(*(torch.tensor(X) for X in (Q, K, V)), sliding_window=window)
+    np.testing.assert_allclose(A.numpy(), expected.reshape(2, 9, 32), rtol=1e-12)
+
+
+def test_rope_turns_pairs_of_channels():
+    """RoPE as it is defined: channels i and i + d_k/2 as one complex number, times exp(1j * position * frequency)."""
+    config = LlamaConfig.from_dict({**SMALL, "head_dim": 8})
+    X = np.random.RandomState(0).randn(1, 2, 50, 8)
+    pairs = X[..., :4] + 1j * X[..., 4:]
+    turned = pairs * np.exp(1j * np.outer(np.arange(50), 10000.0 ** -(np.arange(4) / 4)))
+    out = rotate(torch.tensor(X, dtype=torch.float32), rope_table(config, 50, "cpu")).numpy()
+    np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], -1), atol=2e-5)
+
+
+def test_a_batch_equals_its_sequences_one_by_one(tmp_path):
+    model = Llama.from_pretrained(write_model(tmp_path, {**SMALL, **FAMILIES["mistral"]}))
+    batch = model(GOLDEN_TOKENS)
+    for tokens, logits in zip(GOLDEN_TOKENS, batch):
+        torch.testing.assert_close(model(tokens[None])[0], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_keys_and_values(tmp_path):
+    """What the Fisher information of KVQuant needs: the gradient of the loss at every K and V, here of a block's."""
+    model = Llama.from_pretrained(write_model(tmp_path, SMALL))
+    tokens, seen = GOLDEN_TOKENS[:1, :12], []
+
+    def keep(module, inputs, output):
+        seen.append(output.requires_grad_())
+
+    hooks = [linear.register_forward_hook(keep) for block in model.blocks for linear in (block.W_k, block.W_v)]
+    with torch.enable_grad():
+        logits = model(tokens)
+        loss = F.cross_entropy(logits[0, :-1], tokens[0, 1:])
+        gradients = torch.autograd.grad(loss, seen)
+    for hook in hooks:
+        hook.remove()
+    assert len(gradients) == 6 and all(g.abs().max() > 1e-6 for g in gradients)
+    # A finite difference at one number of the last block's V.
+    step, at = 1e-2, (0, 3, 5)
+
+    def shifted(by):
+        def add(module, inputs, output):
+            output[at] += by
+
+        hook = model.blocks[-1].W_v.register_forward_hook(add)
+        loss = F.cross_entropy(model(tokens)[0, :-1].double(), tokens[0, 1:])
+        hook.remove()
+        return loss
+
+    difference = (shifted(step) - shifted(-step)) / (2 * step)
+    assert gradients[-1][at].item() == pytest.approx(difference.item(), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+    ({"hidden_act": "gelu"}, "gelu"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+    ({"hidden_size": None}, "hidden_size"),
+])  # fmt: skip
+def test_configurations_that_are_refused_by_name(change, words):
+    raw = {key: value for key, value in {**SMALL, **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=words):
+        LlamaConfig.from_dict(raw)
+
+
+KEY = "model.layers.1.mlp.up_proj.weight"
+
+
+def damage_missing(directory, weights):
+    del weights[KEY]
+    write_weights(directory, weights)
+
+
+def damage_unexpected(directory, weights):
+    write_weights(directory, {**weights, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)})
+
+
+def damage_shape(directory, weights):
+    write_weights(directory, {**weights, KEY: torch.zeros(112, 63)})
+
+
+def damage_dtype(directory, weights):
+    write_weights(directory, {**weights, KEY: torch.zeros(112, 64, dtype=torch.int8)})
+
+
+def damage_truncated(directory, weights):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def damage_garbage(directory, weights):
+    (directory / "model.safetensors").write_bytes(b"not a safetensors file at all")
+
+
+def damage_no_weights(directory, weights):
+    (directory / "model.safetensors").unlink()
+
+
+def damage_shard(directory, weights):
+    damage_no_weights(directory, weights)
+    write_weights(directory, weights, shards=3)
+    (directory / "model-00001.safetensors").unlink()
+
+
+def damage_index(directory, weights):
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+
+
+def damage_shard_contents(directory, weights):
+    damage_no_weights(directory, weights)
+    write_weights(directory, weights, shards=3)
+    save_file({}, directory / "model-00002.safetensors")
+
+
+@pytest.mark.parametrize("damage, words", [
+    (damage_missing, [KEY, "missing"]),
+    (damage_unexpected, ["q_proj.bias", "unexpected"]),
+    (damage_shape, ["model.safetensors", KEY, "(112, 63)", "(112, 64)"]),
+    (damage_dtype, ["model.safetensors", KEY, "int8"]),
+    (damage_truncated, ["model.safetensors", "not a whole"]),
+    (damage_garbage, ["model.safetensors", "not a whole"]),
+    (damage_no_weights, ["no model.safetensors"]),
+    (damage_shard, ["model-00001.safetensors", "not there"]),
+    (damage_index, ["index.json"]),
+    (damage_shard_contents, ["model-00002.safetensors", "missing"]),
+])  # fmt: skip
+def test_damaged_checkpoints_are_named(damage, words, tmp_path):
+    write_model(tmp_path, SMALL)
+    damage(tmp_path, load_file(tmp_path / "model.safetensors"))
+    with pytest.raises((ValueError, OSError)) as error:
+        Llama.from_pretrained(tmp_path)
+    assert all(word in str(error.value) for word in [*words, str(tmp_path)]), error.value
+
+
+def test_frequencies_and_a_second_embedding_in_a_checkpoint_are_no_error(tmp_path):
+    """Old LLaMA-2 files hold rotary_emb.inv_freq, some tied ones lm_head.weight."""
+    write_model(tmp_path, {**SMALL, "tie_word_embeddings": True})
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    write_weights(tmp_path, weights)
+    model = Llama.from_pretrained(tmp_path)
+    assert model.W_vocab.weight is model.embedding.weight
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+STRINGS_THAT_HURT = [
+    "", " ", "a  5", "3.14159, 1234567 and 2²", "  two  spaces   three ", "\n\n\t \t\nx\r\n", "don't we'll I'M it's5'll",
+    "naïve café e\u0301 Ελλάδα", "你好，世界 こんにちは", "👩‍👩‍👧 🇨🇭 😀😀", "a<|endoftext|>b <|im_start|>", "x\u00a0y\u2003z\u200bw\ufeff",
+    "!\x04!\x00\x1d a\U00050000b", "def f(x):\n    return x**2  # ok", "İstanbul ½ Ⅷ ٣ ९", " " * 300 + "end",
+]  # fmt: skip
+# What the tokenizers package (0.23.3) gives for SmolLM2's tokenizer.json, string by string.
+SMOLLM2_IDS = None
+
+
+def bytes_vocabulary(words=()):
+    """Ranks of byte-pair encoding: the 256 bytes, then every prefix of two and more bytes of each word."""
+    ranks = {bytes([i]): i for i in range(256)}
+    for word in words:
+        for end in range(2, len(word.encode()) + 1):
+            ranks.setdefault(word.encode()[:end], len(ranks))
+    return ranks
+
+
+def write_tiktoken(directory, ranks):
+    import base64
+
+    directory.mkdir(exist_ok=True)
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items()]
+    (directory / "tokenizer.model").write_text("\n".join(lines) + "\n")
+
+
+def write_bpe(directory, ranks, pre_tokenizer, special=("<|endoftext|>",), first=None, **model):
+    """A tokenizer.json with these ranks; the special tokens come after them."""
+    from llama import byte_characters
+
+    shown = byte_characters()
+    text = {token: "".join(shown[byte] for byte in token) for token in ranks}
+    raw = {
+        "added_tokens": [{"id": len(ranks) + i, "content": name, "special": True} for i, name in enumerate(special)],
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": first
+        and {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": first}}, {"Sequence": {"id": "A"}}]},
+        "model": {
+            "type": "BPE",
+            "vocab": {text[token]: rank for token, rank in ranks.items()},
+            "merges": [[text[token[:-1]], text[token[-1:]]] for token in ranks if len(token) > 1],
+            **model,
+        },
+    }
+    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    return raw
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
+
+
+def llama3_pre_tokenizer():
+    from llama import LLAMA3_WORDS
+
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_WORDS}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, {**BYTE_LEVEL, "use_regex": False}]}
+
+
+def test_llama3_tokenizer_in_both_formats(tmp_path):
+    """Worked by hand: words are cut first (three digits at a time, a space with its word), then merged by rank."""
+    ranks = bytes_vocabulary([" cat", "12", "ab"])
+    cat, twelve, ab = ranks[b" cat"], ranks[b"12"], ranks[b"ab"]
+    write_tiktoken(tmp_path / "meta", ranks)
+    write_bpe(tmp_path / "hub", ranks, llama3_pre_tokenizer(), ("<|begin_of_text|>", "<|end_of_text|>"), "<|begin_of_text|>")
+    meta, hub_ = Tokenizer.from_pretrained(tmp_path / "meta"), Tokenizer.from_pretrained(tmp_path / "hub")
+    assert meta.bos == hub_.bos == len(ranks) and meta.eot == hub_.eot == len(ranks) + 1
+    for tokenizer in (meta, hub_):
+        assert tokenizer.encode("ab cat1234", bos=False) == [ab, cat, twelve, ord("3"), ord("4")]
+        assert tokenizer.encode("1 234", bos=True) == [len(ranks), ord("1"), ord(" "), ord("2"), ord("3"), ord("4")]
+        assert tokenizer.encode("", bos=True) == [len(ranks)]
+        for text in STRINGS_THAT_HURT:
+            assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
+    # Meta's own tokenizer takes a special token in a text for text, the hub's file takes it for the token.
+    assert hub_.encode("a<|end_of_text|>", bos=False) == [ord("a"), len(ranks) + 1]
+    assert meta.encode("a<|end_of_text|>", bos=False) == [*b"a<|end_of_text|>"]
+
+
+def test_sentencepiece_tokenizer(tmp_path):
+    """LLaMA-2's kind of model, trained here: bytes where a character is unknown, digits one by one, nothing normalized."""
+    words = ["the cat sat on the mat 1 2 3 4 5 6 7 8 9 0", "hello world, it is a cat", "sinks are predicted"] * 20
+    settings = {"vocab_size": 320, "byte_fallback": True, "model_type": "bpe", "split_digits": True, "num_threads": 1}
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words), model_writer=file, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, minloglevel=2, **settings,
+        )  # fmt: skip
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.bos, tokenizer.eot) == (1, 2)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert [pieces.id_to_piece(i) for i in tokenizer.encode("the cat 12")] == ["<s>", "▁the", "▁cat", "▁", "1", "2"]
+    assert [pieces.id_to_piece(i) for i in tokenizer.encode("é", bos=False)] == ["▁", "<0xC3>", "<0xA9>"]
+    assert 1 not in tokenizer.encode("<s>", bos=False)  # text is never a special token
+    for text in STRINGS_THAT_HURT:
+        assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text.replace("\x00", "\x00")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model": {"type": "Unigram"}}, "byte-level BPE"),
+    ({"normalizer": {"type": "NFC"}}, "byte-level BPE"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+    ({"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}}, "space before"),
+    ({"added_tokens": [{"id": 300, "content": "<x>", "lstrip": True}]}, "strips"),
+])  # fmt: skip
+def test_tokenizers_that_are_refused(change, words, tmp_path):
+    raw = write_bpe(tmp_path, bytes_vocabulary(["ab"]), DIGITS)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(ValueError, match=words):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_merges_that_tiktoken_would_do_differently_are_refused(tmp_path):
+    raw = write_bpe(tmp_path, bytes_vocabulary(["ab", "cd"]), DIGITS)
+    raw["model"]["merges"].reverse()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="order"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix C: Equations 10 to 13
+
+
+def test_equations_by_hand():
+    """X = (-1, 0, 0.4, 2), n = 2: scale = 3/3, zero = 1, codes (0, 1, 1, 3), X' = (-1, 0, 0, 2)."""
+    X, lo, hi = torch.tensor([-1, 0, 0.4, 2]), torch.tensor(-1.0), torch.tensor(2.0)
+    s = quant.scale(lo, hi, 2)
+    z = quant.zero(lo, s)
+    codes = quant.quantize(X, s, z, 2)
+    assert (s, z, codes.tolist(), codes.dtype) == (1, 1, [0, 1, 1, 3], torch.uint8)
+    assert quant.dequantize(codes, s, z).tolist() == [-1, 0, 0, 2]
+
+
+def test_zero_is_not_clamped():
+    """X = (10, 10.5, 11.5), n = 1: scale = 1.5, zero = -round(6.67) = -7, codes (0, 0, 1), X' = (10.5, 10.5, 12)."""
+    X, lo, hi = torch.tensor([10, 10.5, 11.5]), torch.tensor(10.0), torch.tensor(11.5)
+    s = quant.scale(lo, hi, 1)
+    z = quant.zero(lo, s)
+    codes = quant.quantize(X, s, z, 1)
+    assert (s, z, codes.tolist()) == (1.5, -7, [0, 0, 1])
+    assert quant.dequantize(codes, s, z).tolist() == [10.5, 10.5, 12]
+
+
+def test_halves_are_rounded_to_even():
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    assert quant.quantize(torch.tensor([0.5, 1.5, 2.5, 3.5]), one, zero, 3).tolist() == [0, 2, 2, 4]
+    assert quant.zero(torch.tensor([-0.5, -1.5, -2.5]), one).tolist() == [0, 2, 2]
+
+
+@pytest.mark.parametrize("x", [3.7, -0.123456, 0.0, 1e-30, -60000.0])
+@pytest.mark.parametrize("granularity", quant.GRANULARITIES)
+def test_constant_groups_come_back_exactly(x, granularity):
+    X = torch.full((1, 2, 5, 8), x)
+    assert torch.equal(Quantizer(2, granularity, 4)(X), X)
+
+
+def groups_numpy(n, d, granularity, g):
+    """The indices (rows, columns) of every group: Figure 10 as a plain loop."""
+    if granularity == "token":
+        g = min(g or d, d)
+        return [(slice(i, i + 1), slice(j, j + g)) for i in range(n) for j in range(0, d, g)]
+    g = min(g or n, n)
+    columns = [slice(0, d)] if granularity == "tensor" else [slice(j, j + 1) for j in range(d)]
+    return [(slice(i, i + g), column) for i in range(0, n, g) for column in columns]
+
+
+def rtn_numpy(X, bits, groups):
+    """Equations 10-13 in float64, group by group. Also a scale for every number, and whether it lies so near a rounding
+    edge that fp32 may fall on the other side."""
+    X_, S, edge = np.zeros_like(X), np.zeros_like(X), np.zeros(X.shape, dtype=bool)
+    for at in groups:
+        x = X[at]
+        s = (x.max() - x.min()) / (2**bits - 1)
+        if s == 0:
+            s = abs(x.max()) or 1.0
+        z = -np.round(x.min() / s)
+        X_[at], S[at] = s * (np.clip(np.round(x / s) + z, 0, 2**bits - 1) - z), s
+        near = np.abs(np.abs(x / s - np.floor(x / s)) - 0.5) < 1e-6 * max(1, np.abs(x / s).max())
+        edge[at] = near | near[x == x.min()].any()  # the minimum decides `zero`, and so the whole group
+    return X_, S, edge
+
+
+INPUTS = {
+    "normal": lambda draw, shape: draw.randn(*shape),
+    "positive": lambda draw, shape: 5 + draw.rand(*shape),
+    "negative": lambda draw, shape: -3 - 100 * draw.rand(*shape),
+    "one constant channel": lambda draw, shape: draw.randn(*shape) * (np.arange(shape[-1]) != 3) + 2.5 * (np.arange(shape[-1]) == 3),
+    "a sink": lambda draw, shape: draw.randn(*shape) * np.where(np.arange(shape[-2]) == 1, 1000, 1)[:, None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("n", [1, 16, 21])
+@pytest.mark.parametrize("group_size", [None, 4, 16, 128])
+@pytest.mark.parametrize("granularity", quant.GRANULARITIES)
+def test_quantizer_against_numpy(granularity, group_size, n, kind):
+    X = np.float32(INPUTS[kind](np.random.RandomState(n), (2, 3, n, 32)))
+    for bits in range(1, 9):
+        out = Quantizer(bits, granularity, group_size)(torch.tensor(X)).numpy()
+        for b, h in np.ndindex(2, 3):
+            groups = groups_numpy(n, 32, granularity, group_size)
+            expected, step, edge = rtn_numpy(X[b, h].astype(np.float64), bits, groups)
+            error = np.abs(out[b, h] - expected)
+            assert (error[~edge] <= 1e-5 * np.abs(expected[~edge]) + 1e-5 * step[~edge]).all()
+            assert (error <= 1.001 * step + 1e-5 * np.abs(expected)).all() and edge.mean() < 0.1
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("granularity", quant.GRANULARITIES)
+def test_low_precision_inputs_are_computed_in_fp32(granularity, dtype, tolerance):
+    X = torch.tensor(INPUTS["a sink"](np.random.RandomState(0), (1, 2, 20, 32))).to(dtype)
+    out, expected = Quantizer(4, granularity, 8)(X), Quantizer(4, granularity, 8)(X.float())
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("granularity", quant.GRANULARITIES)
+def test_non_contiguous_inputs(granularity):
+    X = torch.randn(2, 16, 3, 64).transpose(1, 2)[..., ::2]
+    quantizer = Quantizer(3, granularity, 4)
+    assert not X.is_contiguous() and torch.equal(quantizer(X), quantizer(X.contiguous()))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("static", [False, True])
+def test_nan_and_inf_are_refused(bad, static):
+    X = torch.randn(1, 1, 4, 8)
+    quantizer = Quantizer(4, "token", static=static)
+    if static:
+        quantizer.calibrate(X)
+    X[0, 0, 2, 3] = bad
+    with pytest.raises(ValueError, match="NaN or inf"):
+        quantizer(X)
+    with pytest.raises(ValueError, match="NaN or inf"):
+        quantizer.calibrate(X)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((0, "token"), "0 bits"), ((9, "token"), "9 bits"), ((4, "row"), "row"), ((4, "token", 3), "does not divide"),
+    ((4, "token", None, True), "calibrate"),
+])  # fmt: skip
+def test_quantizers_that_cannot_be(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Quantizer(*arguments)(torch.randn(1, 1, 4, 8))
+
+
+def test_tokens_left_out_do_not_widen_a_dynamic_channel_group():
+    X = torch.tensor([0.0, 1.0, 1000.0, 3.0]).view(1, 1, 4, 1)
+    left_out = torch.tensor([False, False, True, False]).view(1, 1, 4, 1)
+    assert Quantizer(2, "channel")(X, left_out)[..., :2, 0].flatten().tolist() == [0, 1]  # scale 3/3, not 1000/3
+    everything = Quantizer(2, "channel")(X, torch.ones_like(left_out))
+    assert torch.isfinite(everything).all()
+
+
+def test_static_ranges_by_hand():
+    """Two tensors of one head, two tokens, two channels; then a token left out. Ranges are global minima and maxima."""
+    first = torch.tensor([[0.0, 10.0], [2.0, 12.0]]).view(1, 1, 2, 2)
+    second = torch.tensor([[-1.0, 11.0], [50.0, 99.0]]).view(1, 1, 2, 2)
+    second_is_a_sink = torch.tensor([False, True]).view(1, 1, 2, 1)
+
+    def ranges(granularity, group_size, left_out):
+        quantizer = Quantizer(2, granularity, group_size, static=True)
+        quantizer.calibrate(first)
+        quantizer.calibrate(second, left_out)
+        return quantizer.lo.flatten().tolist(), quantizer.hi.flatten().tolist()
+
+    assert ranges("channel", 16, None) == ([-1, 10], [50, 99])
+    assert ranges("channel", 16, second_is_a_sink) == ([-1, 10], [2, 12])
+    assert ranges("token", 2, None) == ([-1], [99])
+    assert ranges("token", 2, second_is_a_sink) == ([-1], [12])
+    assert ranges("token", 1, second_is_a_sink) == ([-1, 10], [2, 12])
+    assert ranges("tensor", None, second_is_a_sink) == ([-1], [12])
+
+
+@pytest.mark.parametrize("granularity", quant.GRANULARITIES)
+def test_static_quantization_against_numpy(granularity):
+    """Calibrated on batches of different lengths with masks, applied to others: float64 with the ranges found by a loop."""
+    draw = np.random.RandomState(0)
+    quantizer = Quantizer(3, granularity, 4, static=True)
+    seen = []  # (h, tokens, d) of what counts
+    for n in (5, 12):
+        X, left_out = draw.randn(2, 3, n, 8).astype(np.float32), draw.rand(2, n) < 0.3
+        quantizer.calibrate(torch.tensor(X), torch.tensor(left_out)[:, None, :, None])
+        seen += [X[b][:, ~left_out[b]] for b in range(2)]
+    seen = np.concatenate(seen, axis=1).astype(np.float64)
+    X = draw.randn(2, 3, 7, 8).astype(np.float32) * 1.5
+    out = quantizer(torch.tensor(X)).numpy()
+    for h, j in np.ndindex(3, 8):
+        channels = {"token": slice(j // 4 * 4, j // 4 * 4 + 4), "channel": slice(j, j + 1), "tensor": slice(0, 8)}
+        calibration = seen[h][:, channels[granularity]]
+        s = (calibration.max() - calibration.min()) / 7
+        z = -np.round(calibration.min() / s)
+        expected = s * (np.clip(np.round(X[:, h, :, j].astype(np.float64) / s) + z, 0, 7) - z)
+        np.testing.assert_allclose(out[:, h, :, j], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_clipped_ranges_against_numpy():
+    X = np.random.RandomState(0).randn(1, 1, 40, 8).astype(np.float32)
+    lo, hi = quant.clipped_range(torch.tensor(X), "channel", quantile=0.9)
+    np.testing.assert_allclose(lo.flatten(), np.quantile(X[0, 0], 0.1, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(hi.flatten(), np.quantile(X[0, 0], 0.9, axis=0), rtol=1e-5)
+    left_out = torch.arange(40).view(1, 1, 40, 1) < 10
+    lo, hi = quant.clipped_range(torch.tensor(X), "token", 4, (-3,), left_out, quantile=0.95)
+    np.testing.assert_allclose(hi.flatten(), [np.quantile(X[0, 0, 10:, j : j + 4], 0.95) for j in (0, 4)], rtol=1e-5)
+    lo, hi = quant.clipped_range(torch.tensor([[[[-2.0, 0, 6]]]]), "token", ratio=0.5)
+    assert (lo.item(), hi.item()) == (0, 4)  # half of the range of 8, about its middle 2
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packing(bits):
+    """The first code in the lowest bits, as one long number: an oracle of Python's own integers."""
+    for shape in [(0,), (1,), (7,), (3, 5, 8), (1000,)]:
+        codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+        number = sum(int(code) << (bits * i) for i, code in enumerate(codes.flatten().tolist()))
+        packed = quant.pack(codes, bits)
+        assert packed.dtype == torch.uint8 and len(packed) == -(-codes.numel() * bits // 8)
+        assert bytes(packed.tolist()) == number.to_bytes(len(packed), "little")
+        assert torch.equal(quant.unpack(packed, bits, shape), codes)
+
+
+def test_packing_refuses_codes_that_do_not_fit():
+    with pytest.raises(ValueError, match="code 4 does not fit in 2 bits"):
+        quant.pack(torch.tensor([1, 4], dtype=torch.uint8), 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1, on a tiny LLaMA whose weights plant stable outliers
+
+EMERGENCE, CHANNEL = 2, 5  # l_E, counted from 1, and c
+WEAK, STRONG = 11, 7  # the tokens that become sinks, wherever they stand
+PLANTED = {**SMALL, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_key_value_heads": 2}
+
+
+def plant(directory):
+    """Channel 0 of the embedding marks the two tokens; nothing but the FFN of block 2 reads it or writes channel 5,
+    where it puts thousands for a marked token and exactly 0 for any other. No later block touches that channel."""
+    weights = load_file(write_model(directory, PLANTED) / "model.safetensors")
+    for key, W in weights.items():
+        if key.endswith(("o_proj.weight", "down_proj.weight")):
+            W[[0, CHANNEL]] = 0  # their rows are the channels of the hidden state
+        if key.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+            W[:, [0, CHANNEL]] = 0
+    E = weights["model.embed_tokens.weight"]
+    E[:, [0, CHANNEL]] = 0
+    E[STRONG, 0], E[WEAK, 0] = 1.0, 0.5
+    block = f"model.layers.{EMERGENCE - 1}."
+    weights[block + "post_attention_layernorm.weight"][0] = 1.0
+    weights[block + "mlp.gate_proj.weight"][3], weights[block + "mlp.up_proj.weight"][3] = 0, 0
+    weights[block + "mlp.gate_proj.weight"][3, 0] = weights[block + "mlp.up_proj.weight"][3, 0] = 4.0
+    weights[block + "mlp.down_proj.weight"][:, 3] = 0
+    weights[block + "mlp.down_proj.weight"][CHANNEL, 3] = 100.0
+    write_weights(directory, weights)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return Llama.from_pretrained(plant(tmp_path_factory.mktemp("planted") / "model"))
+
+
+def ordinary_tokens(n, seed):
+    tokens = torch.tensor(np.random.RandomState(seed).randint(12, 64, n))
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    """Two sequences of 24 tokens; sinks in the middle, at other places in each. S_sink is written down beside it."""
+    tokens = torch.stack([ordinary_tokens(24, 0), ordinary_tokens(24, 1)])
+    tokens[0, [6, 17]] = torch.tensor([WEAK, STRONG])
+    tokens[1, [3, 9]] = torch.tensor([STRONG, WEAK])
+    S_sink = torch.zeros(2, 24, dtype=torch.bool)
+    S_sink[0, [6, 17]] = S_sink[1, [3, 9]] = True
+    return tokens, S_sink
+
+
+SITE = Site(EMERGENCE, CHANNEL)
+TABLE_SCHEMES = list(kvsink.SCHEMES)
+
+
+def cache_of(model, scheme, bits, tokens, keep="none", N=0, pre_rope=False):
+    cache = kvsink.rtn_cache(model, scheme, bits, 8)
+    if kvsink.SCHEMES[scheme].static:
+        kvsink.calibrate(model, [tokens], [(keep, N, cache)], SITE, pre_rope)
+    return cache
+
+
+def test_the_planted_outliers_are_where_the_description_says(planted, sequences):
+    tokens, S_sink = sequences
+    hidden, hooks = [], []
+    for block in planted.blocks:
+        hooks.append(block.register_forward_hook(lambda module, inputs, output: hidden.append(output)))
+    planted(tokens)
+    for hook in hooks:
+        hook.remove()
+    for l, H in enumerate(hidden, start=1):
+        at_sinks, elsewhere = H[:, :, CHANNEL].abs()[S_sink], H[:, :, CHANNEL].abs()[~S_sink]
+        assert elsewhere.max() == 0
+        assert at_sinks.min() > 1000 if l >= EMERGENCE else at_sinks.max() == 0
+
+
+def test_full_precision_prefill_is_the_model(planted, sequences):
+    tokens, _ = sequences
+    H, S_sink = prefill(planted, planted.embedding(tokens), full_precision_cache(planted))
+    assert torch.equal(planted.logits(H), planted(tokens)) and not S_sink.any()
+
+
+@pytest.mark.parametrize("pre_rope", [False, True])
+@pytest.mark.parametrize("scheme", TABLE_SCHEMES)
+def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(planted, sequences, scheme, pre_rope):
+    """Lines 4-16: which tokens are left out block by block, and what becomes of their Keys and Values."""
+    tokens, expected = sequences
+    cache, seen = cache_of(planted, scheme, 2, tokens, "kvsink", 2, pre_rope), []
+
+    def watch(quantize):  # what goes into lines 8 and 9
+        def watched(X, leave_out):
+            seen.append((X, leave_out))
+            return quantize(X, leave_out)
+
+        return watched
+
+    attended = []
+
+    def watch_attention(Q, K, V, window):  # what comes out of them: Keys after RoPE
+        attended.append((K, V))
+        return attention(Q, K, V, window)
+
+    watched = [(watch(K), watch(V)) for K, V in cache]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kvsink, "attention", watch_attention)
+        _, S_sink = prefill(planted, planted.embedding(tokens), watched, *SITE, k=2, pre_rope=pre_rope)
+    assert torch.equal(S_sink, expected)
+    rope = rope_table(planted.config, 24, "cpu")
+    for l in range(1, 7):
+        (K, left_out), (V, left_out_V) = seen[2 * l - 2], seen[2 * l - 1]
+        empty_or_sinks = expected[:, None, :, None] if l > EMERGENCE else torch.zeros(2, 1, 24, 1, dtype=torch.bool)
+        assert torch.equal(left_out, empty_or_sinks) and torch.equal(left_out_V, empty_or_sinks), f"block {l}"
+        K_quant, V_quant = attended[l - 1]
+        K = rotate(K, rope) if pre_rope else K
+        kept = empty_or_sinks.expand_as(K)
+        assert torch.equal(K_quant[kept], K[kept]) and torch.equal(V_quant[kept], V[kept])
+        assert (K_quant[~kept] != K[~kept]).float().mean() > 0.9 and (V_quant[~kept] != V[~kept]).float().mean() > 0.5
+
+
+def test_no_token_is_kept_up_to_the_emergence_block(planted, sequences):
+    """With k = n every token is kept after l_E, so that what differs from full precision comes from blocks 1 to l_E."""
+    tokens, _ = sequences
+    H = planted.embedding(tokens)
+    cache = cache_of(planted, "token-dynamic", 2, tokens)
+    half = [*cache[:EMERGENCE], *full_precision_cache(planted)[EMERGENCE:]]
+    kept, _ = prefill(planted, H, cache, *SITE, k=24)
+    assert torch.equal(kept, prefill(planted, H, half)[0])
+    assert not torch.equal(kept, prefill(planted, H, full_precision_cache(planted))[0])
+
+
+def test_pfn_keeps_the_first_n_tokens_from_the_first_block(planted, sequences):
+    tokens, _ = sequences
+    H = planted.embedding(tokens)
+    assert pfn(H, 3).tolist() == [[True] * 3 + [False] * 21] * 2
+    cache = cache_of(planted, "token-dynamic", 2, tokens)
+    everything, S_sink = prefill(planted, H, cache, **preservation("pfn", 24, SITE, H))
+    assert torch.equal(everything, prefill(planted, H, full_precision_cache(planted))[0]) and S_sink.all()
+    nothing, S_sink = prefill(planted, H, cache, **preservation("none", 0, SITE, H))
+    assert torch.equal(nothing, prefill(planted, H, cache, **preservation("pfn", 0, SITE, H))[0]) and not S_sink.any()
+
+
+def test_prediction_is_the_top_k_of_one_channel():
+    """Lines 15-16 by hand: |H| in channel 1 is 1, 9, 3, 5 and 7, 0, 2, 8; the signs do not matter."""
+    H = torch.zeros(2, 4, 3)
+    H[0, :, 1], H[1, :, 1] = torch.tensor([1.0, -9, 3, 5]), torch.tensor([-7.0, 0, 2, -8])
+    H[:, 2, 0] = 100.0  # another channel
+    assert kvsink.predict_sinks(H, c=1, k=2).tolist() == [[False, True, False, True], [True, False, False, True]]
+    assert kvsink.predict_sinks(H, c=1, k=0).sum() == 0 and kvsink.predict_sinks(H, c=1, k=4).all()
+
+
+def test_more_sinks_than_tokens_are_refused(planted, sequences):
+    with pytest.raises(ValueError, match="cannot keep 25 of 24"):
+        prefill(planted, planted.embedding(sequences[0]), full_precision_cache(planted), *SITE, k=25)
+
+
+@pytest.mark.parametrize("scheme", TABLE_SCHEMES)
+def test_sequences_of_a_batch_do_not_touch_each_other(planted, sequences, scheme):
+    tokens, _ = sequences
+    cache = cache_of(planted, scheme, 3, tokens, "kvsink", 2)
+    H, _ = prefill(planted, planted.embedding(tokens), cache, *SITE, k=2)
+    for b in range(2):
+        alone, _ = prefill(planted, planted.embedding(tokens[b : b + 1]), cache, *SITE, k=2)
+        torch.testing.assert_close(alone[0], H[b], rtol=1e-4, atol=1e-4)
+
+
+def test_keeping_the_sinks_brings_the_output_nearer(planted, sequences):
+    tokens, _ = sequences
+    H0 = planted.embedding(tokens)
+    exact, _ = prefill(planted, H0, full_precision_cache(planted))
+
+    def error(keep, N):
+        cache = cache_of(planted, "token-static", 4, tokens, keep, N)
+        H, _ = prefill(planted, H0, cache, **preservation(keep, N, SITE, H0))
+        return (H - exact).norm().item()
+
+    assert error("pfn", 24) == 0 < error("kvsink", 20) < error("none", 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration: "sink tokens should also be excluded during quantization parameter calibration" (Appendix G)
+
+
+@pytest.mark.parametrize("pre_rope", [False, True])
+@pytest.mark.parametrize("keep", ["none", "pfn", "kvsink"])
+def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, keep, pre_rope):
+    """Ranges of every block against NumPy on the Keys and Values of the plain model; PFN leaves out its tokens in every
+    block, KVSink its own after l_E and none before."""
+    tokens, S_sink = sequences
+    windows = [tokens[:1], tokens[1:]]
+    cache = kvsink.rtn_cache(planted, "channel-static", bits=4, group_size=4)
+    kvsink.calibrate(planted, windows, [(keep, 2, cache)], SITE, pre_rope)
+    projected, hooks = [], []
+    for block in planted.blocks:
+        for linear in (block.W_k, block.W_v):
+            hooks.append(linear.register_forward_hook(lambda module, inputs, output: projected.append(output)))
+    planted(tokens)
+    for hook in hooks:
+        hook.remove()
+    rope = rope_table(planted.config, 24, "cpu")
+    for l in range(1, 7):
+        left_out = {"none": S_sink & False, "pfn": torch.arange(24).expand(2, 24) < 2, "kvsink": S_sink & (l > EMERGENCE)}[keep]
+        K, V = (X.unflatten(-1, (2, 8)).transpose(1, 2) for X in projected[2 * l - 2 : 2 * l])  # (2, 2, 24, 8)
+        K = K if pre_rope else rotate(K, rope)
+        K, V = (X.transpose(1, 2)[~left_out].numpy() for X in (K, V))  # (tokens that count, 2, 8)
+        K_quantizer, V_quantizer = cache[l - 1]
+        np.testing.assert_allclose(K_quantizer.lo.view(2, 8), K.min(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(K_quantizer.hi.view(2, 8), K.max(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(V_quantizer.lo.view(2, 2), V.reshape(-1, 2, 2, 4).min((0, 3)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(V_quantizer.hi.view(2, 2), V.reshape(-1, 2, 2, 4).max((0, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_one_calibration_serves_several_rules_and_widths(planted, sequences):
+    tokens, _ = sequences
+    together = [(keep, N, kvsink.rtn_cache(planted, "token-static", 4, 8)) for keep, N in [("none", 0), ("pfn", 3), ("kvsink", 2)]]
+    kvsink.calibrate(planted, [tokens], together, SITE)
+    for keep, N, cache in together:
+        alone = cache_of(planted, "token-static", 4, tokens, keep, N)
+        for one, other in zip(cache, alone):
+            assert all(torch.equal(a.lo, b.lo) and torch.equal(a.hi, b.hi) for a, b in zip(one, other))
+    assert all(K.bits == 2 and torch.equal(K.lo, old.lo) for (K, _), (old, _) in zip(kvsink.with_bits(cache, 2), cache))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 3 and the finder
+
+
+def test_table_3_counts_from_0_and_algorithm_1_from_1():
+    """LLaMA2-7B's printed layer 1 is the output of the second block, H^2."""
+    assert kvsink.table_site("llama2-7b") == Site(l_E=2, c=2533)
+    assert kvsink.table_site("llama2-13b") == Site(l_E=4, c=4743)
+    assert kvsink.table_site("llama3.2-1b") == Site(l_E=2, c=400)
+    assert kvsink.table_site("smollm2-135m") == Site(l_E=12, c=507)
+    for row in kvsink.TABLE_3.values():
+        assert row.emergence < row.layers and max(row.channels) < row.hidden_size
+
+
+def test_the_finder_finds_what_was_planted(planted):
+    prompts = [ordinary_tokens(30, 5).tolist(), ordinary_tokens(25, 6).tolist()]
+    prompts[0][8] = prompts[1][4] = STRONG
+    assert kvsink.find_site(planted, prompts) == SITE
+    found = kvsink.stable_outliers(planted, torch.tensor(prompts[:1]))
+    assert found.channels == (CHANNEL,) and found.magnitudes[0] > 1000
+
+
+def test_the_finder_says_when_there_is_nothing_or_no_agreement(planted, tmp_path):
+    plain = Llama.from_pretrained(write_model(tmp_path, PLANTED))
+    with pytest.raises(ValueError, match="no stable outliers"):
+        kvsink.find_site(plain, [list(range(20)), list(range(20, 40))])
+    found = iter([kvsink.Outliers(2, (5,), (1e3,)), kvsink.Outliers(3, (5,), (1e3,))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kvsink, "stable_outliers", lambda model, tokens: next(found))
+        with pytest.raises(ValueError, match="disagree.*block 2.*block 3"):
+            kvsink.find_site(planted, [[1], [2]])
+
+
+def test_a_found_site_is_remembered_in_our_cache_until_the_weights_change(planted, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
+    directory, found = plant(tmp_path / "model"), []
+    before = sorted(directory.iterdir())
+
+    class Bytes:
+        def encode(self, text):
+            return [byte % 64 for byte in text.encode()][:40] + [STRONG, 12]
+
+    def count(model, prompts):
+        found.append(prompts)
+        return SITE
+
+    monkeypatch.setattr(kvsink, "find_site", count)
+    for _ in range(2):
+        assert kvsink.site_of(planted, Bytes(), "somebody/model", directory) == SITE
+    assert len(found) == 1 and len(found[0]) == 2
+    assert sorted(directory.iterdir()) == before  # nothing is written into a checkpoint
+    os.utime(directory / "model.safetensors", ns=(1, 1))
+    kvsink.site_of(planted, Bytes(), "somebody/model", directory)
+    assert len(found) == 2
