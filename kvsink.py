@@ -43,7 +43,7 @@ TABLE_3 = {
     "llama3.1-8b-instruct": Table3Row(32, 1, 4096, (788, 1384, 4062)),
     "llama3.2-1b": Table3Row(16, 1, 2048, (400, 698, 2029, 1159)),
     "llama3.2-3b": Table3Row(28, 1, 3072, (588, 1016, 3046, 1731)),
-    "smollm2-135m": Table3Row(30, 11, 576, (507,)),  # not the paper's: measured with `find_site` below
+    "smollm2-135m": Table3Row(30, 11, 576, (507, 247)),  # not the paper's: found by `find_site` below
 }
 
 

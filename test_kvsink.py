@@ -303,8 +303,26 @@ STRINGS_THAT_HURT = [
     "naïve café e\u0301 Ελλάδα", "你好，世界 こんにちは", "👩‍👩‍👧 🇨🇭 😀😀", "a<|endoftext|>b <|im_start|>", "x\u00a0y\u2003z\u200bw\ufeff",
     "!\x04!\x00\x1d a\U00050000b", "def f(x):\n    return x**2  # ok", "İstanbul ½ Ⅷ ٣ ९", " " * 300 + "end",
 ]  # fmt: skip
-# What the tokenizers package (0.23.3) gives for SmolLM2's tokenizer.json, string by string.
-SMOLLM2_IDS = None
+# What the tokenizers package (0.23.3) gives for these strings and SmolLM2's tokenizer.json. A few bytes are not in its
+# vocabulary (0x04, 0x1d, the first of U+50000): they are dropped.
+SMOLLM2_IDS = [
+    [],
+    [216],
+    [81, 256, 37],
+    [35, 30, 33, 36, 33, 37, 41, 28, 216, 33, 34, 35, 36, 37, 38, 39, 284, 216, 34, 19133],
+    [216, 827, 216, 5600, 256, 1296, 216],
+    [14436, 216, 197, 198, 104, 2738],
+    [12420, 982, 392, 3060, 339, 23, 61, 357, 506, 37, 3060],
+    [3546, 46494, 37366, 297, 151, 219, 5664, 239, 17162, 17162, 26112, 29589, 8998],
+    [18645, 250, 48392, 138, 12831, 7906, 240, 178, 239, 230, 46673, 237, 10391, 237, 41152, 7365, 111, 7365, 124],
+    [10813, 235, 119, 321, 231, 10813, 235, 119, 321, 231, 10813, 235, 117, 15107, 225, 118, 10813, 225, 251, 40303, 218, 10813, 242, 218],
+    [81, 0, 82, 216, 1],
+    [104, 15442, 105, 321, 221, 106, 321, 229, 103, 186, 136, 140],
+    [10095, 190, 253, 234, 218, 218, 82],
+    [1604, 275, 24, 104, 727, 472, 1003, 1792, 828, 34, 216, 907, 10907],
+    [143, 125, 28683, 216, 16738, 216, 173, 223, 117, 216, 164, 113, 216, 9310, 124],
+    [40686, 40686, 40686, 40686, 12427, 16964, 1112],
+]  # fmt: skip
 
 
 def bytes_vocabulary(words=()):
@@ -1407,3 +1425,68 @@ def test_the_command_itself(tiny, tmp_path):
     eager = run([sys.executable, "eval_ppl.py", *arguments], env=environment)
     assert eager.returncode == 0 and "KVSink-2" in eager.stdout
     assert len([line for line in eager.stderr.splitlines() if "no working compiler" in line]) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The default model, end to end
+
+
+@pytest.fixture(scope="session")
+def default_model():
+    try:
+        hub.documents("wiki-sample")
+        return hub.model_directory(hub.DEFAULT_MODEL)
+    except ConnectionError as error:
+        pytest.skip(f"the default model and its text could not be fetched: {error}")
+
+
+def test_the_default_tokenizer_agrees_with_the_original(default_model):
+    tokenizer = Tokenizer.from_pretrained(default_model)
+    assert [tokenizer.encode(text) for text in STRINGS_THAT_HURT] == SMOLLM2_IDS
+    for text in STRINGS_THAT_HURT:
+        assert tokenizer.decode(tokenizer.encode(text)) == text or "\x04" in text
+
+
+def test_the_finder_agrees_with_the_table_on_the_default_model(default_model):
+    model, tokenizer = Llama.from_pretrained(default_model), Tokenizer.from_pretrained(default_model)
+    prompts = [tokenizer.encode(prompt) for prompt in kvsink.PROMPTS]
+    assert kvsink.find_site(model, prompts) == kvsink.table_site(hub.DEFAULT_MODEL)
+    found = kvsink.stable_outliers(model, torch.tensor(prompts[:1]))
+    assert found.channels[: len(kvsink.TABLE_3[hub.DEFAULT_MODEL].channels)] == kvsink.TABLE_3[hub.DEFAULT_MODEL].channels
+
+
+def test_the_sinks_of_the_default_model_are_where_documents_end(default_model):
+    """Packed text: of each window, the outliers sit at token 0 and at every <|endoftext|>, nowhere else."""
+    model, tokenizer = Llama.from_pretrained(default_model), Tokenizer.from_pretrained(default_model)
+    for window in eval_ppl.windows(tokenizer, "wiki-sample", "test", 1024, 2, 0):
+        expected = window == tokenizer.eot
+        expected[0] = True
+        assert expected.sum() > 2
+        H = model.embedding(window[None])
+        site = kvsink.table_site(hub.DEFAULT_MODEL)
+        _, S_sink = prefill(model, H, full_precision_cache(model), *site, k=int(expected.sum()))
+        assert torch.equal(S_sink[0], expected)
+
+
+REFERENCE = {  # an independent implementation on a modeling library: fp32, 8 windows of 1,024, 4 calibration windows
+    ("full", 16, "none", 0): 19.559,
+    ("channel-static", 4, "none", 0): 22.469,
+    ("channel-static", 4, "pfn", 5): 20.988,
+    ("channel-static", 4, "pfn", 20): 20.933,
+    ("channel-static", 4, "kvsink", 5): 20.583,
+    ("channel-static", 4, "kvsink", 20): 20.496,
+}
+
+
+def test_the_default_command(default_model, tmp_path, capsys):
+    """`python eval_ppl.py`, eager so that it does not depend on a compiler."""
+    out = tmp_path / "out.json"
+    assert eval_ppl.main(["--no-compile", "--json", str(out)]) == 0
+    ppl = {(r["scheme"], r["bits"], r["keep"], r["sinks"]): r["ppl"] for r in results_of(out)}
+    for row, expected in REFERENCE.items():
+        assert ppl[row] == pytest.approx(expected, rel=0.005), row
+    assert ppl["full", 16, "none", 0] == pytest.approx(19.559, abs=0.001)
+    for bits in (4, 3):
+        for scheme in ("channel-static", "token-static"):
+            assert ppl[scheme, bits, "kvsink", 5] < ppl[scheme, bits, "pfn", 5]
+        assert ppl["channel-static", bits, "kvsink", 5] < ppl["channel-static", bits, "pfn", 20]
