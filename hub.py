@@ -42,7 +42,7 @@ def cache_directory():
 
 
 def write_atomically(path, data):
-    """Write bytes, or the chunks of an iterator, to a temporary name beside `path`, then rename: all of it or nothing."""
+    """Write bytes, or the chunks of an iterator, under a temporary name beside `path`, then rename: all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:

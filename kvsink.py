@@ -63,44 +63,49 @@ def table_site(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # Algorithm 1. S_sink is a mask (b, n): True for the tokens whose Keys and Values stay as they are. A cache is a list of
 # L pairs (quantize_K, quantize_V), each a function of K or V (b, h_kv, n, d_k) and of the mask of tokens to leave out.
+# The numbers on the right are the printed lines.
 
 
+# fmt: off
 def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope=False):
-    """Algorithm 1, lines 6-13: H^{l-1} -> H^l, both (b, n, d). The line that the paper leaves out is RoPE: Keys are
+    """Algorithm 1, lines 6-13: H^{l-1} -> H^l, both (b, n, d). The paper leaves RoPE out of its lines: Keys are
     quantized after it, as a cache holds them, or before it with `pre_rope`, as KVQuant does."""
-    sink = S_sink[:, None, :, None]  # (b, 1, n, 1): a sink is one in every head
-    X = block.LN_mhsa(H)  # 6
-    Q, K, V = block.QKV(X)  # 7    Q (b, h, n, d_k), K and V (b, h_kv, n, d_k)
+    sink = S_sink[:, None, :, None]                               #     (b, 1, n, 1): a sink is one in every head
+    X = block.LN_mhsa(H)                                          # 6   (b, n, d)
+    Q, K, V = block.QKV(X)                                        # 7   (b, h, n, d_k), twice (b, h_kv, n, d_k)
     Q, K = rotate(Q, rope), K if pre_rope else rotate(K, rope)
-    K_quant = torch.where(sink, K, quantize_K(K, sink))  # 8, 10
-    V_quant = torch.where(sink, V, quantize_V(V, sink))  # 9, 10
+    K_quant = torch.where(sink, K, quantize_K(K, sink))           # 8   only the tokens not in S_sink are quantized
+    V_quant = torch.where(sink, V, quantize_V(V, sink))           # 9, 10
     K_quant = rotate(K_quant, rope) if pre_rope else K_quant
-    A = attention(Q, K_quant, V_quant, block.sliding_window)  # 11   (b, n, h d_k)
-    H = block.W_o(A) + H  # 12   H^{l'} of Eq. 2
-    return block.FFN(block.LN_ffn(H)) + H  # 13
+    A = attention(Q, K_quant, V_quant, block.sliding_window)      # 11  (b, n, h d_k)
+    H = block.W_o(A) + H                                          # 12  (b, n, d), H^{l'} of Eq. 2
+    return block.FFN(block.LN_ffn(H)) + H                         # 13  (b, n, d)
 
 
 def predict_sinks(H, c, k):
     """Algorithm 1, lines 15-16: the k tokens of each sequence that are largest in channel c of H^{l_E} (b, n, d)."""
-    S_outliers = H[:, :, c].abs().topk(k, dim=1).indices  # 15   (b, k): i of every (i, c)
-    return torch.zeros(H.shape[:2], dtype=torch.bool, device=H.device).scatter(1, S_outliers, True)  # 16   (b, n)
+    nothing = torch.zeros(H.shape[:2], dtype=torch.bool, device=H.device)
+    S_outliers = H[:, :, c].abs().topk(k, dim=1).indices          # 15  (b, k): the i of every (i, c)
+    return nothing.scatter(1, S_outliers, True)                   # 16  (b, n)
 
 
 def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, pre_rope=False, step=decoder_block):
     """Algorithm 1. H is H^0 (b, n, d); returns H^L (b, n, d) and S_sink (b, n), each sequence with its own.
 
-    `site = Site(l_E, c)` and k make it KVSink-k; `S_sink=pfn(H, N)` makes it PFN-N; without either nothing is kept.
-    `step` is lines 6-13, eager or compiled. Raises ValueError where k exceeds n.
+    l_E, c and k make it KVSink-k, S_sink = pfn(H, N) makes it PFN-N, without either nothing is kept. `step` is lines
+    6-13, eager or compiled. Raises ValueError where k exceeds n.
     """
     if k > H.shape[1]:
         raise ValueError(f"cannot keep {k} of {H.shape[1]} tokens")
     rope = rope_table(model.config, H.shape[1], H.device)
-    S_sink = pfn(H, 0) if S_sink is None else S_sink  # 4
-    for l, block in enumerate(model.blocks, start=1):  # 5
-        H = step(block, H, S_sink, *cache[l - 1], rope, pre_rope)  # 6-13
-        if l == l_E:  # 14
-            S_sink = predict_sinks(H, c, k)  # 15-16
-    return H, S_sink  # 19
+    S_sink = pfn(H, 0) if S_sink is None else S_sink              # 4   the empty set
+    for l, block in enumerate(model.blocks, start=1):             # 5
+        quantize_K, quantize_V = cache[l - 1]
+        H = step(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope)  # 6-13
+        if l == l_E:                                              # 14
+            S_sink = predict_sinks(H, c, k)                       # 15, 16
+    return H, S_sink                                              # 19
+# fmt: on
 
 
 def pfn(H, N):
@@ -129,13 +134,13 @@ def has_compiler(device):
 
 def compiled(function, device):
     """`function` under torch.compile where that works. `decoder_block` is compiled at its first call and then serves
-    every block: weights, masks and ranges are inputs of its graph."""
+    every block: weights, masks and ranges are inputs of its graph. Another scheme is another graph."""
+    torch._dynamo.config.recompile_limit = 64  # so many graphs before it would quietly go on eager
     return torch.compile(function) if has_compiler(device) else function
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The RTN schemes of Section 5.1 and their calibration
-
 
 
 class Scheme(NamedTuple):
@@ -161,10 +166,9 @@ def full_precision_cache(model):
 
 
 def rtn_cache(model, scheme, bits, group_size):
-    """A cache of one of the SCHEMES. A group is no wider than a head. Static ones have to be calibrated."""
+    """A cache of one of the SCHEMES; a static one has to be calibrated."""
     K, V, static = SCHEMES[scheme]
-    g = min(group_size, model.config.head_dim)
-    return [(Quantizer(bits, K, g, static), Quantizer(bits, V, g, static)) for _ in model.blocks]
+    return [(Quantizer(bits, K, group_size, static), Quantizer(bits, V, group_size, static)) for _ in model.blocks]
 
 
 def with_bits(cache, bits):
@@ -184,31 +188,33 @@ def calibrate(model, windows, caches, site, pre_rope=False):
         rope, nothing = rope_table(model.config, H.shape[1], H.device), pfn(H, 0)
         S_sinks = [pfn(H, N if keep == "pfn" else 0) for keep, N, _ in caches]
         for l, block in enumerate(model.blocks, start=1):
-
-            def record(which):  # a quantizer that quantizes nothing and shows what it sees to every cache
-                def quantize(X, _):
-                    for (_, _, cache), S_sink in zip(caches, S_sinks):
-                        cache[l - 1][which].calibrate(X, S_sink[:, None, :, None])
-                    return X
-
-                return quantize
-
-            H = decoder_block(block, H, nothing, record(0), record(1), rope, pre_rope)
+            K_quantizers, V_quantizers = zip(*(cache[l - 1] for _, _, cache in caches))
+            see_K, see_V = observer(K_quantizers, S_sinks), observer(V_quantizers, S_sinks)
+            H = decoder_block(block, H, nothing, see_K, see_V, rope, pre_rope)
             if l == site.l_E:
-                S_sinks = [
-                    predict_sinks(H, site.c, N) if keep == "kvsink" else S_sink
-                    for (keep, N, _), S_sink in zip(caches, S_sinks)
-                ]
+                rules = zip(caches, S_sinks)
+                S_sinks = [predict_sinks(H, site.c, N) if keep == "kvsink" else S for (keep, N, _), S in rules]
+
+
+def observer(quantizers, S_sinks):
+    """In the place of a quantizer: calibrates each of these with what it sees, and quantizes nothing."""
+
+    def see(X, _):
+        for quantizer, S_sink in zip(quantizers, S_sinks):
+            quantizer.calibrate(X, S_sink[:, None, :, None])
+        return X
+
+    return see
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The finder: emergence block and outlier channels of any LLaMA-type model
 
 PROMPTS = (  # Appendix D
-    "The following are multiple choice questions (with answers) about machine learning.\n \n A 6-sided die is rolled 15 "
-    "times and the results are: side 1 comes up 0 times;",
-    "Summer is warm.\n Winter is cold.\n Spring is mild.\n Autumn is crisp.\n The sun rises early in the summer.\n The "
-    "days are short in the winter.\n ",
+    "The following are multiple choice questions (with answers) about machine learning.\n \n "
+    "A 6-sided die is rolled 15 times and the results are: side 1 comes up 0 times;",
+    "Summer is warm.\n Winter is cold.\n Spring is mild.\n Autumn is crisp.\n "
+    "The sun rises early in the summer.\n The days are short in the winter.\n ",
 )
 OUTLIER = 100  # a stable outlier is at least this many times the median magnitude of its block's hidden state,
 SPARSE = 10  # and this many times the median of its channel over the tokens: it belongs to a few tokens
@@ -234,7 +240,7 @@ def stable_outliers(model, tokens):
         typical.append(X.median())
     peak, elsewhere, typical = torch.stack(peak), torch.stack(elsewhere), torch.stack(typical)  # (L, d), (L, d), (L,)
     outlying = (peak > OUTLIER * typical[:, None]) & (peak > SPARSE * elsewhere)  # (L, d)
-    # The stabilization stage spans most blocks, so the median over the blocks is the level at which a channel is stable.
+    # The stabilization stage spans most blocks: a channel's median over the blocks is the level at which it is stable.
     level = torch.where(outlying, peak, 0.0).median(0).values  # (d,)
     if not level.max() > 0:
         raise ValueError("no stable outliers: no channel of any token stands out through most blocks")

@@ -115,7 +115,7 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
-    """LN of Eq. 1-2. LLaMA's is x / rms(x), in fp32: a sink's hidden state reaches thousands, its square overflows fp16."""
+    """LN of Eq. 1-2. LLaMA's is x / rms(x), in fp32: a sink reaches thousands, and the square would overflow fp16."""
 
     def __init__(self, d, eps):
         super().__init__()
@@ -152,7 +152,7 @@ def rotate(X, rope):
 
 
 def attention(Q, K, V, sliding_window=None):
-    """Softmax(Q K^T / sqrt(d_k) + M) V of Eq. 3, causal. Q (b, h, n, d_k), K and V (b, h_kv, n, d_k) -> (b, n, h d_k)."""
+    """Softmax(Q K^T / sqrt(d_k) + M) V of Eq. 3, causal. Q (b, h, n, d_k), K, V (b, h_kv, n, d_k) -> (b, n, h d_k)"""
     n, group = Q.shape[2], Q.shape[1] // K.shape[1]
     K, V = K.repeat_interleave(group, dim=1), V.repeat_interleave(group, dim=1)  # each K and V serves `group` queries
     if sliding_window is None or n <= sliding_window:
@@ -234,8 +234,9 @@ class Llama(nn.Module):
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
         """A model from a Hugging Face directory: config.json and model.safetensors, or shards with their index.
 
-        Tensor by tensor from the memory-mapped file to the device: never two copies of the model in memory. Raises
-        FileNotFoundError or ValueError naming file and tensor where one is missing, unexpected, misshapen or unreadable.
+        Tensor by tensor from the memory-mapped file to the device: never two copies of the model in memory.
+        Raises FileNotFoundError or ValueError, naming file and tensor, where one is missing, unexpected, of another
+        shape, or cannot be read.
         """
         config = LlamaConfig.from_pretrained(directory)
         with torch.device("meta"):  # shapes without storage
@@ -327,7 +328,7 @@ def assign(model, name, tensor, key, dtype):
     if tensor.shape != shape:
         raise ValueError(f"tensor {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"tensor {key} is stored as {tensor.dtype}: only float32, float16 and bfloat16 weights are read")
+        raise ValueError(f"tensor {key} is stored as {tensor.dtype}: only float32, float16 and bfloat16 are read")
     setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The equations. `lo` and `hi` are clipped_min(X) and clipped_max(X), n the number of bits. torch.round rounds half to even.
+# The equations. lo and hi are clipped_min(X) and clipped_max(X), n is the number of bits; halves are rounded to even.
 
 
 def scale(lo, hi, n):
@@ -29,7 +29,7 @@ def scale(lo, hi, n):
 
 
 def zero(lo, s):
-    """Eq. 13: zero = -round(clipped_min(X) / scale). An integer that, unlike the codes, is not clamped to 0 ... 2^n - 1."""
+    """Eq. 13: zero = -round(clipped_min(X) / scale). An integer that, unlike the codes, is not clamped."""
     return -torch.round(lo / s)
 
 
@@ -56,8 +56,8 @@ def grouped(X, granularity, group_size=None):
         "channel"  group_size consecutive tokens of one channel    (..., n/g, g, d), axis -2
         "tensor"   group_size consecutive tokens of all channels   (..., n/g, g, d), axes -2 and -1
 
-    Without a group size, or with one that is wider than X, a group is all of its token, channel or tensor. Where tokens
-    do not fill the last group, its last token is repeated: that changes no minimum and no maximum (`ungrouped` cuts it).
+    Without a group size, or with one wider than X, a group is all of its token, channel or tensor. Where the tokens do
+    not fill the last group, the last token is repeated, which changes no minimum and no maximum; `ungrouped` cuts it.
     """
     n, d = X.shape[-2:]
     if granularity == "token":
@@ -95,11 +95,8 @@ def clipped_range(X, granularity, group_size=None, axes=(), leave_out=None, quan
 
     if quantile < 1:
         Xg, group_axes = groups_with(torch.nan)
-        shape = [1 if i in {a % Xg.ndim for a in (*axes, *group_axes)} else length for i, length in enumerate(Xg.shape)]
-        order = sorted(range(Xg.ndim), key=lambda i: shape[i] == 1)  # the axes to reduce go last
-        flat = Xg.permute(order).reshape(torch.Size(shape).numel(), -1)
-        lo, hi = torch.nanquantile(flat, torch.tensor([1 - quantile, quantile]).to(flat), dim=-1)
-        lo, hi = lo.nan_to_num(torch.inf).view(shape), hi.nan_to_num(-torch.inf).view(shape)
+        lo = nanquantile(Xg, 1 - quantile, (*axes, *group_axes)).nan_to_num(torch.inf)
+        hi = nanquantile(Xg, quantile, (*axes, *group_axes)).nan_to_num(-torch.inf)
     else:
         Xg, group_axes = groups_with(torch.inf)
         lo = Xg.amin((*axes, *group_axes), keepdim=True)
@@ -109,6 +106,16 @@ def clipped_range(X, granularity, group_size=None, axes=(), leave_out=None, quan
         cut = (1 - ratio) / 2 * (hi - lo)
         lo, hi = lo + cut, hi - cut
     return lo, hi
+
+
+def nanquantile(X, level, axes):
+    """torch.nanquantile over several axes, which stay as axes of length 1."""
+    axes = sorted(axis % X.ndim for axis in axes)
+    others = [axis for axis in range(X.ndim) if axis not in axes]
+    values = torch.nanquantile(X.permute(*others, *axes).flatten(len(others)), level, dim=-1)
+    for axis in axes:
+        values = values.unsqueeze(axis)
+    return values
 
 
 def check_finite(X):
@@ -152,25 +159,23 @@ class Quantizer:
     def calibrate(self, X, leave_out=None):
         """Widen the static range by X (..., h, n, d), except for what `leave_out` masks (bool, broadcastable to X)."""
         check_finite(X)
-        sequences = tuple(range(X.ndim - 3))
-        tokens = (-3,)  # "token": the axis of tokens; else there is but one group of tokens on that axis
-        lo, hi = clipped_range(
-            X.float(), self.granularity, self.group_size, sequences + tokens, leave_out, self.quantile, self.ratio
-        )
+        # All sequences count, and all tokens: of the grouped X (..., h, n, d/g, g) or (..., h, 1, n, d), axis -3.
+        axes = (*range(X.ndim - 3), -3)
+        lo, hi = clipped_range(X.float(), self.granularity, self.group_size, axes, leave_out, self.quantile, self.ratio)
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
 
     def parameters(self, X, leave_out=None):
         """scale and zero for X (..., n, d), in shapes that broadcast against `grouped(X)`."""
+        if self.static and self.lo is None:
+            raise ValueError("a static quantizer needs `calibrate` first")
         if self.static:
-            if self.lo is None:
-                raise ValueError("a static quantizer needs `calibrate` first")
             lo, hi = self.lo, self.hi
-        elif self.granularity == "token":  # a token of its own group cannot disturb another, so no mask is needed
-            lo, hi = clipped_range(X, "token", self.group_size, quantile=self.quantile, ratio=self.ratio)
         else:
+            if self.granularity == "token":
+                leave_out = None  # a token that has groups of its own disturbs no other: nothing to leave out
             lo, hi = clipped_range(X, self.granularity, self.group_size, (), leave_out, self.quantile, self.ratio)
-        nothing = lo > hi  # every token of the group is left out: its codes are never looked at
+        nothing = ~(lo <= hi)  # every token of the group is left out: its codes are never looked at
         lo, hi = lo.masked_fill(nothing, 0.0), hi.masked_fill(nothing, 0.0)
         s = scale(lo, hi, self.bits)
         return s, zero(lo, s)
@@ -195,7 +200,7 @@ class Quantizer:
 
 
 def pack(codes, bits):
-    """Codes of `bits` bits, any shape, to a flat uint8 tensor of ceil(count * bits / 8) bytes, first code in the low bits."""
+    """Codes of any shape to ceil(count * bits / 8) bytes, a flat uint8 tensor, the first code in the lowest bits."""
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
     stream = (codes.flatten().unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1  # (count, bits)
