@@ -45,6 +45,8 @@ def windows(tokenizer, text, split, seq_len, count, seed):
     packed = text == "wiki-sample" or (split == "train" and text not in hub.TEXTS)
     if text == "c4":
         return torch.tensor([cut_from_documents(tokenizer, documents, seq_len, draw) for _ in range(count or 256)])
+    if packed and tokenizer.eot is None:
+        raise ValueError(f"{text} is packed documents, and this tokenizer has no end-of-text token to put between them")
     if packed:
         ids = tokenizer.encode("")  # the begin-of-sequence id, once, where the model has one
         for document in documents:
@@ -199,6 +201,8 @@ def calibrated_caches(args, model, tokenizer, rows, site):
         if row.static()
     }
     tokens = windows(tokenizer, args.data, "train", args.seq_len, args.calib_windows, args.seed)
+    if len(tokens) < args.calib_windows:
+        raise ValueError(f"--calib-windows {args.calib_windows}: there are only {len(tokens)} of {args.seq_len} tokens")
     bar = tqdm(tokens, desc="calibrating", unit="window", leave=False, disable=bar_off())
     on_device = (window[None].to(model.embedding.weight.device) for window in bar)
     wanted = [(keep, N, cache) for (_, keep, N), cache in caches.items()]
@@ -227,9 +231,8 @@ def settings(args, row, count, site):
     }
 
 
-def evaluate(args, model, tokenizer, site, results):
-    """Run every row that the results lack, in order; yields each result, old or new."""
-    tokens = windows(tokenizer, args.data, "test", args.seq_len, args.limit, args.seed)
+def evaluate(args, model, tokenizer, tokens, site, results):
+    """Run every row that the results lack, in order, on the windows `tokens`; yields each result, old or new."""
     step, nll = kvsink.decoder_block, negative_log_likelihood
     if not args.no_compile:
         step, nll = kvsink.compiled(step, args.device), kvsink.compiled(nll, args.device)
@@ -412,13 +415,14 @@ def parse_arguments(argv):
 
 
 def check_against_model(args, config):
-    """Raises ValueError for what the model cannot do; makes the group no wider than a head."""
+    """Raises ValueError for what the model cannot do; makes the group no wider than a head and says so in args.groups."""
     if args.seq_len > config.max_position_embeddings:
         raise ValueError(f"--seq-len {args.seq_len} is above the model's context, {config.max_position_embeddings}")
     if max(row.N for row in args.rows) > args.seq_len:
         raise ValueError(f"--sinks {max(row.N for row in args.rows)} is above the window of {args.seq_len} tokens")
+    args.groups = f"groups of {args.group_size} channels"
     if args.group_size > config.head_dim:
-        print(f"groups of {config.head_dim} channels, a head ({args.group_size} were asked for)", file=sys.stderr)
+        args.groups = f"groups of {config.head_dim} channels, which is a head ({args.group_size} were asked for)"
         args.group_size = config.head_dim
     if config.head_dim % args.group_size:
         raise ValueError(f"--group-size {args.group_size} does not divide a head of {config.head_dim} channels")
@@ -437,25 +441,28 @@ def run(args):
     check_against_model(args, LlamaConfig.from_pretrained(directory))  # before anything that takes time
     model = Llama.from_pretrained(directory, args.device, getattr(torch, args.dtype))
     tokenizer = Tokenizer.from_pretrained(directory)
+    tokens = windows(tokenizer, args.data, "test", args.seq_len, args.limit, args.seed)
+    if tokens.max() >= model.config.vocab_size:
+        raise ValueError(f"{directory}: its tokenizer gives id {tokens.max()}, its embedding ends before {model.config.vocab_size}")
     site = kvsink.Site(0, 0)
     if args.layer is not None:
         site = kvsink.Site(args.layer + 1, args.channel)
     elif any(row.keep == "kvsink" for row in args.rows):
         site = kvsink.site_of(model, tokenizer, args.model, directory)
     if rank_and_ranks()[0] != 0:
-        for _ in evaluate(args, model, tokenizer, site, results):
+        for _ in evaluate(args, model, tokenizer, tokens, site, results):
             pass
         return
     table = []
     try:
-        for result in evaluate(args, model, tokenizer, site, results):
+        for result in evaluate(args, model, tokenizer, tokens, site, results):
             table.append(result)
             if args.json and result not in results:
                 results.append(result)
                 hub.write_atomically(args.json, json.dumps(results, indent=1).encode())
     finally:  # Ctrl-C keeps and shows the rows done
         if table:
-            print(f"\n{args.model} on {args.data}, {table[0]['windows']} windows of {args.seq_len} tokens")
+            print(f"{args.model} on {args.data}, {len(tokens)} windows of {args.seq_len} tokens, {args.groups}")
             if site.l_E:
                 print(f"sinks predicted after block {site.l_E} (counted from 1) in channel {site.c}")
             print_table(table)

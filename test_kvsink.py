@@ -1040,7 +1040,7 @@ def test_rows_json_table_and_figure(tiny, tmp_path, capsys, sample_calibration):
     assert dynamic["avg_bits"] == 2 + 32 / 8  # a scale and a zero of 16 bits for each head of 8 channels
     assert plot.read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr()
-    assert "groups of 8 channels, a head (128 were asked for)" in table.err
+    assert "3 windows of 64 tokens, groups of 8 channels, which is a head (128 were asked for)" in table.out
     assert "sinks predicted after block 2 (counted from 1) in channel 5" in table.out
     best = min(results[1:4], key=lambda r: r["ppl"])
     line = next(line for line in table.out.splitlines() if f"{best['ppl']:.3f}" in line)
@@ -1316,7 +1316,7 @@ def test_the_cache_directory(environment, expected, monkeypatch):
 def refuse(arguments, words, capsys):
     assert eval_ppl.main(arguments) == 2
     printed = capsys.readouterr()
-    lines = [line for line in printed.err.splitlines() if "a head (" not in line]
+    lines = printed.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("eval_ppl.py: "), printed.err
     assert all(word in lines[0] for word in words), lines[0]
 
@@ -1368,6 +1368,16 @@ def test_bad_checkpoints(damage, words, tiny, capsys, tmp_path):
     write_bpe(tmp_path, bytes_vocabulary(), DIGITS)
     damage(tmp_path, load_file(tmp_path / "model.safetensors"))
     refuse([*tiny, "--group-size", "16", "--model", str(tmp_path)], words, capsys)
+
+
+def test_a_tokenizer_of_another_model(tiny, capsys, tmp_path):
+    write_model(tmp_path, PLANTED)  # an embedding of 64
+    write_bpe(tmp_path, bytes_vocabulary(), DIGITS)
+    refuse([*tiny, "--model", str(tmp_path)], ["tokenizer gives id 126", "64"], capsys)
+
+
+def test_more_calibration_than_there_is(tiny, capsys, sample_calibration):
+    refuse([*tiny, "--scheme", "token-static", "--calib-windows", "1000"], ["--calib-windows 1000", "only"], capsys)
 
 
 @pytest.mark.parametrize("content", ["not json", "{}", "[1, 2]", '[{"a": 1}]', ""])
