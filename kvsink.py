@@ -11,7 +11,6 @@ Blocks are counted from 1, as Algorithm 1 does; only Table 3, as printed, counts
 """
 
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ import torch
 
 import hub
 from llama import attention, rope_table, rotate
-from quant import Quantizer
+from quant import NotFinite, Quantizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Table 3: emergence stage and outlier channels of stable outliers
@@ -135,8 +134,10 @@ def has_compiler(device):
 def compiled(function, device):
     """`function` under torch.compile where that works. `decoder_block` is compiled at its first call and then serves
     every block: weights, masks and ranges are inputs of its graph. Another scheme is another graph."""
+    if not has_compiler(device):
+        return function
     torch._dynamo.config.recompile_limit = 64  # so many graphs before it would quietly go on eager
-    return torch.compile(function) if has_compiler(device) else function
+    return torch.compile(function)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +191,10 @@ def calibrate(model, windows, caches, site, pre_rope=False):
         for l, block in enumerate(model.blocks, start=1):
             K_quantizers, V_quantizers = zip(*(cache[l - 1] for _, _, cache in caches))
             see_K, see_V = observer(K_quantizers, S_sinks), observer(V_quantizers, S_sinks)
-            H = decoder_block(block, H, nothing, see_K, see_V, rope, pre_rope)
+            try:
+                H = decoder_block(block, H, nothing, see_K, see_V, rope, pre_rope)
+            except NotFinite:
+                raise NotFinite(f"NaN or inf in the Keys or Values of block {l} (from 1) while calibrating") from None
             if l == site.l_E:
                 rules = zip(caches, S_sinks)
                 S_sinks = [predict_sinks(H, site.c, N) if keep == "kvsink" else S for (keep, N, _), S in rules]
@@ -229,11 +233,14 @@ class Outliers(NamedTuple):
 
 
 def stable_outliers(model, tokens):
-    """The stable outliers (Section 3.1) that a prompt (1, n) shows. Raises ValueError where it shows none."""
+    """The stable outliers (Section 3.1) that a prompt (1, n) shows. Raises ValueError where it shows none, NotFinite
+    where a hidden state holds NaN or inf."""
     H, rope = model.embedding(tokens), rope_table(model.config, tokens.shape[1], tokens.device)
     peak, typical, elsewhere = [], [], []
-    for block in model.blocks:
+    for l, block in enumerate(model.blocks, start=1):
         H = block(H, rope)
+        if not torch.isfinite(H).all():
+            raise NotFinite(f"NaN or inf first appeared in block {l} of {len(model.blocks)}, counted from 1")
         X = H[0].abs().float()  # (n, d)
         peak.append(X.amax(0))  # (d,): the largest token of each channel
         elsewhere.append(X.median(0).values)  # (d,): an ordinary token of each channel
@@ -265,15 +272,16 @@ def find_site(model, prompts):
 
 def site_of(model, tokenizer, name, directory):
     """The site of a model: Table 3's where it lists the name, else found once and remembered in our own cache."""
-    config = model.config
-    if name in TABLE_3 and TABLE_3[name][:3:2] == (config.num_hidden_layers, config.hidden_size):
-        return table_site(name)
-    # A checkpoint is known again by its place and by the name, size and time of every file of weights.
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(directory.glob("*.safetensors"))]
-    key = hashlib.sha256(repr((str(directory.resolve()), files)).encode()).hexdigest()[:16]
-    memory = hub.cache_directory() / "sites" / f"{key}.json"
-    if memory.is_file():
-        return Site(**json.loads(memory.read_text(encoding="utf-8")))
+    if row := TABLE_3.get(name):
+        if (row.layers, row.hidden_size) == (model.config.num_hidden_layers, model.config.hidden_size):
+            return table_site(name)
+    memory = hub.cache_directory() / "sites" / f"{hub.fingerprint(directory)}.json"
+    try:
+        l_E, c = json.loads(memory.read_text(encoding="utf-8"))
+        if l_E in range(1, len(model.blocks) + 1) and c in range(model.config.hidden_size):
+            return Site(l_E, c)
+    except (OSError, ValueError, TypeError):
+        pass  # nothing remembered, or nothing legible: find it
     site = find_site(model, [tokenizer.encode(prompt) for prompt in PROMPTS])
-    hub.write_atomically(memory, json.dumps(site._asdict()).encode())
+    hub.write_atomically(memory, json.dumps(site).encode())
     return site

@@ -12,7 +12,7 @@ Shapes: b sequences, n tokens, d hidden size, h query heads, h_kv Key/Value head
 import base64
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import regex
@@ -50,19 +50,21 @@ class LlamaConfig:
     num_key_value_heads: int  # h_kv; h_kv < h is Grouped-Query Attention
     head_dim: int  # d_k
     max_position_embeddings: int  # the context the model was trained at
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float
     rope_theta: float = 10000.0
     rope_type: str = "default"
-    rope_factor: float = 1.0
+    rope_factor: float = 1.0  # what ROPE_KEYS says of the type; 1.0 is not used otherwise
     rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    rope_original_context: int = 8192
+    rope_high_freq_factor: float = 1.0
+    rope_original_context: float = 1.0
     sliding_window: int | None = None  # Mistral: a token sees itself and the window - 1 tokens before it
     tie_word_embeddings: bool = False
 
     @classmethod
     def from_dict(cls, raw):
         """`raw` is a parsed config.json. Raises ValueError, by name, for what is not a plain LLaMA or Mistral."""
+        if not isinstance(raw, dict):
+            raise ValueError("not a model's configuration")
         architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
         if architecture not in ("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral"):
             raise ValueError(f"architecture {architecture!r} is not supported: only LLaMA and Mistral are")
@@ -73,13 +75,15 @@ class LlamaConfig:
                 raise ValueError(f"{bias} is not supported: LLaMA's projections have none")
         # Newer files keep all of RoPE in `rope_parameters`, older ones in `rope_scaling` and `rope_theta`.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_scaling {rope!r} is not supported: it has to be an object or null")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ROPE_KEYS:
             raise ValueError(f"rope type {rope_type!r} is not supported: only {', '.join(ROPE_KEYS)} are")
         try:
-            rope_numbers = {ours: rope[theirs] for ours, theirs in ROPE_KEYS[rope_type].items()}
+            rope_numbers = {ours: float(rope[theirs]) for ours, theirs in ROPE_KEYS[rope_type].items()}
             d, h = raw["hidden_size"], raw["num_attention_heads"]
-            return cls(
+            config = cls(
                 vocab_size=raw["vocab_size"],
                 hidden_size=d,
                 intermediate_size=raw["intermediate_size"],
@@ -97,7 +101,16 @@ class LlamaConfig:
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
             )
         except KeyError as missing:
-            raise ValueError(f"config.json lacks {missing}") from None
+            raise ValueError(f"it lacks {missing}") from None
+        except (TypeError, ZeroDivisionError):
+            raise ValueError("one of its numbers is none") from None
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if field.type is int and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"{field.name} is {value!r}, which is not a positive whole number")
+        if h % config.num_key_value_heads or config.head_dim % 2:
+            raise ValueError(f"{h} query heads, {config.num_key_value_heads} Key heads of {config.head_dim} do not fit")
+        return config
 
     @classmethod
     def from_pretrained(cls, directory):
@@ -373,7 +386,7 @@ class Tokenizer:
             if path.is_file():
                 try:
                     return cls(*read(path))
-                except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+                except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
                     raise ValueError(f"{path}: not a tokenizer this project reads ({error})") from None
         raise FileNotFoundError(f"{directory}: no tokenizer.model and no tokenizer.json")
 
@@ -385,10 +398,17 @@ def tokenizer_from_model(path):
     except ValueError:  # not that, so it should be SentencePiece's protocol buffer
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         return processor.encode, processor.decode, processor.bos_id(), processor.eos_id()
+    check_ranks(ranks)
     names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
     special = {name: len(ranks) + i for i, name in enumerate(names)}
     coding = tiktoken.Encoding("llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
     return coding.encode_ordinary, coding.decode, special["<|begin_of_text|>"], special["<|end_of_text|>"]
+
+
+def check_ranks(ranks):
+    """tiktoken takes what it gets: a file cut short would shift every special token, or end the process."""
+    if any(bytes([byte]) not in ranks for byte in range(256)) or sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("it is cut short: bytes or ranks are missing")
 
 
 def tokenizer_from_json(path):

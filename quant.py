@@ -49,7 +49,7 @@ def dequantize(codes, s, z):
 GRANULARITIES = ("tensor", "token", "channel")
 
 
-def grouped(X, granularity, group_size=None):
+def grouped(X, granularity, group_size=None, fill=0.0):
     """X (..., n, d) in groups: a tensor with one more axis, and the axes over which one group extends.
 
         "token"    group_size consecutive channels of one token    (..., n, d/g, g), axis -1; g has to divide d
@@ -57,7 +57,7 @@ def grouped(X, granularity, group_size=None):
         "tensor"   group_size consecutive tokens of all channels   (..., n/g, g, d), axes -2 and -1
 
     Without a group size, or with one wider than X, a group is all of its token, channel or tensor. Where the tokens do
-    not fill the last group, the last token is repeated, which changes no minimum and no maximum; `ungrouped` cuts it.
+    not fill the last group, `fill` stands for the missing ones, and `ungrouped` cuts it off again.
     """
     n, d = X.shape[-2:]
     if granularity == "token":
@@ -69,8 +69,7 @@ def grouped(X, granularity, group_size=None):
         raise ValueError(f"granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
     g = min(group_size or n, n)
     if n % g:
-        last = X[..., -1:, :].expand(*X.shape[:-2], -n % g, d)
-        X = torch.cat((X, last), dim=-2)
+        X = F.pad(X, (0, 0, 0, -n % g), value=fill)
     return X.unflatten(-2, (-1, g)), ((-2,) if granularity == "channel" else (-2, -1))
 
 
@@ -84,14 +83,14 @@ def clipped_range(X, granularity, group_size=None, axes=(), leave_out=None, quan
 
     axes        further axes of the grouped X to reduce over (static quantization: the sequences and the tokens)
     leave_out   bool, broadcastable to X: True where a number must not count. A group of which nothing is left has
-                the range (inf, -inf).
+                lo = inf and hi = -inf.
     quantile    instead of the maximum the quantile at this level, instead of the minimum the one at 1 - this level
     ratio       shrink the range to this part of itself, about its middle
     """
 
 
-    def groups_with(value):  # X in groups, `value` standing where a number must not count
-        return grouped(X if leave_out is None else X.masked_fill(leave_out, value), granularity, group_size)
+    def groups_with(value):  # X in groups, `value` standing where a number must not count or is missing
+        return grouped(X if leave_out is None else X.masked_fill(leave_out, value), granularity, group_size, value)
 
     if quantile < 1:
         Xg, group_axes = groups_with(torch.nan)
@@ -103,7 +102,7 @@ def clipped_range(X, granularity, group_size=None, axes=(), leave_out=None, quan
         Xg, _ = groups_with(-torch.inf)
         hi = Xg.amax((*axes, *group_axes), keepdim=True)
     if ratio < 1:
-        cut = (1 - ratio) / 2 * (hi - lo)
+        cut = torch.where(lo <= hi, (1 - ratio) / 2 * (hi - lo), 0.0)
         lo, hi = lo + cut, hi - cut
     return lo, hi
 
@@ -118,10 +117,14 @@ def nanquantile(X, level, axes):
     return values
 
 
+class NotFinite(ValueError):
+    """NaN or inf where a number was needed."""
+
+
 def check_finite(X):
-    """Raises ValueError where X holds NaN or inf, which would spread over its whole group."""
+    """Raises NotFinite where X holds NaN or inf, which would spread over its whole group."""
     if not torch.isfinite(X).all():
-        raise ValueError("NaN or inf in a tensor to be quantized")
+        raise NotFinite("NaN or inf in a tensor to be quantized")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +156,8 @@ class Quantizer:
             raise ValueError(f"{self.bits} bits: this quantizer has 1 to 8")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity {self.granularity!r} is none of {', '.join(GRANULARITIES)}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group size {self.group_size}: a group has at least 1 number")
         if self.static and self.granularity != "token":
             self.group_size = None  # groups of tokens would need a parameter for tokens not seen yet
 
@@ -175,7 +180,7 @@ class Quantizer:
             if self.granularity == "token":
                 leave_out = None  # a token that has groups of its own disturbs no other: nothing to leave out
             lo, hi = clipped_range(X, self.granularity, self.group_size, (), leave_out, self.quantile, self.ratio)
-        nothing = ~(lo <= hi)  # every token of the group is left out: its codes are never looked at
+        nothing = lo > hi  # every token of the group is left out: its codes are never looked at
         lo, hi = lo.masked_fill(nothing, 0.0), hi.masked_fill(nothing, 0.0)
         s = scale(lo, hi, self.bits)
         return s, zero(lo, s)
