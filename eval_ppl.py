@@ -302,7 +302,7 @@ def add_result(path, result):
     """Into the file as it is now: another run may have written to it since."""
     results = read_results(path)
     if result not in results:
-        hub.write_atomically(path, json.dumps([*results, result], indent=1).encode())
+        hub.write_atomically(path.resolve(), json.dumps([*results, result], indent=1).encode())
 
 
 def print_table(results):
@@ -424,7 +424,8 @@ def complete(args):
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        args.device = str(torch.zeros(1, device=args.device).device)
+        device = torch.zeros(1, device=args.device).device
+        args.device = "cpu" if device.type == "cpu" else str(device)  # "cpu:0" is "cpu" too
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not usable here: {str(error).splitlines()[0]}") from None
     if args.device.split(":")[0] not in ("cpu", "cuda", "mps"):

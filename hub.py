@@ -38,8 +38,13 @@ from tqdm import tqdm
 def cache_directory():
     """KVSINK_CACHE, else XDG_CACHE_HOME/kvsink, else ~/.cache/kvsink."""
     if path := os.environ.get("KVSINK_CACHE"):
-        return Path(path).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvsink"
+        return home_path(path)
+    return home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "kvsink"
+
+
+def home_path(name):
+    """A path, "~" standing for the home directory."""
+    return Path(os.path.expanduser(name))
 
 
 def write_atomically(path, data):
@@ -257,8 +262,8 @@ DEFAULT_MODEL = "smollm2-135m"
 def model_directory(name):
     """A directory of safetensors for a name of the paper's, a hub id, a directory, or the default `smollm2-135m`.
     Raises FileNotFoundError, with the command that fetches it, or with the nearest names."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    if home_path(name).is_dir():
+        return home_path(name)
     if name == DEFAULT_MODEL:
         return smollm2_directory()
     repository = MODELS.get(name, name)
@@ -281,9 +286,9 @@ def fingerprint(directory):
 
 def hub_snapshot(repository):
     """The directory of a repository in the local Hugging Face cache, or None."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    home = Path(os.environ.get("HF_HOME") or caches / "huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    caches = home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    home = home_path(os.environ.get("HF_HOME") or caches / "huggingface")
+    hub = home_path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     folder = hub / ("models--" + repository.replace("/", "--"))
     main = folder / "refs" / "main"
     if main.is_file():
@@ -340,7 +345,7 @@ def documents(name, split="test"):
         path = cached(texts / shard, fetch_over_https, f"{endpoint}/{C4}{shard}", None)
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             return [json.loads(line)["text"] for line in lines]
-    return [read_text(Path(name).expanduser())]
+    return [read_text(home_path(name))]
 
 
 def wikitext_rows(raw):
