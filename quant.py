@@ -88,7 +88,6 @@ def clipped_range(X, granularity, group_size=None, axes=(), leave_out=None, quan
     ratio       shrink the range to this part of itself, about its middle
     """
 
-
     def groups_with(value):  # X in groups, `value` standing where a number must not count or is missing
         return grouped(X if leave_out is None else X.masked_fill(leave_out, value), granularity, group_size, value)
 

@@ -34,8 +34,17 @@ import eval_ppl
 import hub
 import kvsink
 import quant
-from kvsink import Site, full_precision_cache, pfn, preservation, prefill
-from llama import Llama, LlamaConfig, RMSNorm, Tokenizer, attention, checkpoint_names, rope_table, rotate
+from kvsink import Site, full_precision_cache, pfn, prefill, preservation
+from llama import (
+    Llama,
+    LlamaConfig,
+    RMSNorm,
+    Tokenizer,
+    attention,
+    checkpoint_names,
+    rope_table,
+    rotate,
+)
 from quant import Quantizer
 
 HERE = Path(__file__).parent
@@ -400,7 +409,8 @@ def test_llama3_tokenizer_in_both_formats(tmp_path):
     ranks = bytes_vocabulary([" cat", "12", "ab"])
     cat, twelve, ab = ranks[b" cat"], ranks[b"12"], ranks[b"ab"]
     write_tiktoken(tmp_path / "meta", ranks)
-    write_bpe(tmp_path / "hub", ranks, llama3_pre_tokenizer(), ("<|begin_of_text|>", "<|end_of_text|>"), "<|begin_of_text|>")
+    special = ("<|begin_of_text|>", "<|end_of_text|>")
+    write_bpe(tmp_path / "hub", ranks, llama3_pre_tokenizer(), special, first=special[0])
     meta, hub_ = Tokenizer.from_pretrained(tmp_path / "meta"), Tokenizer.from_pretrained(tmp_path / "hub")
     assert meta.bos == hub_.bos == len(ranks) and meta.eot == hub_.eot == len(ranks) + 1
     for tokenizer in (meta, hub_):
@@ -533,7 +543,7 @@ INPUTS = {
     "normal": lambda draw, shape: draw.randn(*shape),
     "positive": lambda draw, shape: 5 + draw.rand(*shape),
     "negative": lambda draw, shape: -3 - 100 * draw.rand(*shape),
-    "one constant channel": lambda draw, shape: draw.randn(*shape) * (np.arange(shape[-1]) != 3) + 2.5 * (np.arange(shape[-1]) == 3),
+    "one constant channel": lambda draw, shape: np.where(np.arange(shape[-1]) == 3, 2.5, draw.randn(*shape)),
     "a sink": lambda draw, shape: draw.randn(*shape) * np.where(np.arange(shape[-2]) == 1, 1000, 1)[:, None],
 }  # fmt: skip
 
@@ -683,7 +693,10 @@ def test_packing_refuses_codes_that_do_not_fit():
 
 EMERGENCE, CHANNEL = 2, 5  # l_E, counted from 1, and c
 WEAK, STRONG = 11, 7  # the tokens that become sinks, wherever they stand
-PLANTED = {**SMALL, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_key_value_heads": 2}
+PLANTED = {
+    **SMALL, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 def plant(directory):
@@ -878,7 +891,8 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
         hook.remove()
     rope = rope_table(planted.config, 24, "cpu")
     for l in range(1, 7):
-        left_out = {"none": S_sink & False, "pfn": torch.arange(24).expand(2, 24) < 2, "kvsink": S_sink & (l > EMERGENCE)}[keep]
+        first_two = torch.arange(24).expand(2, 24) < 2
+        left_out = {"none": S_sink & False, "pfn": first_two, "kvsink": S_sink & (l > EMERGENCE)}[keep]
         K, V = (X.unflatten(-1, (2, 8)).transpose(1, 2) for X in projected[2 * l - 2 : 2 * l])  # (2, 2, 24, 8)
         K = K if pre_rope else rotate(K, rope)
         K, V = (X.transpose(1, 2)[~left_out].numpy() for X in (K, V))  # (tokens that count, 2, 8)
@@ -891,7 +905,8 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
 
 def test_one_calibration_serves_several_rules_and_widths(planted, sequences):
     tokens, _ = sequences
-    together = [(keep, N, kvsink.rtn_cache(planted, "token-static", 4, 8)) for keep, N in [("none", 0), ("pfn", 3), ("kvsink", 2)]]
+    rules = [("none", 0), ("pfn", 3), ("kvsink", 2)]
+    together = [(keep, N, kvsink.rtn_cache(planted, "token-static", 4, 8)) for keep, N in rules]
     kvsink.calibrate(planted, [tokens], together, SITE)
     for keep, N, cache in together:
         alone = cache_of(planted, "token-static", 4, tokens, keep, N)
@@ -1067,7 +1082,8 @@ def tiny(tmp_path_factory):
     write_bpe(directory, bytes_vocabulary(), DIGITS)
     text = directory.parent / "text.txt"
     text.write_text("".join(chr(c) for c in np.random.RandomState(0).randint(32, 127, 2000)))
-    return ["--model", str(directory), "--data", str(text), "--seq-len", "64", "--no-compile", "--layer", "1", "--channel", "5"]
+    options = "--seq-len 64 --no-compile --layer 1 --channel 5".split()
+    return ["--model", str(directory), "--data", str(text), *options]
 
 
 @pytest.fixture
@@ -1101,7 +1117,8 @@ def test_perplexity_against_numpy(tiny, tmp_path, capsys):
 def test_the_command_of_the_card():
     """`--model llama2-7b --sinks 5 --bits 2`: Figure 9's setting at N = 5."""
     args = eval_ppl.parse_arguments(["--model", "llama2-7b", "--sinks", "5", "--bits", "2"])
-    assert (args.data, args.seq_len, args.group_size, args.calib_windows, args.limit) == ("wikitext2", 4096, 128, 16, None)
+    assert (args.data, args.seq_len, args.group_size) == ("wikitext2", 4096, 128)
+    assert (args.calib_windows, args.limit) == (16, None)
     rows = [("none", 0), ("pfn", 5), ("kvsink", 5)]
     schemes = ["token-static", "token-dynamic", "channel-static"]
     assert args.rows == [eval_ppl.FULL_PRECISION] + [(scheme, 2, *row) for scheme in schemes for row in rows]
@@ -1116,7 +1133,8 @@ def test_a_row_is_algorithm_1_with_its_own_calibration(tiny, tmp_path, sample_ca
     row = ["--scheme", "channel-static", "--keep", "kvsink", "--sinks", "3", "--bits", "3", "--rope", rope]
     assert eval_ppl.main([*tiny, *row, "--limit", "2", "--calib-windows", "2", "--json", str(out)]) == 0
     model = Llama.from_pretrained(tiny[1])
-    calibration = torch.tensor([*b"".join(document.encode() + b"\0" for document in hub.documents("wiki-sample", "train"))])
+    documents = hub.documents("wiki-sample", "train")
+    calibration = torch.tensor([*b"".join(document.encode() + b"\0" for document in documents)])
     calibration[calibration == 0] = 256  # <|endoftext|>, the id after the bytes
     cache = kvsink.rtn_cache(model, "channel-static", 3, 8)
     kvsink.calibrate(model, calibration[:128].view(2, 1, 64), [("kvsink", 3, cache)], SITE, rope == "pre")
@@ -1139,12 +1157,16 @@ def test_compiled_and_eager_runs_agree(tiny, tmp_path, sample_calibration):
 
 def test_rows_json_table_and_figure(tiny, tmp_path, capsys, sample_calibration, monkeypatch):
     out, plot = tmp_path / "out.json", tmp_path / "fig9.png"
-    arguments = [*tiny, "--bits", "4", "2", "--sinks", "0", "5", "--limit", "3", "--json", str(out), "--plot", str(plot)]
-    assert eval_ppl.main(arguments) == 0
+    options = f"--bits 4 2 --sinks 0 5 --limit 3 --json {out} --plot {plot}".split()
+    assert eval_ppl.main([*tiny, *options]) == 0
     results = results_of(out)
     rows = [(r["scheme"], r["bits"], r["keep"], r["sinks"]) for r in results]
     assert rows[0] == ("full", 16, "none", 0) and len(rows) == len(set(rows)) == 1 + 3 * 2 * 3
-    assert rows[1:4] == [("token-static", 4, "none", 0), ("token-static", 4, "pfn", 5), ("token-static", 4, "kvsink", 5)]
+    assert rows[1:4] == [
+        ("token-static", 4, "none", 0),
+        ("token-static", 4, "pfn", 5),
+        ("token-static", 4, "kvsink", 5),
+    ]
     fields = "model data seq_len windows scheme bits group_size keep sinks ppl ppl_fp avg_bits seconds".split()
     assert all(set(fields) <= result.keys() for result in results)
     assert [results[i]["avg_bits"] for i in (0, 1, 2)] == [16, 4, 4 + 12 * 5 / 64]
@@ -1157,7 +1179,8 @@ def test_rows_json_table_and_figure(tiny, tmp_path, capsys, sample_calibration, 
     panels = {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn[0].axes}
     lines = panels["channel-static, 2 bits"]
     for keep, label in (("pfn", "PFN"), ("kvsink", "KVSink")):
-        rows = {r["sinks"]: r["ppl"] for r in results if (r["scheme"], r["bits"]) == ("channel-static", 2) and r["keep"] in (keep, "none")}
+        panel = [r for r in results if (r["scheme"], r["bits"]) == ("channel-static", 2)]
+        rows = {r["sinks"]: r["ppl"] for r in panel if r["keep"] in (keep, "none")}
         assert dict(zip(*lines[label].get_data())) == rows and set(rows) == {0, 5}
     assert set(lines["full precision"].get_ydata()) == {results[0]["ppl"]}
     table = capsys.readouterr()
@@ -1209,7 +1232,8 @@ def test_two_runs_may_write_to_one_file(tiny, tmp_path):
     """A row that another run wrote meanwhile stays; a link stays a link."""
     out, link = tmp_path / "out.json", tmp_path / "link.json"
     link.symlink_to(out)
-    assert eval_ppl.main([*tiny, "--scheme", "token-dynamic", "--keep", "none", "--bits", "4", "--json", str(link), "--limit", "1"]) == 0
+    options = f"--scheme token-dynamic --keep none --bits 4 --limit 1 --json {link}".split()
+    assert eval_ppl.main([*tiny, *options]) == 0
     mine = results_of(out)
     eval_ppl.add_result(link, {**mine[1], "bits": 5})
     eval_ppl.add_result(link, mine[1])
@@ -1224,7 +1248,8 @@ def test_each_rank_takes_its_share(tiny, monkeypatch):
     def perplexity(rank, ranks, others):
         monkeypatch.setattr(eval_ppl, "rank_and_ranks", lambda: (rank, ranks))
         monkeypatch.setattr(eval_ppl.dist, "get_backend", lambda: "gloo")
-        monkeypatch.setattr(eval_ppl.dist, "all_reduce", lambda total: totals.append(total.clone()) or total.add_(others))
+        add = lambda total: totals.append(total.clone()) or total.add_(others)  # noqa: E731
+        monkeypatch.setattr(eval_ppl.dist, "all_reduce", add)
 
         def run(H):
             seen.append(H)
@@ -1278,11 +1303,12 @@ def test_windows_in_order_packed_and_at_random(tmp_path, monkeypatch):
 
 def test_two_ranks_give_the_perplexity_of_one(tiny, tmp_path):
     """torchrun with gloo: the windows are shared out and summed."""
-    arguments = [*tiny, "--scheme", "token-dynamic", "--keep", "kvsink", "--sinks", "2", "--bits", "3", "--limit", "5"]
+    arguments = [*tiny, *"--scheme token-dynamic --keep kvsink --sinks 2 --bits 3 --limit 5".split()]
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     assert eval_ppl.main([*arguments, "--json", str(one)]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "eval_ppl.py"]
-    done = subprocess.run([*command, *arguments, "--json", str(two)], cwd=HERE, capture_output=True, text=True, timeout=120)
+    command += [*arguments, "--json", str(two)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for a, b in zip(results_of(one), results_of(two), strict=True):
         assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-12) and a["scheme"] == b["scheme"]
@@ -1568,7 +1594,9 @@ def test_more_calibration_than_there_is(tiny, capsys, sample_calibration):
     refuse([*tiny, "--scheme", "token-static", "--calib-windows", "1000"], ["--calib-windows 1000", "only"], capsys)
 
 
-@pytest.mark.parametrize("content", ["not json", "{}", "[1, 2]", '[{"a": 1}]', "", '[{"model": "m", "scheme": "full", "ppl": null}]'])
+@pytest.mark.parametrize(
+    "content", ["not json", "{}", "[1, 2]", '[{"a": 1}]', "", '[{"model": "m", "scheme": "full", "ppl": null}]']
+)
 def test_a_json_file_that_is_not_ours_is_left_as_it_is(content, tiny, capsys, tmp_path):
     out = tmp_path / "precious.json"
     out.write_text(content)
@@ -1585,7 +1613,8 @@ def test_a_full_disk_keeps_the_rows_that_were_written(tiny, capsys, tmp_path, mo
         real(*names)
 
     monkeypatch.setattr(os, "replace", replace)
-    refuse([*tiny, "--scheme", "token-dynamic", "--sinks", "2", "--limit", "1", "--json", str(out)], ["No space left"], capsys)
+    options = f"--scheme token-dynamic --sinks 2 --limit 1 --json {out}".split()
+    refuse([*tiny, *options], ["No space left"], capsys)
     assert len(results_of(out)) == 2 and os.listdir(tmp_path) == ["out.json"]
 
 
@@ -1649,7 +1678,9 @@ def test_the_finder_agrees_with_the_table_on_the_default_model(default_model):
     prompts = [tokenizer.encode(prompt) for prompt in kvsink.PROMPTS]
     assert kvsink.find_site(model, prompts) == kvsink.table_site(hub.DEFAULT_MODEL)
     found = kvsink.stable_outliers(model, torch.tensor(prompts[:1]))
-    assert found.channels[: len(kvsink.TABLE_3[hub.DEFAULT_MODEL].channels)] == kvsink.TABLE_3[hub.DEFAULT_MODEL].channels
+    assert (
+        found.channels[: len(kvsink.TABLE_3[hub.DEFAULT_MODEL].channels)] == kvsink.TABLE_3[hub.DEFAULT_MODEL].channels
+    )
 
 
 def test_the_sinks_of_the_default_model_are_where_documents_end(default_model):
