@@ -329,6 +329,7 @@ def plot_figure_9(results, path):
     panels = list(dict.fromkeys((r["scheme"], r["bits"]) for r in results if r["scheme"] != "full"))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
+    N = sorted({r["sinks"] for r in results})
     figure = Figure(figsize=(4 * columns, 3 * lines + 0.4), layout="constrained")
     figure.suptitle(f"{results[0]['model']} on {results[0]['data']}")
     for i, (scheme, bits) in enumerate(panels, start=1):
@@ -338,7 +339,7 @@ def plot_figure_9(results, path):
             points = sorted((r["sinks"], r["ppl"]) for r in rows if r["keep"] in (keep, "none"))
             axis.plot(*zip(*points), style, label=label) if points else None
         axis.axhline(rows[0]["ppl_fp"], color="C1", linestyle="--", label="full precision")
-        axis.set(title=f"{scheme}, {bits} bits", xlabel="tokens kept, N", ylabel="PPL")
+        axis.set(title=f"{scheme}, {bits} bits", xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, max(N) + 1), xticks=N)
         axis.legend()
     figure.savefig(path, dpi=150)
 
