@@ -521,4 +521,11 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "RANK" in os.environ:
+        # A thread of gloo's may still hold a tensor while Python shuts down, and then aborts the process, rarely but
+        # seen (pytorch/pytorch#179291). All is written by now, so a rank leaves without that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
