@@ -281,7 +281,6 @@ def evaluate(args, model, tokenizer, tokens, known, done, site):
 # ---------------------------------------------------------------------------------------------------------------------
 # Results: a list of dict, as in the JSON file
 
-
 FIELDS = {"model": str, "scheme": str, "bits": int, "keep": str, "sinks": int, "ppl": float, "ppl_fp": float}
 
 
@@ -409,13 +408,15 @@ def parse_arguments(argv):
 
 def complete(args):
     """Check the options and fill in the defaults that depend on others; `args.rows` is what is to be run."""
-    if args.plot and (args.plot.suffix not in (".png", ".svg", ".pdf") or args.plot.is_dir()):
-        raise ValueError(f"--plot {args.plot}: the name of a file has to end in .png, .svg or .pdf")
+    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {args.plot}: the name has to end in .png, .svg or .pdf")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     for path in (args.json, args.plot):
-        if path and not os.access(path.absolute().parent, os.W_OK):
+        if path and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
             raise ValueError(f"{path}: cannot write in {path.absolute().parent}")
+        if path and path.exists() and not path.is_file():
+            raise ValueError(f"{path} is there and is not a file: name another")
     if args.json and args.json == args.plot:
         raise ValueError("--json and --plot name the same file")
     if (args.layer is None) != (args.channel is None):

@@ -354,7 +354,7 @@ def wikitext_rows(raw):
 
 
 def read_text(path):
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"no text {str(path)!r}, and no such file: {nearest(str(path), list(TEXTS))}")
     try:
         text = path.read_text(encoding="utf-8")

@@ -1553,6 +1553,9 @@ def refuse(arguments, words, capsys):
     (["--device", "meta"], ["cpu, cuda and mps"]),
     (["--limit", "0"], ["--limit", "at least 1"]),
     (["--json", "same.png", "--plot", "same.png"], ["same file"]),
+    (["--json", "/dev/null/out.json"], ["cannot write"]),
+    (["--json", "/dev/zero"], ["/dev/zero", "not a file"]),
+    (["--data", "/dev/zero"], ["/dev/zero", "no such file"]),
     (["--model", "~nobody-of-that-name/model"], ["nobody-of-that-name"]),
     (["--scheme", "row"], ["--scheme", "token-static"]),
 ])  # fmt: skip
