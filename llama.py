@@ -424,12 +424,15 @@ def tokenizer_from_json(path):
     # merges: the same thing where, as in every file that this was made for, the list is in the order of the ids.
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     ids = [model["vocab"][left + right] for left, right in pairs]
-    if ids != sorted(ids) or len(set(ids)) + 256 < len(ranks):
-        raise ValueError("its merges are not in the order of its vocabulary")
+    # And it takes a whole word that is in the vocabulary at once, as the original does if it may `ignore_merges`, and
+    # else arrives at by merging, provided that every token has a merge.
+    unmerged = {i for token, i in ranks.items() if len(token) > 1} - set(ids)
+    if ids != sorted(ids) or (unmerged and not model.get("ignore_merges")):
+        raise ValueError("its merges are not in the order of its vocabulary, or do not make all of it")
     # A byte that the vocabulary lacks (SmolLM2's lacks 0x04) gets an id beyond the vocabulary, by which it is noticed.
     lost = [byte for byte in range(256) if bytes([byte]) not in ranks]
     top = max(model["vocab"].values(), default=0)
-    unused = {bytes([byte]): max(top, *added.values()) + 1 + byte for byte in lost}
+    unused = {bytes([byte]): max([top, *added.values()]) + 1 + byte for byte in lost}
     words = word_pattern(raw)
     coding = tiktoken.Encoding("bpe", pat_str=words, mergeable_ranks=ranks | unused, special_tokens=added)
     # The template of the post-processor says whether a text begins with a special token.
@@ -443,8 +446,8 @@ def tokenizer_from_json(path):
         if not lost or max(ids, default=0) <= top:
             return ids
         # The original drops such bytes after cutting the text into words, so that merges reach across the gap.
-        ids = []
-        for part in regex.split("(" + "|".join(map(regex.escape, added)) + ")", text):
+        ids, never = [], "(?!)"
+        for part in regex.split("(" + ("|".join(map(regex.escape, added)) or never) + ")", text):
             for word in [part] if part in added else regex.findall(words, part):
                 if word in added:
                     ids.append(added[word])

@@ -474,6 +474,13 @@ def test_merges_that_tiktoken_would_do_differently_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="order"):
         Tokenizer.from_pretrained(tmp_path)
+    raw["model"]["merges"] = [["a", "b"]]  # "cd" is a token without a merge: taken whole, if merges may be ignored
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="do not make all"):
+        Tokenizer.from_pretrained(tmp_path)
+    raw["model"]["ignore_merges"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert Tokenizer.from_pretrained(tmp_path).encode("cd ab") == [257, ord(" "), 256]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
