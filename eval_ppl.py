@@ -45,7 +45,7 @@ def windows(tokenizer, text, split, seq_len, count, seed):
     Raises ValueError where the text is shorter than one window.
     """
     documents, draw = hub.documents(text, split), random.Random(seed)
-    packed = text == "wiki-sample" or (split == "train" and text not in hub.TEXTS)
+    packed = text == "wiki-sample"
     if text == "c4":
         return torch.tensor([cut_from_documents(tokenizer, documents, seq_len, draw) for _ in range(count or 256)])
     if packed and tokenizer.eot is None:
@@ -203,7 +203,8 @@ def calibrated_caches(args, model, tokenizer, rows, site):
         for row in rows
         if row.static()
     }
-    tokens = windows(tokenizer, args.data, "train", args.seq_len, args.calib_windows, args.seed)
+    text = args.data if args.data in hub.TEXTS else "wiki-sample"  # a file has no second split
+    tokens = windows(tokenizer, text, "train", args.seq_len, args.calib_windows, args.seed)
     if len(tokens) < args.calib_windows:
         raise ValueError(f"--calib-windows {args.calib_windows}: there are only {len(tokens)} of {args.seq_len} tokens")
     bar = tqdm(tokens, desc="calibrating", unit="window", leave=False, disable=bar_off())
@@ -376,8 +377,7 @@ def parse_arguments(argv):
         "the paper: --model llama2-7b --sinks 5 --bits 2\n"
         "several GPUs: torchrun --nproc-per-node 4 eval_ppl.py ... shares the windows out over the ranks",
     )
-    job = parser.add_argument_group("what to run")
-    add = job.add_argument
+    add = parser.add_argument_group("what to run").add_argument
     add("--model", default=hub.DEFAULT_MODEL, help="a directory, a hub id in the local Hugging Face cache, or one of "
         f"{', '.join([hub.DEFAULT_MODEL, *hub.MODELS])} (default: %(default)s)")
     add("--data", help="wiki-sample, wikitext2, c4, or a UTF-8 text file (default: wiki-sample for the default model, "
@@ -485,7 +485,8 @@ def run(args):
     elif any(row.keep == "kvsink" for row in args.rows):
         site = kvsink.site_of(model, tokenizer, args.model, directory)
 
-    known = {row: settings(args, row, tokens, hub.fingerprint(directory), site) for row in args.rows}
+    weights = hub.fingerprint(directory)
+    known = {row: settings(args, row, tokens, weights, site) for row in args.rows}
     done = {row: result for row in args.rows for result in old_results if known[row].items() <= result.items()}
     table = []
     try:

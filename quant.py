@@ -49,6 +49,11 @@ def dequantize(codes, s, z):
 GRANULARITIES = ("tensor", "token", "channel")
 
 
+def check_granularity(granularity):
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
+
+
 def grouped(X, granularity, group_size=None, fill=0.0):
     """X (..., n, d) in groups: a tensor with one more axis, and the axes over which one group extends.
 
@@ -59,14 +64,13 @@ def grouped(X, granularity, group_size=None, fill=0.0):
     Without a group size, or with one wider than X, a group is all of its token, channel or tensor. Where the tokens do
     not fill the last group, `fill` stands for the missing ones, and `ungrouped` cuts it off again.
     """
+    check_granularity(granularity)
     n, d = X.shape[-2:]
     if granularity == "token":
         g = min(group_size or d, d)
         if d % g:
             raise ValueError(f"group size {g} does not divide {d} channels")
         return X.unflatten(-1, (-1, g)), (-1,)
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
     g = min(group_size or n, n)
     if n % g:
         X = F.pad(X, (0, 0, 0, -n % g), value=fill)
@@ -153,8 +157,7 @@ class Quantizer:
     def __post_init__(self):
         if self.bits not in range(1, 9):
             raise ValueError(f"{self.bits} bits: this quantizer has 1 to 8")
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity {self.granularity!r} is none of {', '.join(GRANULARITIES)}")
+        check_granularity(self.granularity)
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group size {self.group_size}: a group has at least 1 number")
         if self.static and self.granularity != "token":
