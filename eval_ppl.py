@@ -394,7 +394,7 @@ def parse_arguments(argv):
     add("--limit", type=number(1), metavar="WINDOWS", help="the first windows only (default: 8 on wiki-sample, 256 on "
         "c4, else all)")
     add("--calib-windows", type=number(1), metavar="WINDOWS", help="windows of the training split for static ranges "
-        "(default: 4 on wiki-sample, else 16; a text file is calibrated on wiki-sample)")
+        "(default: 16 on wikitext2 and c4, else 4; a text file is calibrated on wiki-sample)")
     add("--group-size", type=number(1), default=128, help="channels that share a scale, at most a head (default: 128)")
     add("--rope", choices=["post", "pre"], default="post", help="quantize Keys after or before RoPE (default: post)")
     add("--layer", type=number(0), help="emergence layer, from 0 as in Table 3 (default: Table 3's, else the finder's)")
@@ -439,7 +439,7 @@ def complete(args):
     sample = args.data == "wiki-sample"
     args.seq_len = args.seq_len or (1024 if sample else 4096)
     args.limit = args.limit or (8 if sample else None)
-    args.calib_windows = args.calib_windows or (4 if sample else 16)
+    args.calib_windows = args.calib_windows or (16 if args.data in ("wikitext2", "c4") else 4)
     chosen = (args.scheme, args.bits, args.keep, args.sinks)
     if default_model and sample and not any(chosen):
         args.rows = [FULL_PRECISION, *DEFAULT_ROWS]

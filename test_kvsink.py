@@ -1129,6 +1129,8 @@ def test_the_command_of_the_card():
     rows = [("none", 0), ("pfn", 5), ("kvsink", 5)]
     schemes = ["token-static", "token-dynamic", "channel-static"]
     assert args.rows == [eval_ppl.FULL_PRECISION] + [(scheme, 2, *row) for scheme in schemes for row in rows]
+    # A file is calibrated on wiki-sample, whose second part has 25,000 tokens: six windows of 4,096, not sixteen.
+    assert eval_ppl.parse_arguments(["--model", "llama2-7b", "--data", "some.txt"]).calib_windows == 4
     every = eval_ppl.parse_arguments(["--model", "llama2-7b"]).rows
     assert len(every) == 1 + 3 * 2 * (1 + 2 * 4) and {row.N for row in every} == {0, 5, 10, 15, 20}
     assert {row.bits for row in every} == {16, 4, 2}
