@@ -282,7 +282,7 @@ def evaluate(args, model, tokenizer, tokens, known, done, site):
 # ---------------------------------------------------------------------------------------------------------------------
 # Results: a list of dict, as in the JSON file
 
-FIELDS = {"model": str, "scheme": str, "bits": int, "keep": str, "sinks": int, "ppl": float, "ppl_fp": float}
+FIELDS = {"model": str, "data": str, "scheme": str, "bits": int, "keep": str, "sinks": int, "ppl": float, "ppl_fp": float}
 
 
 def read_results(path):
@@ -322,24 +322,32 @@ def print_table(results):
         print("* best of its scheme and bits")
 
 
+# The paper's colours, in shades that the colour-blind can tell apart (Okabe and Ito)
+COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "full": "#E69F00"}
+
+
 def plot_figure_9(results, path):
-    """Figure 9: PPL over N, a panel for each scheme and width, PFN against KVSink, full precision as a line."""
+    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel for each model, text, scheme and width."""
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((r["scheme"], r["bits"]) for r in results if r["scheme"] != "full"))
+    def panel(result):
+        return result["model"], result["data"], result["scheme"], result["bits"]
+
+    panels = list(dict.fromkeys(panel(r) for r in results if r["scheme"] != "full"))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     N = sorted({r["sinks"] for r in results})
-    figure = Figure(figsize=(4 * columns, 3 * lines + 0.4), layout="constrained")
-    figure.suptitle(f"{results[0]['model']} on {results[0]['data']}")
-    for i, (scheme, bits) in enumerate(panels, start=1):
+    figure = Figure(figsize=(4 * columns, 3.1 * lines), layout="constrained")
+    for i, (model, text, scheme, bits) in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, i)
-        rows = [r for r in results if (r["scheme"], r["bits"]) == (scheme, bits)]
-        for keep, label, style in (("pfn", "PFN", "o-C0"), ("kvsink", "KVSink", "s-C2")):
+        rows = [r for r in results if panel(r) == (model, text, scheme, bits)]
+        for keep, label, marker in (("pfn", "PFN", "o"), ("kvsink", "KVSink", "s")):
             points = sorted((r["sinks"], r["ppl"]) for r in rows if r["keep"] in (keep, "none"))
-            axis.plot(*zip(*points), style, label=label) if points else None
-        axis.axhline(rows[0]["ppl_fp"], color="C1", linestyle="--", label="full precision")
-        axis.set(title=f"{scheme}, {bits} bits", xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, max(N) + 1), xticks=N)
+            axis.plot(*zip(*points), f"{marker}-", color=COLORS[keep], label=label) if points else None
+        axis.axhline(rows[0]["ppl_fp"], color=COLORS["full"], linestyle="--", label="full precision")
+        title = f"{Path(model).name} on {Path(text).name}\n{scheme}, {bits} bits".replace("$", r"\$")  # $ begins a formula
+        axis.set(xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, max(N) + 1), xticks=N)
+        axis.set_title(title, fontsize=10)
         axis.legend()
     figure.savefig(path, dpi=150)
 
@@ -406,6 +414,22 @@ def parse_arguments(argv):
     return complete(parser.parse_args(argv))
 
 
+def choose_device(args):
+    """Fill in `args.device` and `args.dtype`. Raises ValueError where that device is not to be had."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = args.device or best
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.zeros(1, device=args.device).device
+        args.device = "cpu" if device.type == "cpu" else str(device)  # "cpu:0" is "cpu" too
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not usable here: {str(error).splitlines()[0]}") from None
+    if args.device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {args.device}: cpu, cuda and mps are known")
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "float16")
+
+
 def complete(args):
     """Check the options and fill in the defaults that depend on others; `args.rows` is what is to be run."""
     if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
@@ -421,19 +445,7 @@ def complete(args):
         raise ValueError("--json and --plot name the same file")
     if (args.layer is None) != (args.channel is None):
         raise ValueError("--layer and --channel belong together: give both")
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    args.device = args.device or best
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.zeros(1, device=args.device).device
-        args.device = "cpu" if device.type == "cpu" else str(device)  # "cpu:0" is "cpu" too
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} is not usable here: {str(error).splitlines()[0]}") from None
-    if args.device.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {args.device}: cpu, cuda and mps are known")
-    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "float16")
-
+    choose_device(args)
     default_model = args.model == hub.DEFAULT_MODEL
     args.data = args.data or ("wiki-sample" if default_model else "wikitext2")
     sample = args.data == "wiki-sample"
@@ -505,21 +517,26 @@ def run(args):
         plot_figure_9(table, args.plot)
 
 
-def main(argv=None):
+def guarded(program, work):
+    """Do the work and give the exit status. What the user can mend is one line on stderr and status 2, no traceback."""
     try:
         with torch.no_grad():
-            run(parse_arguments(argv))
+            work()
     except KeyboardInterrupt:
-        print("eval_ppl.py: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory, a rank that was lost
         if os.environ.get("RANK", "0") == "0":
-            print(f"eval_ppl.py: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def main(argv=None):
+    return guarded("eval_ppl.py", lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,942 @@
+"""The paper's evidence, measured and drawn: Tables 1 and 3, and the figures of Sections 3 and 4 and Appendices C to E.
+
+    python figures.py                                         all of it for the embedded default, into figures/
+    python figures.py --model llama2-7b --fig 1 2 4 --table 1 3      the paper
+
+Read top to bottom: what hooks see inside a block; what is measured on it (sinks, stages, attention, the bias of Eq. 9,
+quantization errors); Table 1 and Table 3; the figures, in the paper's order; the command line.
+
+What this file does not do: the model is llama.py's and knows nothing of all this, quantization is quant.py's. Figure 9
+is drawn by eval_ppl.py, whose results it shows. Figures 3 and 8 are sketches without data.
+
+Blocks are counted from 1, as in Algorithm 1; the paper's figures, Table 3 and the option --layer count from 0.
+"""
+
+import io
+import json
+import os
+import sys
+import textwrap
+from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import eval_ppl
+import hub
+import kvsink
+import quant
+from kvsink import OUTLIER, SPARSE
+from llama import Llama, LlamaConfig, Tokenizer, rope_table, rotate
+from quant import Quantizer
+
+try:
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+except ImportError:  # then there are the tables
+    Figure = None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside a block
+
+
+class Activations(NamedTuple):
+    """What block l computes for one sequence, in fp32; the names are those of Section 2 and Section 3.1."""
+
+    l: int  # counted from 1
+    Q: torch.Tensor  # (h, n, d_k), after RoPE
+    K: torch.Tensor  # (h_kv, n, d_k), after RoPE
+    V: torch.Tensor  # (h_kv, n, d_k)
+    O: torch.Tensor  # (n, d), the attention's output
+    H_: torch.Tensor  # (n, d), H^{l'}: the residual stream after the attention
+    X_d_in: torch.Tensor  # (n, d_ffn), Eq. 7
+    X_d_out: torch.Tensor  # (n, d), Eq. 8
+    H: torch.Tensor  # (n, d), H^l
+
+
+def look(model, tokens):
+    """Run the model over tokens (1, n) and yield the Activations of one block after the other: what is not kept is gone
+    before the next block, so that no more than one block of a large model is ever on the device."""
+    H, rope = model.embedding(tokens), rope_table(model.config, tokens.shape[1], tokens.device)
+    for l, block in enumerate(model.blocks, start=1):
+        seen = {}
+
+        def see(module, inputs, output, seen=seen):
+            seen[module] = inputs[0][0].float(), output[0].float()
+
+        watched = (block.W_q, block.W_k, block.W_v, block.W_o, block.LN_ffn, block.FFN.W_d)
+        hooks = [module.register_forward_hook(see) for module in watched]
+        try:
+            H = block(H, rope)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        Q, K, V = (seen[W][1].unflatten(-1, (-1, block.d_k)).transpose(0, 1) for W in (block.W_q, block.W_k, block.W_v))
+        (X_d_in, X_d_out), O, H_ = seen[block.FFN.W_d], seen[block.W_o][1], seen[block.LN_ffn][0]
+        yield Activations(l, rotate(Q, rope), rotate(K, rope), V, O, H_, X_d_in, X_d_out, H[0].float())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sinks and stages (Section 3.1)
+
+
+def sink_tokens(H, c):
+    """S, a mask (n,): the tokens with a stable outlier in channel c of H^{l_E} (n, d). They stand out from the hidden
+    state as the finder asks (kvsink.py), and no sink is ten times weaker than the strongest."""
+    X = H.abs()
+    return X[:, c] > torch.maximum(OUTLIER * X.median(), X[:, c].max() / SPARSE)
+
+
+class Stages(NamedTuple):
+    """The five stages of Figure 4, each a range of blocks, counted from 1; one that a model lacks is empty."""
+
+    initial: range
+    emergence: range
+    stabilization: range
+    dissipation: range
+    final: range
+
+
+STEADY = 1.5  # while they are stable, outliers stay within this factor of their level
+FADED = 10  # and are gone at this part of it
+
+
+def stages(peak, typical):
+    """The stages of stable outliers, from the largest and the median |H^l| of every block, both (L,).
+
+    A list of Stages: the last are those of the strongest outliers, before it those of weaker ones that come and go in its
+    initial stage (SmolLM2 has some; the paper describes one emergence). Empty where nothing stands out.
+    """
+    height = torch.where(peak > OUTLIER * typical, peak, 0.0)
+    if not height.any():
+        return []
+    level = height[height > height.max() / 4].median()
+    steady, faded = (height > level / STEADY).tolist(), (height < level / FADED).tolist()
+    L, first = len(steady), steady.index(True)
+    start = next((l for l in range(first, 0, -1) if faded[l - 1]), 0)  # from here to `first` they rise
+    last = next((l for l in range(first, L) if not steady[l]), L)  # here they begin to fall
+    end = next((l + 1 for l in range(last, L) if faded[l]), L)
+    weaker = stages(peak[:start], typical[:start])
+    if last == first + 1:  # a spike: it was not stable in any block
+        return weaker
+    edges = [1, start + 1, first + 2, last + 1, end + 1, L + 1]
+    return [*weaker, Stages(*(range(a, b) for a, b in zip(edges, edges[1:])))]
+
+
+def extremes(X):
+    """Of each token the entry that is largest in magnitude, with its sign: (n, channels) -> (n,)."""
+    return X.gather(1, X.abs().argmax(1, keepdim=True))[:, 0]
+
+
+def evolution(model, tokens):
+    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'} and H^l; and the median |H^l|, (L,)."""
+    curves, typical = {"X_d_in": [], "X_d_out": [], "H_": [], "H": []}, []
+    for a in look(model, tokens):
+        for name, curve in curves.items():
+            curve.append(extremes(getattr(a, name)).cpu())
+        typical.append(a.H.abs().median().cpu())
+    return {name: torch.stack(curve) for name, curve in curves.items()}, torch.stack(typical)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention, and its bias (Sections 3.2 and 4.2)
+
+
+def causal(n, sliding_window, device):
+    """(n, n): True where query t sees key i."""
+    i = torch.arange(n, device=device)
+    age = i[:, None] - i[None, :]
+    return (age >= 0) & (age < (sliding_window or n))
+
+
+def attention_scores(Q, K, sliding_window=None):
+    """P = Softmax(Q K^T / sqrt(d_k) + M) of Eq. 3: Q (h, n, d_k), K (h_kv, n, d_k) -> (h, n, n), p_i^t at [:, t, i]."""
+    K = K.repeat_interleave(Q.shape[0] // K.shape[0], dim=0)
+    scores = Q @ K.mT / Q.shape[-1] ** 0.5
+    return scores.masked_fill(~causal(Q.shape[1], sliding_window, Q.device), -torch.inf).softmax(-1)
+
+
+def attention_bias(P, V, S):
+    """Eq. 9, sum over i in S of p_i^t v_i: P (h, n, n), V (h_kv, n, d_k), S a mask (n,) -> (h, n, d_k)."""
+    V = V.repeat_interleave(P.shape[0] // V.shape[0], dim=0)
+    return P[:, :, S] @ V[:, S]
+
+
+def cosines(Q, K):
+    """Cosine similarity of every query and every key: (h, n, n)."""
+    K = K.repeat_interleave(Q.shape[0] // K.shape[0], dim=0)
+    return F.normalize(Q, dim=-1) @ F.normalize(K, dim=-1).mT
+
+
+def mean_cosine(X):
+    """Cosine similarity of two vectors of X, the mean over all pairs: (h, n, d_k) -> (h,). Figure 6a."""
+    U, n = F.normalize(X, dim=-1), X.shape[1]
+    return (U.sum(1).square().sum(-1) - n) / (n * (n - 1))  # |sum u|^2 = n + the sum over pairs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is looked at
+
+
+@dataclass
+class Subject:
+    """A model on a text, and where its outliers and sinks are."""
+
+    name: str
+    text: str
+    model: Llama
+    tokenizer: Tokenizer
+    windows: list  # of token ids (1, n), on the model's device: the tables use all, the figures draw the first
+    site: kvsink.Site
+    block: int  # the one that is drawn, counted from 1
+    curves: dict  # of the first window, as `evolution` gives them
+    typical: torch.Tensor  # (L,)
+    stages: list  # of Stages, the last those of the strongest outliers
+    S: torch.Tensor  # (n,), the sinks of the first window
+    quantizers: dict = field(default_factory=dict)  # as `static_quantizers` makes them, where they are needed
+
+    def inside(self, l):
+        """The Activations of block l on the first window."""
+        return next(a for a in look(self.model, self.windows[0]) if a.l == l)
+
+    def stable(self, tokens):
+        """On tokens (1, n), the Activations of each block of the stabilization stage, and the sinks S, a mask (n,)."""
+        for a in look(self.model, tokens):
+            if a.l == self.site.l_E:
+                S = sink_tokens(a.H, self.site.c)
+            if a.l > self.site.l_E and a.l in self.stages[-1].stabilization:
+                yield a, S
+
+
+def examine(name, text, model, tokenizer, windows, site, layer=None):
+    """A Subject. `layer` is the one to draw, from 0; by default two after the emergence, which is the paper's layer 3 of
+    LLaMA2-7B. Raises ValueError where no token stands out in any block."""
+    curves, typical = evolution(model, windows[0])
+    found = stages(curves["H"].abs().amax(1), typical)
+    if not found:
+        raise ValueError(f"no stable outliers: no token of {text} stands out in {name}")
+    block = min(site.l_E + 2, len(model.blocks)) if layer is None else layer + 1
+    H = next(a.H for a in look(model, windows[0]) if a.l == site.l_E)
+    S = sink_tokens(H, site.c).cpu()
+    return Subject(name, text, model, tokenizer, windows, site, block, curves, typical, found, S)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 1, and the numbers behind Figure 7
+
+KINDS = {  # the columns of Table 1: which tensor, and the granularity
+    "per-token Keys": ("K", "token"),
+    "per-token Values": ("V", "token"),
+    "per-channel Keys": ("K", "channel"),
+}
+GROUP = 16  # of Table 1 and of Figure 7
+FIGURE_7_BITS = (8, 4, 3, 2)
+PAPER_TABLE_1 = {  # LLaMA2-7B: (kind, "dynamic" or "static", bits) -> overall, without sink tokens, with (dynamic only)
+    ("per-token Keys", "dynamic", 4): (1.30, 1.38, 0.07),
+    ("per-token Keys", "dynamic", 3): (9.00, 9.57, 0.50),
+    ("per-token Keys", "dynamic", 2): (27.58, 29.32, 1.37),
+    ("per-token Keys", "static", 4): (86.73, 16.39),
+    ("per-token Keys", "static", 3): (89.60, 20.41),
+    ("per-token Keys", "static", 2): (107.36, 46.14),
+    ("per-token Values", "dynamic", 4): (0.10, 0.11, 0.01),
+    ("per-token Values", "dynamic", 3): (0.68, 0.72, 0.08),
+    ("per-token Values", "dynamic", 2): (2.53, 2.68, 0.23),
+    ("per-token Values", "static", 4): (9.75, 3.10),
+    ("per-token Values", "static", 3): (10.09, 3.45),
+    ("per-token Values", "static", 2): (11.30, 6.35),
+    ("per-channel Keys", "dynamic", 4): (0.28, 0.26, 0.31),
+    ("per-channel Keys", "dynamic", 3): (2.03, 1.78, 2.30),
+    ("per-channel Keys", "dynamic", 2): (7.05, 6.52, 7.58),
+    ("per-channel Keys", "static", 4): (9.02, 5.17),
+    ("per-channel Keys", "static", 3): (10.24, 8.26),
+    ("per-channel Keys", "static", 2): (15.83, 11.44),
+}
+
+
+def static_quantizers(subject, calibration):
+    """(l, kind, kept) -> a static Quantizer for every block where sinks are stable, calibrated on windows (1, n):
+    kept False on all tokens, kept True on all but the sinks."""
+    quantizers = {}
+    for tokens in calibration:
+        for a, S in subject.stable(tokens):
+            for kind, (tensor, granularity) in KINDS.items():
+                for kept in (False, True):
+                    q = quantizers.setdefault((a.l, kind, kept), Quantizer(8, granularity, GROUP, static=True))
+                    q.calibrate(getattr(a, tensor), (S & kept)[:, None])
+    return quantizers
+
+
+def groups_with_sinks(S, granularity):
+    """A mask (n,): the tokens whose group holds a sink. A group is in one token, or is 16 tokens of one channel."""
+    groups, axes = quant.grouped(S[:, None], granularity, GROUP, fill=False)
+    return quant.ungrouped(groups.any(axes, keepdim=True).expand_as(groups), granularity, len(S))[:, 0]
+
+
+def table_1(subject):
+    """Table 1: (kind, "dynamic" or "static", bits) -> overall, without sinks, with sinks: mean squared errors x 100, over
+    all windows and all blocks where sinks are stable. Static: without them in calibration and in quantization; no third.
+
+    From the printed figures (per-token overall = 15/16 without + 1/16 with sinks) the paper's are of 32 tokens with two
+    sinks; which blocks they cover it does not say.
+    """
+    sums = {}  # -> sum of squared errors, count, for each of the three
+
+    def add(key, i, error):
+        total = sums.setdefault(key, torch.zeros(3, 2, dtype=torch.float64))
+        total[i] += torch.tensor([error.sum().item(), error.numel()], dtype=torch.float64)
+
+    for tokens in subject.windows:
+        for a, S in subject.stable(tokens):
+            for kind, (tensor, granularity) in KINDS.items():
+                X, mixed = getattr(a, tensor), groups_with_sinks(S, granularity)
+                for bits in (4, 3, 2):
+                    error = (Quantizer(bits, granularity, GROUP)(X) - X).square()
+                    for i, chosen in enumerate((slice(None), ~mixed, mixed)):
+                        add((kind, "dynamic", bits), i, error[:, chosen])
+                    for i, chosen in enumerate((slice(None), ~S)):
+                        error = (replace(subject.quantizers[a.l, kind, i == 1], bits=bits)(X) - X).square()
+                        add((kind, "static", bits), i, error[:, chosen])
+    errors = {key: (100 * total[:, 0] / total[:, 1]).tolist() for key, total in sums.items()}
+    return {key: mse[: len(PAPER_TABLE_1[key])] for key, mse in errors.items()}
+
+
+def table_1_rows(errors):
+    """As JSON: a dict a row, the measured errors beside the paper's."""
+    names = ("overall", "without_sinks", "with_sinks")
+    return [
+        {"kind": kind, "ranges": ranges, "bits": bits, **dict(zip(names, mse))}
+        | {f"paper_{name}": x for name, x in zip(names, PAPER_TABLE_1[kind, ranges, bits])}
+        for (kind, ranges, bits), mse in errors.items()
+    ]
+
+
+def print_table_1(subject, errors):
+    where = f"blocks {span(subject.stages[-1].stabilization)}, groups of {GROUP}"
+    print(f"\nTable 1: quantization error (MSE x 100) of {subject.name} on {subject.text}, {where}")
+    print(f"{'':<20}{subject.name:^33}{'LLaMA2-7B (paper)':^33}")
+    print(f"{'':<20}" + f"{'overall':>11}{'w/o sinks':>11}{'w/ sinks':>11}" * 2)
+    for kind in KINDS:
+        print(kind)
+        for way in ("dynamic", "static"):
+            for bits in (4, 3, 2):
+                cells = (
+                    [f"{x:.2f}" for x in errors[kind, way, bits]],
+                    [f"{x:.2f}" for x in PAPER_TABLE_1[kind, way, bits]],
+                )
+                print(f"  {way:<9}{bits} bits  " + "".join(f"{x:>11}" for side in cells for x in [*side, "-"][:3]))
+
+
+def static_damage(subject):
+    """Where static per-token quantization hurts, the numbers behind Figure 7: bits -> name -> relative error
+    |X' - X| / |X| on the first window, over all blocks where sinks are stable. The scores are all p_i^t, the bias is that
+    of Eq. 9; "kept" is with the sinks kept in full precision and left out of the calibration."""
+    sums = {bits: defaultdict(lambda: torch.zeros(2, dtype=torch.float64)) for bits in FIGURE_7_BITS}
+    for a, S in subject.stable(subject.windows[0]):
+        P = attention_scores(a.Q, a.K, subject.model.config.sliding_window)
+        bias = attention_bias(P, a.V, S)
+        for bits in FIGURE_7_BITS:
+            K, V, P_, bias_ = quantized_attention(subject, a, S, bits, kept=False)
+            *_, P_kept, bias_kept = quantized_attention(subject, a, S, bits, kept=True)
+            compared = {
+                "sinks' K": (K[:, S], a.K[:, S]),
+                "others' K": (K[:, ~S], a.K[:, ~S]),
+                "sinks' V": (V[:, S], a.V[:, S]),
+                "others' V": (V[:, ~S], a.V[:, ~S]),
+                "scores": (P_, P),
+                "scores, kept": (P_kept, P),
+                "bias": (bias_, bias),
+                "bias, kept": (bias_kept, bias),
+            }
+            for name, (X_, X) in compared.items():
+                sums[bits][name] += torch.tensor([(X_ - X).square().sum(), X.square().sum()])
+    return {bits: {name: (s[0] / s[1]).sqrt().item() for name, s in row.items()} for bits, row in sums.items()}
+
+
+def quantized_attention(subject, a, S, bits, kept):
+    """Keys and Values after static per-token quantization, the attention scores they give, and the bias of Eq. 9."""
+    q_K, q_V = (replace(subject.quantizers[a.l, f"per-token {X}", kept], bits=bits) for X in ("Keys", "Values"))
+    keep = (S & kept)[:, None]
+    K, V = torch.where(keep, a.K, q_K(a.K)), torch.where(keep, a.V, q_V(a.V))
+    P = attention_scores(a.Q, K, subject.model.config.sliding_window)
+    return K, V, P, attention_bias(P, V, S)
+
+
+def print_damage(subject, damage):
+    where = f"blocks {span(subject.stages[-1].stabilization)}, groups of {GROUP}"
+    print(
+        f"\nFigure 7 in numbers: relative error under static per-token quantization, {subject.name} on {subject.text}, {where}"
+    )
+    print("bits" + "".join(f"{name:>14}" for name in damage[FIGURE_7_BITS[0]]))
+    for bits, row in damage.items():
+        print(f"{bits:>4}" + "".join(f"{x:>14.3f}" for x in row.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 3
+
+
+def table_3(model, tokenizer, name):
+    """Table 3's row of any model, from the finder (kvsink.py), for each of the prompts of Appendix D, as a dict."""
+    device = model.embedding.weight.device
+    found = [kvsink.stable_outliers(model, torch.tensor([tokenizer.encode(p)], device=device)) for p in kvsink.PROMPTS]
+    config, row = model.config, kvsink.TABLE_3.get(name)
+    sites = {(o.l_E - 1, o.channels[0]) for o in found}
+    return {
+        "model": name,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "prompts": [
+            {"emergence": o.l_E - 1, "channels": o.channels, "magnitudes": [round(m, 1) for m in o.magnitudes]}
+            for o in found
+        ],
+        "prompts_agree": len(sites) == 1,
+        "table_3": row and {"emergence": row.emergence, "channels": row.channels},
+        "table_3_agrees": row and sites == {(row.emergence, row.channels[0])},
+    }
+
+
+def print_table_3(row):
+    print(
+        f"\nTable 3: {row['model']}, {row['layers']} layers, hidden size {row['hidden_size']} (layers are counted from 0)"
+    )
+    for i, found in enumerate(row["prompts"], start=1):
+        channels = ", ".join(f"{c} ({m:,.0f})" for c, m in zip(found["channels"], found["magnitudes"]))
+        print(f"  prompt {i}   outliers emerge in layer {found['emergence']}, channels (magnitudes): {channels}")
+    print(f"  the prompts {'agree' if row['prompts_agree'] else 'DISAGREE'} on layer and first channel")
+    if row["table_3"]:
+        channels = ", ".join(map(str, row["table_3"]["channels"]))
+        agrees = "agrees" if row["table_3_agrees"] else "DISAGREES"
+        print(f"  Table 3 {agrees}: layer {row['table_3']['emergence']}, channels {channels}")
+    else:
+        print("  Table 3 does not list this model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The figures: each measures what it shows. Colours are Okabe and Ito's, which the colour-blind can tell apart.
+
+SINK, OTHER = "#D55E00", "#8C8C8C"
+UNSEEN = -2  # in a map of pairs, below every score and cosine: a key that comes after its query
+STAGE_COLORS = ("#FFFFFF", "#FBE3D0", "#DCEBF5", "#FBE3D0", "#FFFFFF")  # what changes outliers, and what holds them
+CURVES = {  # name -> formula, marker, colour
+    "X_d_in": ("X_{d.in}", "v", "#E69F00"),
+    "X_d_out": ("X_{d.out}", "s", "#0072B2"),
+    "H_": ("H'", ".", "#CC79A7"),
+    "H": ("H", ".", "#000000"),
+}
+
+
+def span(blocks):
+    return f"{blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else str(blocks[0])
+
+
+def sheet(subject, title, width, height):
+    """An empty figure under a title that names model, text and sinks."""
+    sinks = subject.S.nonzero().flatten().tolist()
+    listed = ", ".join(map(str, sinks[:8])) + (", ..." if len(sinks) > 8 else "")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(f"{title}\n" + plain(f"{subject.name} on {subject.text}; sinks at tokens {listed}"), fontsize=10)
+    return figure
+
+
+def plain(text):
+    """Text that is not to be read as a formula."""
+    return text.replace("$", r"\$")
+
+
+def in_block(subject):
+    return f"block {subject.block} (layer {subject.block - 1})"
+
+
+def scores_of(subject, l):
+    """Attention scores of block l on the first window, (h, n, n)."""
+    inside = subject.inside(l)
+    return attention_scores(inside.Q, inside.K, subject.model.config.sliding_window)
+
+
+def mark_sinks(axis, S):
+    """A triangle above each sink, on an axis of tokens."""
+    i = S.nonzero().flatten()
+    axis.plot(i, [1.02] * len(i), "v", color=SINK, markersize=4, clip_on=False, transform=axis.get_xaxis_transform())
+
+
+def token_map(axis, X, S, title, **style):
+    """A map of X (n, n), query by key. A long text is drawn in squares of tokens, each by its largest value: a column
+    one pixel wide would be lost."""
+    n = X.shape[0]
+    g = -(-n // 128)
+    X = X.masked_fill(~causal(n, None, X.device), UNSEEN)
+    X = F.max_pool2d(X[None, None], g, ceil_mode=True)[0, 0].cpu()
+    X = X.where(X > UNSEEN, torch.nan)
+    image = axis.imshow(X, extent=(-0.5, n - 0.5, n - 0.5, -0.5), interpolation="none", **style)
+    axis.set(xlabel="key, token" + (f" (largest of {g} x {g})" if g > 1 else ""), ylabel="query, token")
+    axis.set_title(title, fontsize=9, pad=10)
+    mark_sinks(axis, S)
+    return image
+
+
+def scores_map(axis, P, S, title):
+    """Attention scores P (h, n, n), their mean over the heads; the square root makes the small ones visible."""
+    return token_map(axis, P.mean(0), S, title, cmap="viridis", norm=PowerNorm(0.5, 0, 1))
+
+
+def cosine_map(axis, Q, K, S, title):
+    """Cosine similarity of Q and K, its mean over the heads."""
+    return token_map(axis, cosines(Q, K).mean(0), S, title, cmap="PuOr_r", vmin=-1, vmax=1)
+
+
+def bias_map(axis, bias, first, limit, title):
+    """The attention bias of one head, (n - first, d_k), of the tokens from `first` on."""
+    n, d_k = bias.shape
+    extent = (-0.5, d_k - 0.5, first + n - 0.5, first - 0.5)
+    style = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit, "interpolation": "none", "aspect": "auto"}
+    axis.set_title(title, fontsize=8)
+    return axis.imshow(bias.cpu(), extent=extent, **style)
+
+
+def closeup(subject):
+    """At most 24 tokens about the last sink, and how they are written along an axis."""
+    n = len(subject.S)
+    start = max(0, min(int(subject.S.nonzero()[-1]) - 14, n - 24))
+    tokens = range(start, min(start + 24, n))
+    words = [subject.tokenizer.decode([int(subject.windows[0][0, i])]) for i in tokens]
+    return tokens, [plain(ascii(word)[1:-1][:13]) for word in words]
+
+
+def name_tokens(axis, subject):
+    tokens, words = closeup(subject)
+    axis.set_xticks(tokens, [f"{word} {i}" for word, i in zip(words, tokens)], rotation=90, fontsize=7)
+    for label, i in zip(axis.get_xticklabels(), tokens):
+        label.set_color(SINK if subject.S[i] else "black")
+
+
+def figure_1(subject):
+    """(a) attention scores, (b) |H^l| at the emergence block, (c) the stable outliers over the blocks."""
+    S, (l_E, c) = subject.S, subject.site
+    figure = sheet(subject, "Figure 1: attention sinks and stable outliers", 11, 3.9)
+    axis = figure.add_subplot(1, 3, 1)
+    title = f"(a) attention scores, {in_block(subject)},\nmean over heads"
+    figure.colorbar(scores_map(axis, scores_of(subject, subject.block), S, title), ax=axis, shrink=0.7)
+
+    axis = figure.add_subplot(1, 3, 2, projection="3d")
+    H = subject.inside(l_E).H.abs().cpu()  # (n, d)
+    n, d = H.shape
+    for i, channel in (H > H.max() / 50).nonzero().tolist():
+        color = SINK if S[i] else OTHER
+        axis.plot([i, i], [channel, channel], [0, H[i, channel]], color=color, linewidth=2)
+    axis.set(xlabel="token", ylabel="channel", xlim=(0, n), ylim=(0, d))
+    axis.set_title(f"(b) $|H^l|$ after block {l_E} (layer {l_E - 1}),\nwhat is over 1/50 of the largest", fontsize=9)
+    axis.tick_params(labelsize=7)
+
+    axis = figure.add_subplot(1, 3, 3)
+    stable = torch.stack([a.H[:, c].abs().cpu() for a in look(subject.model, subject.windows[0])])  # (L, n)
+    L = range(1, len(stable) + 1)
+    axis.semilogy(L, stable[:, S], color=SINK, linewidth=1, label=["each sink"] + [None] * (int(S.sum()) - 1))
+    axis.semilogy(L, stable[:, ~S].amax(1), "--", color=OTHER, label="largest other token")
+    axis.semilogy(L, stable[:, ~S].median(1).values, color=OTHER, label="median other token")
+    axis.axvline(l_E, color="black", linestyle=":", label=f"$l_E$ = {l_E}")
+    axis.set(xlabel="block $l$", ylabel=f"$|H^l_{{i,{c}}}|$")
+    axis.set_title(f"(c) channel {c} over the blocks", fontsize=9)
+    axis.legend(fontsize=7)
+    return figure
+
+
+def figure_2(subject):
+    """L2 norms of Q, K, V of every head, token by token: QKV suppression."""
+    title = f"Figure 2: norms of Queries, Keys and Values in {in_block(subject)}, a dot a head, bars at the median"
+    figure, inside, (tokens, _) = sheet(subject, title, 11, 3.6), subject.inside(subject.block), closeup(subject)
+    for axis, name in zip(figure.subplots(1, 3), "QKV"):
+        norms = getattr(inside, name).norm(dim=-1).cpu()  # (heads, n)
+        for i in tokens:
+            color = SINK if subject.S[i] else OTHER
+            axis.plot([i] * len(norms), norms[:, i], ".", color=color, markersize=4)
+            axis.plot([i - 0.4, i + 0.4], [norms[:, i].median()] * 2, color=color, linewidth=2)
+        axis.set(ylabel=f"L2 norm of {name}", ylim=(0, None))
+        name_tokens(axis, subject)
+    return figure
+
+
+def figure_4(subject):
+    """Figures 4 and 12-17: extreme outliers over the blocks, and token by token in a block of each stage."""
+    curves, S, main = subject.curves, subject.S, subject.stages[-1]
+    figure = sheet(subject, "Figure 4: the evolution of extreme outliers", 11, 5.2)
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
+    axis, L = left.subplots(), len(subject.typical)
+    for name, (formula, marker, color) in CURVES.items():
+        peak = curves[name].abs().amax(1)
+        axis.semilogy(range(1, L + 1), peak, f"{marker}-", color=color, label=f"$|{formula}|$", markersize=4)
+    axis.semilogy(range(1, L + 1), subject.typical, ":", color="black", label="$|H|$, median")
+    above = axis.get_xaxis_transform()  # x in blocks, y from 0 at the bottom to 1 at the top
+    for color, name, blocks in zip(STAGE_COLORS, main._fields, main):
+        if blocks:
+            axis.axvspan(blocks[0] - 0.5, blocks[-1] + 0.5, color=color, zorder=0)
+            axis.text((blocks[0] + blocks[-1]) / 2, 1.01, name, transform=above, rotation=40, fontsize=7)
+    for weaker in subject.stages[:-1]:
+        l = weaker.stabilization[len(weaker.stabilization) // 2]
+        axis.text(l, 0.45, "a weaker\nemergence", transform=above, ha="center", fontsize=7)
+    axis.set(xlabel="block $l$", ylabel="largest magnitude over tokens and channels", xlim=(0.5, L + 0.5))
+    axis.legend(fontsize=7)
+
+    shown = [(name, stage_block(name, blocks, curves)) for name, blocks in zip(main._fields, main) if blocks]
+    i, rows = torch.arange(len(S)), right.subplots(4, len(shown), sharex=True, squeeze=False)
+    for row, (name, (formula, *_)) in zip(rows, CURVES.items()):
+        for panel, (_, l) in zip(row, shown):
+            for who, color in ((~S, OTHER), (S, SINK)):
+                panel.vlines(i[who], 0, curves[name][l - 1, who], color=color, linewidth=1.2)
+            panel.tick_params(labelsize=6)
+        row[0].set_ylabel(f"${formula}$", fontsize=8)
+    for top, bottom, (stage, l) in zip(rows[0], rows[-1], shown):
+        top.set_title(f"{stage}, block {l}", fontsize=7)
+        bottom.set_xlabel("token", fontsize=7)
+    right.suptitle("of each token the entry largest in magnitude, with its sign", fontsize=8)
+    return figure
+
+
+def stage_block(stage, blocks, curves):
+    """The block of a stage to show: where the FFN does the most, if that is what makes the stage, else the middle."""
+    if stage in ("emergence", "dissipation"):
+        return max(blocks, key=lambda l: curves["X_d_out"][l - 1].abs().max())
+    return blocks[len(blocks) // 2]
+
+
+def figure_5(subject):
+    """(a) cosine similarity of Q and K, (b, c, e) norms of Q, K, V, (d) attention scores, (f) norms of the output."""
+    inside, S = subject.inside(subject.block), subject.S
+    figure = sheet(subject, f"Figure 5: QKV suppression in {in_block(subject)}", 11, 6.4)
+    axes = dict(zip("abcdef", figure.subplots(2, 3).flatten()))
+    title = "(a) cosine similarity of Q and K, mean over heads"
+    figure.colorbar(cosine_map(axes["a"], inside.Q, inside.K, S, title), ax=axes["a"], shrink=0.8)
+    title = "(d) attention scores, mean over heads"
+    figure.colorbar(scores_map(axes["d"], scores_of(subject, subject.block), S, title), ax=axes["d"], shrink=0.8)
+    panels = {"b": ("Queries", inside.Q), "c": ("Keys", inside.K), "e": ("Values", inside.V)}
+    for letter, (title, X) in (panels | {"f": ("attention output O", inside.O[None])}).items():
+        norms, i = X.norm(dim=-1).median(0).values.cpu(), torch.arange(len(S))
+        for who, color, size in ((~S, OTHER, 2), (S, SINK, 6)):
+            axes[letter].plot(i[who], norms[who], "o", color=color, markersize=size)
+        axes[letter].set(xlabel="token", ylabel="L2 norm" + (", median head" if letter != "f" else ""), ylim=(0, None))
+        axes[letter].set_title(f"({letter}) {title}", fontsize=9, pad=10)
+        mark_sinks(axes[letter], S)
+    return figure
+
+
+def bias_similarity(subject):
+    """Figure 6a: how alike the attention bias of Eq. 9 is over all tokens from the first sink on, (L, h)."""
+    S, window = subject.S, subject.model.config.sliding_window
+    alike = []
+    for a in look(subject.model, subject.windows[0]):
+        bias = attention_bias(attention_scores(a.Q, a.K, window), a.V, S.to(a.V.device))
+        alike.append(mean_cosine(bias[:, int(S.nonzero()[0]) :]).cpu())
+    return torch.stack(alike)
+
+
+def figure_6(subject):
+    """(a) how alike the attention bias of Eq. 9 is over all tokens, (b) the bias of a few heads."""
+    alike, first, l = bias_similarity(subject), int(subject.S.nonzero()[0]), subject.block
+    figure = sheet(subject, r"Figure 6: the attention bias $\Sigma_{i \in S}\, p_i^t v_i$ of Eq. 9", 11, 3.6)
+    left, *others = figure.subplots(1, 4, width_ratios=(1.7, 1, 1, 1))
+    (L, h), style = alike.shape, {"cmap": "viridis", "vmin": 0, "vmax": 1, "aspect": "auto"}
+    figure.colorbar(left.imshow(alike.T, extent=(0.5, L + 0.5, h - 0.5, -0.5), **style), ax=left)
+    left.set(xlabel="block $l$", ylabel="head")
+    left.set_title("(a) cosine similarity of two tokens' biases,\nmean over all pairs", fontsize=9)
+    left.axvline(subject.site.l_E + 0.5, color="white", linestyle=":")
+
+    a, order = subject.inside(l), alike[l - 1].argsort(descending=True)
+    bias = attention_bias(scores_of(subject, l), a.V, subject.S.to(a.V.device))[:, first:]
+    limit = bias.abs().max().item()
+    for axis, head, which in zip(others, order[[0, h // 2, -1]].tolist(), ("most", "middling", "least")):
+        image = bias_map(axis, bias[head], first, limit, f"(b) head {head}, {which} alike: {alike[l - 1, head]:.3f}")
+        axis.set_xlabel("channel of the head")
+    others[0].set_ylabel(f"token $t$, {in_block(subject)}")
+    figure.colorbar(image, ax=others[-1])
+    return figure
+
+
+def figure_7(subject):
+    """Attention scores and biases under static per-token quantization, with and without the sinks kept."""
+    a, S = subject.inside(subject.block), subject.S.to(subject.windows[0].device)
+    if (a.l, "per-token Keys", True) not in subject.quantizers:
+        layers = span([l - 1 for l in subject.stages[-1].stabilization])
+        raise ValueError(f"--layer {a.l - 1}: Figure 7 needs a layer where sinks are stable, {layers}")
+    P = scores_of(subject, a.l)
+    bias = attention_bias(P, a.V, S)
+    head = int(mean_cosine(bias).argmax())
+    limit = bias[head].abs().max().item()
+    title = f"Figure 7: static per-token quantization, groups of {GROUP}, {in_block(subject)}; errors are relative"
+    figure = sheet(subject, title, 11, 7.6)
+    axes = figure.subplots(4, 1 + len(FIGURE_7_BITS), sharex="row")
+    for kept, (scores_row, bias_row) in enumerate(zip(axes[:2], axes[2:])):
+        for bits, top, below in zip((16, *FIGURE_7_BITS), scores_row, bias_row):
+            P_, bias_, title = P, bias, "full precision"
+            if bits < 16:
+                *_, P_, bias_ = quantized_attention(subject, a, S, bits, kept=bool(kept))
+                title = f"{bits} bits, error {{:.3f}}"
+            scores_map(top, P_, subject.S, title.format((P_ - P).norm() / P.norm()))
+            bias_map(below, bias_[head], 0, limit, title.format((bias_ - bias).norm() / bias.norm()))
+        what = ("nothing kept", "sinks kept")[kept]
+        scores_row[0].set_ylabel(f"scores,\n{what}\nquery, token", fontsize=8)
+        bias_row[0].set_ylabel(f"bias, head {head},\n{what}\ntoken $t$", fontsize=8)
+    for axis in axes.flatten():
+        axis.label_outer()
+        axis.set_aspect("auto")
+        axis.tick_params(labelsize=6)
+        axis.title.set_fontsize(8)
+    for axis in axes[3]:
+        axis.set_xlabel("channel of the head", fontsize=7)
+    return figure
+
+
+def figure_10(subject):
+    """The three granularities, drawn from the grouping itself: each cell by the number of its group."""
+    n, d, g, sinks = 12, 8, 4, (0, 6)
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure.suptitle(
+        f"Figure 10: which numbers share one scale and one zero, {n} tokens of {d} channels, groups of {g}", fontsize=10
+    )
+    for axis, granularity in zip(figure.subplots(1, 3), quant.GRANULARITIES):
+        groups, axes = quant.grouped(torch.zeros(n, d), granularity, g)
+        shape = [1 if i - groups.ndim in axes else size for i, size in enumerate(groups.shape)]
+        numbers = torch.arange(torch.Size(shape).numel()).view(shape).expand_as(groups)
+        numbers = quant.ungrouped(numbers, granularity, n)  # (n, d)
+        axis.pcolormesh(
+            torch.arange(d + 1), torch.arange(n + 1), numbers * 5 % 7, cmap="Pastel2", edgecolors="white", linewidth=0.4
+        )
+        for i in range(n):
+            for c in range(d):
+                number, sink = int(numbers[i, c]), i in sinks
+                axis.text(c + 0.5, i + 0.5, number, ha="center", va="center", fontsize=7, color=SINK if sink else "black",
+                          fontweight="bold" if sink else "normal")  # fmt: skip
+                if i and numbers[i - 1, c] != number:
+                    axis.plot([c, c + 1], [i, i], color="black", linewidth=1)
+                if c and numbers[i, c - 1] != number:
+                    axis.plot([c, c], [i, i + 1], color="black", linewidth=1)
+        axis.invert_yaxis()
+        axis.set(
+            xlabel="channel",
+            ylabel="token",
+            xticks=[],
+            yticks=[i + 0.5 for i in sinks],
+            yticklabels=["sink"] * len(sinks),
+        )
+        axis.tick_params(axis="y", colors=SINK, labelsize=8)
+        axis.set_title(
+            {"tensor": "per tensor", "token": "per token", "channel": "per channel"}[granularity], fontsize=9
+        )
+    return figure
+
+
+def figure_11(subject):
+    """Attention scores above cosine similarity of Q and K, in several blocks."""
+    stable = subject.stages[-1].stabilization
+    blocks = sorted({subject.site.l_E, subject.block, stable[len(stable) // 2], stable[-1]})
+    figure = sheet(subject, "Figure 11: attention scores, and cosine similarity of Q and K; means over heads", 11, 6)
+    axes = figure.subplots(2, len(blocks), squeeze=False, sharex=True, sharey=True)
+    for (top, below), l in zip(axes.T, blocks):
+        inside = subject.inside(l)
+        scores = scores_map(top, scores_of(subject, l), subject.S, f"block {l} (layer {l - 1})")
+        cosine = cosine_map(below, inside.Q, inside.K, subject.S, "")
+        top.label_outer()
+        below.label_outer()
+    figure.colorbar(scores, ax=axes[0], shrink=0.8, label="attention score")
+    figure.colorbar(cosine, ax=axes[1], shrink=0.8, label="cosine similarity")
+    return figure
+
+
+def norms_by_block(subject):
+    """Figures 18, 20, 22, 23 in numbers: "Q", "K", "V" -> (L, 2, 3), the L2 norms of sinks and of the others, each as
+    its 10th, 50th and 90th percentile over heads and tokens."""
+    norms, levels = {"Q": [], "K": [], "V": []}, torch.tensor([0.1, 0.5, 0.9])
+    for a in look(subject.model, subject.windows[0]):
+        for name, rows in norms.items():
+            N = getattr(a, name).norm(dim=-1).cpu()  # (heads, n)
+            rows.append(torch.stack([N[:, who].quantile(levels) for who in (subject.S, ~subject.S)]))
+    return {name: torch.stack(rows) for name, rows in norms.items()}
+
+
+def figure_18(subject):
+    """Figures 18, 20, 22, 23: QKV suppression through all blocks."""
+    figure = sheet(subject, "Figure 18: norms of Queries, Keys and Values, block by block", 11, 3.3)
+    for axis, (name, N) in zip(figure.subplots(1, 3), norms_by_block(subject).items()):
+        L = range(1, len(N) + 1)
+        for i, (color, label) in enumerate(((SINK, "sinks"), (OTHER, "other tokens"))):
+            axis.plot(L, N[:, i, 1], color=color, label=f"{label}, median")
+            axis.fill_between(L, N[:, i, 0], N[:, i, 2], color=color, alpha=0.25, linewidth=0, label="80 % of them")
+        axis.axvline(subject.site.l_E, color="black", linestyle=":", label=f"$l_E$ = {subject.site.l_E}")
+        axis.set(xlabel="block $l$", ylabel=f"L2 norm of {name}", ylim=(0, None))
+    axis.legend(fontsize=7)
+    return figure
+
+
+def figure_19(subject):
+    """Figures 19 and 21: |Q|, |K|, |V| themselves, token by channel."""
+    figure = sheet(subject, f"Figure 19: magnitudes of Queries, Keys and Values in {in_block(subject)}", 11, 4)
+    inside, (tokens, _) = subject.inside(subject.block), closeup(subject)
+    for axis, name in zip(figure.subplots(1, 3), "QKV"):
+        X = (
+            getattr(inside, name).transpose(0, 1).flatten(1).abs().cpu()[tokens[0] : tokens[-1] + 1]
+        )  # (tokens, heads d_k)
+        image = axis.imshow(X.T, aspect="auto", cmap="viridis", interpolation="none", vmax=X.quantile(0.995).item(),
+                            extent=(tokens[0] - 0.5, tokens[-1] + 0.5, X.shape[1] - 0.5, -0.5))  # fmt: skip
+        axis.set(ylabel="channel, head by head")
+        axis.set_title(f"|{name}|", fontsize=9)
+        name_tokens(axis, subject)
+        figure.colorbar(image, ax=axis)
+    return figure
+
+
+FIGURES = {1: figure_1, 2: figure_2, 4: figure_4, 5: figure_5, 6: figure_6, 7: figure_7, 10: figure_10, 11: figure_11}
+FIGURES |= {18: figure_18, 19: figure_19}
+SAME = dict.fromkeys(range(12, 18), 4) | {20: 18, 21: 19, 22: 18, 23: 18}  # for another model or prompt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+LONGEST = 2048  # tokens of a text that is drawn: attention scores are kept for every pair of them
+TABLES = (1, 3)
+SLUGS = {"packed": "packed", "1": "prompt1", "2": "prompt2"}  # in the names of files; any other text is "text"
+
+
+def figure_number(text):
+    """An argparse type: a figure of the paper's that has data."""
+    if text.isdigit() and int(text) in (*FIGURES, *SAME, 9):
+        return SAME.get(int(text), int(text))
+    raise ArgumentTypeError(f"{text!r}: the paper's figures with data are 1, 2, 4-7 and 9-23 (3 and 8 are sketches)")
+
+
+def parse_arguments(argv):
+    parser = eval_ppl.Parser(
+        formatter_class=RawDescriptionHelpFormatter,
+        description="The figures and Tables 1 and 3 of the paper, measured on a model and drawn.",
+        epilog="Figures 12-17 are Figure 4 of other models and prompts, 20, 22 and 23 are Figure 18, 21 is Figure 19:\n"
+        "choose with --model and --prompt. Figure 9 shows results of eval_ppl.py: --fig 9 --json FILE.",
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        default=hub.DEFAULT_MODEL,
+        help="a name, hub id or directory, as in eval_ppl.py (default: %(default)s)",
+    )
+    add("--fig", nargs="+", type=figure_number, metavar="N", help="figures to draw (default: all)")
+    add("--table", nargs="+", type=int, choices=TABLES, help="tables to print (default: both)")
+    add("--prompt", help="1 or 2 (the paper's), packed (Wikipedia articles, the default for the default model), or any "
+        "other text itself (default: 1)")  # fmt: skip
+    add("--layer", type=eval_ppl.number(0), help="the layer to draw, from 0 (default: two after the emergence)")
+    add("--format", choices=["png", "svg", "pdf"], default="png", help="(default: %(default)s)")
+    add("--out", type=Path, default=Path("figures"), help="folder for pictures and JSON (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="results of eval_ppl.py, for Figure 9")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on cpu, else float16)")
+    return complete(parser.parse_args(argv))
+
+
+def complete(args):
+    everything = not (args.fig or args.table)
+    args.table = args.table or (TABLES if everything else ())
+    args.fig = list(dict.fromkeys(args.fig or (FIGURES if everything else ())))
+    if everything and args.json:
+        args.fig.append(9)
+    if 9 in args.fig and not args.json:
+        raise ValueError("Figure 9 needs results: eval_ppl.py --json FILE writes them, --json FILE names them here")
+    if args.fig and Figure is None:
+        raise ValueError("figures need matplotlib: pip install matplotlib (--table does without)")
+    args.prompt = args.prompt or ("packed" if args.model == hub.DEFAULT_MODEL else "1")
+    existing = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"--out {args.out}: cannot write in {existing}")
+    eval_ppl.choose_device(args)
+    return args
+
+
+def read_windows(args, model, tokenizer):
+    """The text as its title says it, and its windows (1, n); and those of the training split that calibrate."""
+    packed, default = args.prompt == "packed", args.model == hub.DEFAULT_MODEL
+    if packed:
+        n = min(1024, model.config.max_position_embeddings)
+        text, windows = f"packed wiki-sample, {n} tokens", eval_ppl.windows(tokenizer, "wiki-sample", "test", n, 8, 0)
+    else:
+        prompt = dict(zip("12", kvsink.PROMPTS)).get(args.prompt, args.prompt)
+        windows = torch.tensor([tokenizer.encode(prompt)])
+        n = windows.shape[1]
+        text = f"prompt {args.prompt}" if prompt != args.prompt else f'"{textwrap.shorten(ascii(prompt)[1:-1], 40)}"'
+        limit = min(LONGEST, model.config.max_position_embeddings)
+        if not 2 <= n <= limit:
+            raise ValueError(f"--prompt has {n} tokens for this model: 2 to {limit} can be drawn")
+    return text, windows
+
+
+def calibration_windows(args, model, tokenizer):
+    """As eval_ppl.py's defaults: 4 windows of packed text, or 16 of WikiText-2."""
+    if args.prompt == "packed" or args.model == hub.DEFAULT_MODEL:
+        return eval_ppl.windows(
+            tokenizer, "wiki-sample", "train", min(1024, model.config.max_position_embeddings), 4, 0
+        )
+    return eval_ppl.windows(tokenizer, "wikitext2", "train", min(4096, model.config.max_position_embeddings), 16, 0)
+
+
+def save(figure, path):
+    """All or nothing, as every file of this project."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:], dpi=100)
+    hub.write_atomically(path, picture.getvalue())
+
+
+def save_json(path, subject, rows):
+    about = {"model": subject.name, "text": subject.text, "windows": len(subject.windows), "group_size": GROUP}
+    about["blocks"] = list(subject.stages[-1].stabilization)
+    hub.write_atomically(path, json.dumps(about | {"rows": rows}, indent=1).encode())
+
+
+def run(args):
+    results = eval_ppl.read_results(args.json)
+    if 9 in args.fig and len(results) < 2:
+        raise ValueError(f"{args.json}: there are no results in it to draw")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.fig == [9] and not args.table:
+        return eval_ppl.plot_figure_9(results, args.out / f"fig9.{args.format}")
+    directory = hub.model_directory(args.model)
+    L = LlamaConfig.from_pretrained(directory).num_hidden_layers
+    if args.layer is not None and args.layer >= L:
+        raise ValueError(f"--layer {args.layer}: the model has layers 0 to {L - 1}")
+    model = Llama.from_pretrained(directory, args.device, getattr(torch, args.dtype))
+    tokenizer = Tokenizer.from_pretrained(directory)
+    name = Path(args.model).name
+    if 3 in args.table:
+        print_table_3(table_3(model, tokenizer, name))
+    if args.fig not in ([], [9]) or 1 in args.table:
+        text, windows = read_windows(args, model, tokenizer)
+        site = kvsink.site_of(model, tokenizer, args.model, directory)
+        subject = examine(name, text, model, tokenizer, [w[None].to(args.device) for w in windows], site, args.layer)
+        if 1 in args.table or 7 in args.fig:
+            bar = tqdm(
+                calibration_windows(args, model, tokenizer),
+                desc="calibrating",
+                unit="window",
+                leave=False,
+                disable=None,
+            )
+            subject.quantizers = static_quantizers(subject, (window[None].to(args.device) for window in bar))
+        slug = f"{name}-{SLUGS.get(args.prompt, 'text')}"
+        if 1 in args.table:
+            errors = table_1(subject)
+            print_table_1(subject, errors)
+            save_json(args.out / f"table1-{slug}.json", subject, table_1_rows(errors))
+        if 7 in args.fig:
+            damage = static_damage(subject)
+            print_damage(subject, damage)
+            save_json(args.out / f"fig7-{slug}.json", subject, [{"bits": bits, **row} for bits, row in damage.items()])
+        for number in tqdm([number for number in args.fig if number != 9], desc="drawing", unit="figure", disable=None):
+            save(FIGURES[number](subject), args.out / f"fig{number}-{slug}.{args.format}")
+    if 9 in args.fig:
+        eval_ppl.plot_figure_9(results, args.out / f"fig9.{args.format}")
+
+
+def main(argv=None):
+    return eval_ppl.guarded("figures.py", lambda: run(parse_arguments(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
