@@ -282,7 +282,8 @@ def evaluate(args, model, tokenizer, tokens, known, done, site):
 # ---------------------------------------------------------------------------------------------------------------------
 # Results: a list of dict, as in the JSON file
 
-FIELDS = {"model": str, "data": str, "scheme": str, "bits": int, "keep": str, "sinks": int, "ppl": float, "ppl_fp": float}
+FIELDS = {"model": str, "data": str, "scheme": str, "bits": int, "keep": str, "sinks": int}
+FIELDS |= {"ppl": float, "ppl_fp": float}
 
 
 def read_results(path):
@@ -327,7 +328,7 @@ COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "full": "#E69F00"}
 
 
 def plot_figure_9(results, path):
-    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel for each model, text, scheme and width."""
+    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel a model, text, scheme and width."""
     from matplotlib.figure import Figure
 
     def panel(result):
@@ -345,9 +346,9 @@ def plot_figure_9(results, path):
             points = sorted((r["sinks"], r["ppl"]) for r in rows if r["keep"] in (keep, "none"))
             axis.plot(*zip(*points), f"{marker}-", color=COLORS[keep], label=label) if points else None
         axis.axhline(rows[0]["ppl_fp"], color=COLORS["full"], linestyle="--", label="full precision")
-        title = f"{Path(model).name} on {Path(text).name}\n{scheme}, {bits} bits".replace("$", r"\$")  # $ begins a formula
+        names = f"{Path(model).name} on {Path(text).name}".replace("$", r"\$")  # $ would begin a formula
         axis.set(xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, max(N) + 1), xticks=N)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(f"{names}\n{scheme}, {bits} bits", fontsize=10)
         axis.legend()
     figure.savefig(path, dpi=150)
 
@@ -478,6 +479,12 @@ def check_against_model(args, config):
         raise ValueError(f"--layer {args.layer} --channel {args.channel}: the model has {limits}")
 
 
+def check_vocabulary(tokens, model, directory):
+    """Raises ValueError where a token is none of the model's: the tokenizer is another model's."""
+    if tokens.max() >= model.config.vocab_size:
+        raise ValueError(f"{directory}: its tokenizer gives id {tokens.max()}, the model has {model.config.vocab_size}")
+
+
 def run(args):
     old_results = read_results(args.json)
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
@@ -489,8 +496,7 @@ def run(args):
     model = Llama.from_pretrained(directory, args.device, getattr(torch, args.dtype))
     tokenizer = Tokenizer.from_pretrained(directory)
     tokens = windows(tokenizer, args.data, "test", args.seq_len, args.limit, args.seed)
-    if tokens.max() >= model.config.vocab_size:
-        raise ValueError(f"{directory}: its tokenizer gives id {tokens.max()}, the model has {model.config.vocab_size}")
+    check_vocabulary(tokens, model, directory)
     site = kvsink.Site(0, 0)
     if args.layer is not None:
         site = kvsink.Site(args.layer + 1, args.channel)

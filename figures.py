@@ -13,7 +13,9 @@ Blocks are counted from 1, as in Algorithm 1; the paper's figures, Table 3 and t
 """
 
 import io
+import itertools
 import json
+import math
 import os
 import sys
 import textwrap
@@ -109,23 +111,23 @@ FADED = 10  # and are gone at this part of it
 def stages(peak, typical):
     """The stages of stable outliers, from the largest and the median |H^l| of every block, both (L,).
 
-    A list of Stages: the last are those of the strongest outliers, before it those of weaker ones that come and go in its
+    A list of Stages: the last one is of the strongest outliers, before it those of weaker ones that come and go in its
     initial stage (SmolLM2 has some; the paper describes one emergence). Empty where nothing stands out.
     """
-    height = torch.where(peak > OUTLIER * typical, peak, 0.0)
+    height, L = torch.where(peak > OUTLIER * typical, peak, 0.0), len(peak)
     if not height.any():
         return []
     level = height[height > height.max() / 4].median()
-    steady, faded = (height > level / STEADY).tolist(), (height < level / FADED).tolist()
-    L, first = len(steady), steady.index(True)
-    start = next((l for l in range(first, 0, -1) if faded[l - 1]), 0)  # from here to `first` they rise
-    last = next((l for l in range(first, L) if not steady[l]), L)  # here they begin to fall
-    end = next((l + 1 for l in range(last, L) if faded[l]), L)
-    weaker = stages(peak[:start], typical[:start])
-    if last == first + 1:  # a spike: it was not stable in any block
+    steady, faded = (height > level / STEADY).tolist(), (height < level / FADED).tolist()  # by block, from 0
+    top = steady.index(True)  # the first block at full height
+    rise = max((l + 1 for l in range(top) if faded[l]), default=0)  # the first after all blocks without
+    fall = min((l for l in range(top, L) if not steady[l]), default=L)  # the first no longer at full height
+    gone = min((l + 1 for l in range(fall, L) if faded[l]), default=L)  # the first after the outliers went
+    weaker = stages(peak[:rise], typical[:rise])
+    if fall == top + 1:  # a spike: it was stable in no block
         return weaker
-    edges = [1, start + 1, first + 2, last + 1, end + 1, L + 1]
-    return [*weaker, Stages(*(range(a, b) for a, b in zip(edges, edges[1:])))]
+    edges = [l + 1 for l in (0, rise, top + 1, fall, gone, L)]  # by block, from 1
+    return [*weaker, Stages(*(range(first, end) for first, end in zip(edges, edges[1:])))]
 
 
 def extremes(X):
@@ -134,7 +136,7 @@ def extremes(X):
 
 
 def evolution(model, tokens):
-    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'} and H^l; and the median |H^l|, (L,)."""
+    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'}, H^l; and the median |H^l|, (L,)."""
     curves, typical = {"X_d_in": [], "X_d_out": [], "H_": [], "H": []}, []
     for a in look(model, tokens):
         for name, curve in curves.items():
@@ -214,15 +216,15 @@ class Subject:
 
 
 def examine(name, text, model, tokenizer, windows, site, layer=None):
-    """A Subject. `layer` is the one to draw, from 0; by default two after the emergence, which is the paper's layer 3 of
-    LLaMA2-7B. Raises ValueError where no token stands out in any block."""
+    """A Subject. `layer` is the one to draw, from 0; by default the second where sinks are stable, the paper's layer 3
+    of LLaMA2-7B. Raises ValueError where no token stands out."""
     curves, typical = evolution(model, windows[0])
     found = stages(curves["H"].abs().amax(1), typical)
-    if not found:
-        raise ValueError(f"no stable outliers: no token of {text} stands out in {name}")
-    block = min(site.l_E + 2, len(model.blocks)) if layer is None else layer + 1
     H = next(a.H for a in look(model, windows[0]) if a.l == site.l_E)
     S = sink_tokens(H, site.c).cpu()
+    if not found or not S.any():
+        raise ValueError(f"no stable outliers: no token of {text} stands out in {name}")
+    block = found[-1].stabilization[:2][-1] if layer is None else layer + 1
     return Subject(name, text, model, tokenizer, windows, site, block, curves, typical, found, S)
 
 
@@ -236,25 +238,13 @@ KINDS = {  # the columns of Table 1: which tensor, and the granularity
 }
 GROUP = 16  # of Table 1 and of Figure 7
 FIGURE_7_BITS = (8, 4, 3, 2)
-PAPER_TABLE_1 = {  # LLaMA2-7B: (kind, "dynamic" or "static", bits) -> overall, without sink tokens, with (dynamic only)
-    ("per-token Keys", "dynamic", 4): (1.30, 1.38, 0.07),
-    ("per-token Keys", "dynamic", 3): (9.00, 9.57, 0.50),
-    ("per-token Keys", "dynamic", 2): (27.58, 29.32, 1.37),
-    ("per-token Keys", "static", 4): (86.73, 16.39),
-    ("per-token Keys", "static", 3): (89.60, 20.41),
-    ("per-token Keys", "static", 2): (107.36, 46.14),
-    ("per-token Values", "dynamic", 4): (0.10, 0.11, 0.01),
-    ("per-token Values", "dynamic", 3): (0.68, 0.72, 0.08),
-    ("per-token Values", "dynamic", 2): (2.53, 2.68, 0.23),
-    ("per-token Values", "static", 4): (9.75, 3.10),
-    ("per-token Values", "static", 3): (10.09, 3.45),
-    ("per-token Values", "static", 2): (11.30, 6.35),
-    ("per-channel Keys", "dynamic", 4): (0.28, 0.26, 0.31),
-    ("per-channel Keys", "dynamic", 3): (2.03, 1.78, 2.30),
-    ("per-channel Keys", "dynamic", 2): (7.05, 6.52, 7.58),
-    ("per-channel Keys", "static", 4): (9.02, 5.17),
-    ("per-channel Keys", "static", 3): (10.24, 8.26),
-    ("per-channel Keys", "static", 2): (15.83, 11.44),
+PAPER_TABLE_1 = {  # LLaMA2-7B, as printed: for each of the KINDS overall, without sink tokens, with (dynamic only)
+    ("dynamic", 4): ((1.30, 1.38, 0.07), (0.10, 0.11, 0.01), (0.28, 0.26, 0.31)),
+    ("dynamic", 3): ((9.00, 9.57, 0.50), (0.68, 0.72, 0.08), (2.03, 1.78, 2.30)),
+    ("dynamic", 2): ((27.58, 29.32, 1.37), (2.53, 2.68, 0.23), (7.05, 6.52, 7.58)),
+    ("static", 4): ((86.73, 16.39), (9.75, 3.10), (9.02, 5.17)),
+    ("static", 3): ((89.60, 20.41), (10.09, 3.45), (10.24, 8.26)),
+    ("static", 2): ((107.36, 46.14), (11.30, 6.35), (15.83, 11.44)),
 }
 
 
@@ -278,65 +268,69 @@ def groups_with_sinks(S, granularity):
 
 
 def table_1(subject):
-    """Table 1: (kind, "dynamic" or "static", bits) -> overall, without sinks, with sinks: mean squared errors x 100, over
-    all windows and all blocks where sinks are stable. Static: without them in calibration and in quantization; no third.
+    """Table 1, mean squared errors x 100 over all windows and all blocks where sinks are stable: a list of dict, one a
+    kind, range and number of bits, with the paper's figures for LLaMA2-7B under "paper".
 
-    From the printed figures (per-token overall = 15/16 without + 1/16 with sinks) the paper's are of 32 tokens with two
-    sinks; which blocks they cover it does not say.
+    Of dynamic ranges "overall" is of all groups, "without_sinks" of those that hold no sink, "with_sinks" of those that
+    hold one (None where there are none). Of static ranges "overall" is of all tokens, "without_sinks" of all but the
+    sinks, those left out of the calibration too. From the printed figures (of tokens, overall is 15/16 of without and
+    1/16 of with) the paper's are of 32 tokens with two sinks; which blocks they cover it does not say.
     """
-    sums = {}  # -> sum of squared errors, count, for each of the three
-
-    def add(key, i, error):
-        total = sums.setdefault(key, torch.zeros(3, 2, dtype=torch.float64))
-        total[i] += torch.tensor([error.sum().item(), error.numel()], dtype=torch.float64)
-
-    for tokens in subject.windows:
+    sums = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))  # (kind, ranges, bits, part) -> sum, count
+    for tokens in tqdm(subject.windows, desc="Table 1", unit="window", leave=False, disable=None):
         for a, S in subject.stable(tokens):
             for kind, (tensor, granularity) in KINDS.items():
                 X, mixed = getattr(a, tensor), groups_with_sinks(S, granularity)
                 for bits in (4, 3, 2):
-                    error = (Quantizer(bits, granularity, GROUP)(X) - X).square()
-                    for i, chosen in enumerate((slice(None), ~mixed, mixed)):
-                        add((kind, "dynamic", bits), i, error[:, chosen])
-                    for i, chosen in enumerate((slice(None), ~S)):
-                        error = (replace(subject.quantizers[a.l, kind, i == 1], bits=bits)(X) - X).square()
-                        add((kind, "static", bits), i, error[:, chosen])
-    errors = {key: (100 * total[:, 0] / total[:, 1]).tolist() for key, total in sums.items()}
-    return {key: mse[: len(PAPER_TABLE_1[key])] for key, mse in errors.items()}
+                    dynamic = (Quantizer(bits, granularity, GROUP)(X) - X).square()
+                    static, kept = (
+                        (replace(subject.quantizers[a.l, kind, kept], bits=bits)(X) - X).square()
+                        for kept in (False, True)
+                    )
+                    for ranges, part, errors in (
+                        ("dynamic", "overall", dynamic),
+                        ("dynamic", "without_sinks", dynamic[:, ~mixed]),
+                        ("dynamic", "with_sinks", dynamic[:, mixed]),
+                        ("static", "overall", static),
+                        ("static", "without_sinks", kept[:, ~S]),
+                    ):
+                        sums[kind, ranges, bits, part] += torch.tensor([errors.sum(), errors.numel()])
+    rows = []
+    for i, kind in enumerate(KINDS):
+        for (ranges, bits), printed in PAPER_TABLE_1.items():
+            parts = ("overall", "without_sinks", "with_sinks")[: len(printed[i])]
+            measured = {part: sums[kind, ranges, bits, part].tolist() for part in parts}
+            mse = {part: 100 * total / count if count else None for part, (total, count) in measured.items()}
+            rows.append({"kind": kind, "ranges": ranges, "bits": bits, **mse, "paper": dict(zip(parts, printed[i]))})
+    return rows
 
 
-def table_1_rows(errors):
-    """As JSON: a dict a row, the measured errors beside the paper's."""
-    names = ("overall", "without_sinks", "with_sinks")
-    return [
-        {"kind": kind, "ranges": ranges, "bits": bits, **dict(zip(names, mse))}
-        | {f"paper_{name}": x for name, x in zip(names, PAPER_TABLE_1[kind, ranges, bits])}
-        for (kind, ranges, bits), mse in errors.items()
-    ]
-
-
-def print_table_1(subject, errors):
-    where = f"blocks {span(subject.stages[-1].stabilization)}, groups of {GROUP}"
-    print(f"\nTable 1: quantization error (MSE x 100) of {subject.name} on {subject.text}, {where}")
+def print_table_1(subject, rows):
+    parts = {"overall": "overall", "without_sinks": "w/o sinks", "with_sinks": "w/ sinks"}
+    print(f"\nTable 1: quantization error (MSE x 100), {whereabouts(subject)}")
     print(f"{'':<20}{subject.name:^33}{'LLaMA2-7B (paper)':^33}")
-    print(f"{'':<20}" + f"{'overall':>11}{'w/o sinks':>11}{'w/ sinks':>11}" * 2)
-    for kind in KINDS:
-        print(kind)
-        for way in ("dynamic", "static"):
-            for bits in (4, 3, 2):
-                cells = (
-                    [f"{x:.2f}" for x in errors[kind, way, bits]],
-                    [f"{x:.2f}" for x in PAPER_TABLE_1[kind, way, bits]],
-                )
-                print(f"  {way:<9}{bits} bits  " + "".join(f"{x:>11}" for side in cells for x in [*side, "-"][:3]))
+    print(f"{'':<20}" + "".join(f"{title:>11}" for title in parts.values()) * 2)
+    for row in rows:
+        if (row["ranges"], row["bits"]) == ("dynamic", 4):
+            print(row["kind"])
+        cells = [side.get(part) for side in (row, row["paper"]) for part in parts]
+        numbers = "".join(f"{'-':>11}" if x is None else f"{x:>11.2f}" for x in cells)
+        print(f"  {row['ranges']:<9}{row['bits']} bits  {numbers}")
+
+
+def whereabouts(subject):
+    blocks = span(subject.stages[-1].stabilization)
+    return f"groups of {GROUP}: {subject.name} on {subject.text}, blocks {blocks}"
 
 
 def static_damage(subject):
-    """Where static per-token quantization hurts, the numbers behind Figure 7: bits -> name -> relative error
-    |X' - X| / |X| on the first window, over all blocks where sinks are stable. The scores are all p_i^t, the bias is that
-    of Eq. 9; "kept" is with the sinks kept in full precision and left out of the calibration."""
+    """Where static per-token quantization hurts, the numbers behind Figure 7: a list of dict, one for each of its bits,
+    of relative errors |X' - X| / |X| on the first window, over all blocks where sinks are stable. Scores are all p_i^t,
+    the bias is that of Eq. 9; "kept" is with the sinks kept in full precision and left out of the calibration."""
     sums = {bits: defaultdict(lambda: torch.zeros(2, dtype=torch.float64)) for bits in FIGURE_7_BITS}
-    for a, S in subject.stable(subject.windows[0]):
+    blocks = len(subject.stages[-1].stabilization)
+    bar = tqdm(subject.stable(subject.windows[0]), "Figure 7", blocks, leave=False, unit="block", disable=None)
+    for a, S in bar:
         P = attention_scores(a.Q, a.K, subject.model.config.sliding_window)
         bias = attention_bias(P, a.V, S)
         for bits in FIGURE_7_BITS:
@@ -354,7 +348,8 @@ def static_damage(subject):
             }
             for name, (X_, X) in compared.items():
                 sums[bits][name] += torch.tensor([(X_ - X).square().sum(), X.square().sum()])
-    return {bits: {name: (s[0] / s[1]).sqrt().item() for name, s in row.items()} for bits, row in sums.items()}
+    errors = {bits: {name: math.sqrt(s[0] / s[1]) for name, s in row.items()} for bits, row in sums.items()}
+    return [{"bits": bits, **row} for bits, row in errors.items()]
 
 
 def quantized_attention(subject, a, S, bits, kept):
@@ -366,14 +361,11 @@ def quantized_attention(subject, a, S, bits, kept):
     return K, V, P, attention_bias(P, V, S)
 
 
-def print_damage(subject, damage):
-    where = f"blocks {span(subject.stages[-1].stabilization)}, groups of {GROUP}"
-    print(
-        f"\nFigure 7 in numbers: relative error under static per-token quantization, {subject.name} on {subject.text}, {where}"
-    )
-    print("bits" + "".join(f"{name:>14}" for name in damage[FIGURE_7_BITS[0]]))
-    for bits, row in damage.items():
-        print(f"{bits:>4}" + "".join(f"{x:>14.3f}" for x in row.values()))
+def print_damage(subject, rows):
+    print(f"\nFigure 7 in numbers: relative errors of static per-token quantization, {whereabouts(subject)}")
+    print("".join(f"{name:>14}" for name in rows[0]))
+    for row in rows:
+        print(f"{row['bits']:>14}" + "".join(f"{x:>14.3f}" for x in list(row.values())[1:]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,11 +394,11 @@ def table_3(model, tokenizer, name):
 
 def print_table_3(row):
     print(
-        f"\nTable 3: {row['model']}, {row['layers']} layers, hidden size {row['hidden_size']} (layers are counted from 0)"
+        f"\nTable 3 (layers counted from 0): {row['model']}, {row['layers']} layers, hidden size {row['hidden_size']}"
     )
     for i, found in enumerate(row["prompts"], start=1):
         channels = ", ".join(f"{c} ({m:,.0f})" for c, m in zip(found["channels"], found["magnitudes"]))
-        print(f"  prompt {i}   outliers emerge in layer {found['emergence']}, channels (magnitudes): {channels}")
+        print(f"  prompt {i}: outliers emerge in layer {found['emergence']}, channels (magnitudes) {channels}")
     print(f"  the prompts {'agree' if row['prompts_agree'] else 'DISAGREE'} on layer and first channel")
     if row["table_3"]:
         channels = ", ".join(map(str, row["table_3"]["channels"]))
@@ -658,9 +650,6 @@ def figure_6(subject):
 def figure_7(subject):
     """Attention scores and biases under static per-token quantization, with and without the sinks kept."""
     a, S = subject.inside(subject.block), subject.S.to(subject.windows[0].device)
-    if (a.l, "per-token Keys", True) not in subject.quantizers:
-        layers = span([l - 1 for l in subject.stages[-1].stabilization])
-        raise ValueError(f"--layer {a.l - 1}: Figure 7 needs a layer where sinks are stable, {layers}")
     P = scores_of(subject, a.l)
     bias = attention_bias(P, a.V, S)
     head = int(mean_cosine(bias).argmax())
@@ -689,42 +678,33 @@ def figure_7(subject):
     return figure
 
 
+def group_numbers(n, d, granularity, g):
+    """Which group of a tensor (n, d) each number belongs to, from the grouping itself (quant.py): (n, d), from 0."""
+    groups, axes = quant.grouped(torch.zeros(n, d), granularity, g)
+    shape = [1 if i - groups.ndim in axes else size for i, size in enumerate(groups.shape)]
+    numbers = torch.arange(math.prod(shape)).view(shape).expand_as(groups)
+    return quant.ungrouped(numbers, granularity, n)
+
+
 def figure_10(subject):
-    """The three granularities, drawn from the grouping itself: each cell by the number of its group."""
+    """The three granularities: each number of a tensor under the number of its group."""
     n, d, g, sinks = 12, 8, 4, (0, 6)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    figure.suptitle(
-        f"Figure 10: which numbers share one scale and one zero, {n} tokens of {d} channels, groups of {g}", fontsize=10
-    )
+    title = f"Figure 10: which numbers share one scale and one zero, {n} tokens of {d} channels, groups of {g}"
+    figure.suptitle(title, fontsize=10)
     for axis, granularity in zip(figure.subplots(1, 3), quant.GRANULARITIES):
-        groups, axes = quant.grouped(torch.zeros(n, d), granularity, g)
-        shape = [1 if i - groups.ndim in axes else size for i, size in enumerate(groups.shape)]
-        numbers = torch.arange(torch.Size(shape).numel()).view(shape).expand_as(groups)
-        numbers = quant.ungrouped(numbers, granularity, n)  # (n, d)
-        axis.pcolormesh(
-            torch.arange(d + 1), torch.arange(n + 1), numbers * 5 % 7, cmap="Pastel2", edgecolors="white", linewidth=0.4
-        )
-        for i in range(n):
-            for c in range(d):
-                number, sink = int(numbers[i, c]), i in sinks
-                axis.text(c + 0.5, i + 0.5, number, ha="center", va="center", fontsize=7, color=SINK if sink else "black",
-                          fontweight="bold" if sink else "normal")  # fmt: skip
-                if i and numbers[i - 1, c] != number:
-                    axis.plot([c, c + 1], [i, i], color="black", linewidth=1)
-                if c and numbers[i, c - 1] != number:
-                    axis.plot([c, c], [i, i + 1], color="black", linewidth=1)
-        axis.invert_yaxis()
-        axis.set(
-            xlabel="channel",
-            ylabel="token",
-            xticks=[],
-            yticks=[i + 0.5 for i in sinks],
-            yticklabels=["sink"] * len(sinks),
-        )
+        numbers = group_numbers(n, d, granularity, g)
+        axis.imshow(numbers * 5 % 7, cmap="Pastel2", aspect="auto")
+        for i, c in itertools.product(range(n), range(d)):
+            style = {"color": SINK, "fontweight": "bold"} if i in sinks else {"color": "black"}
+            axis.text(c, i, int(numbers[i, c]), ha="center", va="center", fontsize=7, **style)
+            if i and numbers[i - 1, c] != numbers[i, c]:
+                axis.plot([c - 0.5, c + 0.5], [i - 0.5, i - 0.5], color="black", linewidth=1)
+            if c and numbers[i, c - 1] != numbers[i, c]:
+                axis.plot([c - 0.5, c - 0.5], [i - 0.5, i + 0.5], color="black", linewidth=1)
+        axis.set(xlabel="channel", ylabel="token", xticks=[], yticks=sinks, yticklabels=["sink"] * len(sinks))
         axis.tick_params(axis="y", colors=SINK, labelsize=8)
-        axis.set_title(
-            {"tensor": "per tensor", "token": "per token", "channel": "per channel"}[granularity], fontsize=9
-        )
+        axis.set_title(f"per {granularity}", fontsize=9)
     return figure
 
 
@@ -815,17 +795,13 @@ def parse_arguments(argv):
         "choose with --model and --prompt. Figure 9 shows results of eval_ppl.py: --fig 9 --json FILE.",
     )
     add = parser.add_argument
-    add(
-        "--model",
-        default=hub.DEFAULT_MODEL,
-        help="a name, hub id or directory, as in eval_ppl.py (default: %(default)s)",
-    )
+    add("--model", default=hub.DEFAULT_MODEL, help="name, hub id or directory (default: %(default)s)")
     add("--fig", nargs="+", type=figure_number, metavar="N", help="figures to draw (default: all)")
     add("--table", nargs="+", type=int, choices=TABLES, help="tables to print (default: both)")
-    add("--prompt", help="1 or 2 (the paper's), packed (Wikipedia articles, the default for the default model), or any "
-        "other text itself (default: 1)")  # fmt: skip
-    add("--layer", type=eval_ppl.number(0), help="the layer to draw, from 0 (default: two after the emergence)")
-    add("--format", choices=["png", "svg", "pdf"], default="png", help="(default: %(default)s)")
+    add("--prompt", help="1 or 2, the paper's; packed, Wikipedia articles; or a text itself (default: 1, for the default "
+        "model packed)")
+    add("--layer", type=eval_ppl.number(0), help="the layer to draw, from 0 (default: the second where sinks are stable)")
+    add("--format", choices=["png", "svg", "pdf"], default="png", help="of pictures (default: %(default)s)")
     add("--out", type=Path, default=Path("figures"), help="folder for pictures and JSON (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="results of eval_ppl.py, for Figure 9")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
@@ -834,16 +810,18 @@ def parse_arguments(argv):
 
 
 def complete(args):
+    """Check the options and fill in the defaults that depend on others."""
     everything = not (args.fig or args.table)
+    args.fig = sorted(set(args.fig or (FIGURES if everything else ())))
     args.table = args.table or (TABLES if everything else ())
-    args.fig = list(dict.fromkeys(args.fig or (FIGURES if everything else ())))
     if everything and args.json:
         args.fig.append(9)
     if 9 in args.fig and not args.json:
-        raise ValueError("Figure 9 needs results: eval_ppl.py --json FILE writes them, --json FILE names them here")
+        raise ValueError("Figure 9 shows results: eval_ppl.py --json FILE writes them, --json FILE names them here")
     if args.fig and Figure is None:
         raise ValueError("figures need matplotlib: pip install matplotlib (--table does without)")
-    args.prompt = args.prompt or ("packed" if args.model == hub.DEFAULT_MODEL else "1")
+    if args.prompt is None:
+        args.prompt = "packed" if args.model == hub.DEFAULT_MODEL else "1"
     existing = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ValueError(f"--out {args.out}: cannot write in {existing}")
@@ -852,29 +830,24 @@ def complete(args):
 
 
 def read_windows(args, model, tokenizer):
-    """The text as its title says it, and its windows (1, n); and those of the training split that calibrate."""
-    packed, default = args.prompt == "packed", args.model == hub.DEFAULT_MODEL
-    if packed:
-        n = min(1024, model.config.max_position_embeddings)
-        text, windows = f"packed wiki-sample, {n} tokens", eval_ppl.windows(tokenizer, "wiki-sample", "test", n, 8, 0)
-    else:
-        prompt = dict(zip("12", kvsink.PROMPTS)).get(args.prompt, args.prompt)
-        windows = torch.tensor([tokenizer.encode(prompt)])
-        n = windows.shape[1]
-        text = f"prompt {args.prompt}" if prompt != args.prompt else f'"{textwrap.shorten(ascii(prompt)[1:-1], 40)}"'
-        limit = min(LONGEST, model.config.max_position_embeddings)
-        if not 2 <= n <= limit:
-            raise ValueError(f"--prompt has {n} tokens for this model: 2 to {limit} can be drawn")
-    return text, windows
+    """What titles call the text, and its windows (count, n)."""
+    context = model.config.max_position_embeddings
+    if args.prompt == "packed":
+        n = min(1024, context)
+        return f"packed wiki-sample, {n} tokens", eval_ppl.windows(tokenizer, "wiki-sample", "test", n, 8, 0)
+    prompt = {"1": kvsink.PROMPTS[0], "2": kvsink.PROMPTS[1]}.get(args.prompt)
+    windows = torch.tensor([tokenizer.encode(prompt or args.prompt)])
+    if not 2 <= windows.shape[1] <= min(LONGEST, context):
+        limits = f"2 to {min(LONGEST, context)} can be drawn"
+        raise ValueError(f"--prompt has {windows.shape[1]} tokens for this model: {limits}")
+    return f"prompt {args.prompt}" if prompt else f'"{textwrap.shorten(ascii(args.prompt)[1:-1], 40)}"', windows
 
 
 def calibration_windows(args, model, tokenizer):
-    """As eval_ppl.py's defaults: 4 windows of packed text, or 16 of WikiText-2."""
-    if args.prompt == "packed" or args.model == hub.DEFAULT_MODEL:
-        return eval_ppl.windows(
-            tokenizer, "wiki-sample", "train", min(1024, model.config.max_position_embeddings), 4, 0
-        )
-    return eval_ppl.windows(tokenizer, "wikitext2", "train", min(4096, model.config.max_position_embeddings), 16, 0)
+    """Of the training split, as eval_ppl.py's defaults: 4 windows of packed text, or 16 of WikiText-2."""
+    sample = args.prompt == "packed" or args.model == hub.DEFAULT_MODEL
+    text, n, count = ("wiki-sample", 1024, 4) if sample else ("wikitext2", 4096, 16)
+    return eval_ppl.windows(tokenizer, text, "train", min(n, model.config.max_position_embeddings), count, seed=0)
 
 
 def save(figure, path):
@@ -892,46 +865,53 @@ def save_json(path, subject, rows):
 
 def run(args):
     results = eval_ppl.read_results(args.json)
-    if 9 in args.fig and len(results) < 2:
+    if 9 in args.fig and all(result["scheme"] == "full" for result in results):
         raise ValueError(f"{args.json}: there are no results in it to draw")
     args.out.mkdir(parents=True, exist_ok=True)
+    if 9 in args.fig:
+        eval_ppl.plot_figure_9(results, args.out / f"fig9.{args.format}")
     if args.fig == [9] and not args.table:
-        return eval_ppl.plot_figure_9(results, args.out / f"fig9.{args.format}")
+        return
     directory = hub.model_directory(args.model)
     L = LlamaConfig.from_pretrained(directory).num_hidden_layers
     if args.layer is not None and args.layer >= L:
         raise ValueError(f"--layer {args.layer}: the model has layers 0 to {L - 1}")
     model = Llama.from_pretrained(directory, args.device, getattr(torch, args.dtype))
     tokenizer = Tokenizer.from_pretrained(directory)
-    name = Path(args.model).name
     if 3 in args.table:
-        print_table_3(table_3(model, tokenizer, name))
-    if args.fig not in ([], [9]) or 1 in args.table:
-        text, windows = read_windows(args, model, tokenizer)
-        site = kvsink.site_of(model, tokenizer, args.model, directory)
-        subject = examine(name, text, model, tokenizer, [w[None].to(args.device) for w in windows], site, args.layer)
-        if 1 in args.table or 7 in args.fig:
-            bar = tqdm(
-                calibration_windows(args, model, tokenizer),
-                desc="calibrating",
-                unit="window",
-                leave=False,
-                disable=None,
-            )
-            subject.quantizers = static_quantizers(subject, (window[None].to(args.device) for window in bar))
-        slug = f"{name}-{SLUGS.get(args.prompt, 'text')}"
-        if 1 in args.table:
-            errors = table_1(subject)
-            print_table_1(subject, errors)
-            save_json(args.out / f"table1-{slug}.json", subject, table_1_rows(errors))
-        if 7 in args.fig:
-            damage = static_damage(subject)
-            print_damage(subject, damage)
-            save_json(args.out / f"fig7-{slug}.json", subject, [{"bits": bits, **row} for bits, row in damage.items()])
-        for number in tqdm([number for number in args.fig if number != 9], desc="drawing", unit="figure", disable=None):
-            save(FIGURES[number](subject), args.out / f"fig{number}-{slug}.{args.format}")
-    if 9 in args.fig:
-        eval_ppl.plot_figure_9(results, args.out / f"fig9.{args.format}")
+        print_table_3(table_3(model, tokenizer, args.model))
+    if set(args.fig) - {9} or 1 in args.table:
+        evidence(args, model, tokenizer, directory)
+
+
+def evidence(args, model, tokenizer, directory):
+    """Everything that looks inside the model on a text."""
+    text, windows = read_windows(args, model, tokenizer)
+    eval_ppl.check_vocabulary(windows, model, directory)
+    site, name = kvsink.site_of(model, tokenizer, args.model, directory), Path(args.model).name
+    subject = examine(name, text, model, tokenizer, [w[None].to(args.device) for w in windows], site, args.layer)
+    stable = subject.stages[-1].stabilization
+    if 7 in args.fig and subject.block not in stable:
+        layers = span([l - 1 for l in stable])
+        raise ValueError(f"--layer {args.layer}: Figure 7 needs a layer where sinks are stable, {layers}")
+    slug = f"{name}-{SLUGS.get(args.prompt, 'text')}"
+    if 1 in args.table or 7 in args.fig:
+        calibration = calibration_windows(args, model, tokenizer)
+        bar = tqdm(calibration, desc="calibrating", unit="window", leave=False, disable=None)
+        subject.quantizers = static_quantizers(subject, (window[None].to(args.device) for window in bar))
+    if 1 in args.table:
+        rows = table_1(subject)
+        print_table_1(subject, rows)
+        save_json(args.out / f"table1-{slug}.json", subject, rows)
+    if 7 in args.fig:
+        rows = static_damage(subject)
+        print_damage(subject, rows)
+        save_json(args.out / f"fig7-{slug}.json", subject, rows)
+    drawn = [number for number in args.fig if number != 9]
+    for number in tqdm(drawn, desc="drawing", unit="figure", leave=False, disable=None):
+        save(FIGURES[number](subject), args.out / f"fig{number}-{slug}.{args.format}")
+    if drawn:
+        print(f"\nfigures {', '.join(map(str, drawn))}: {args.out / f'fig*-{slug}.{args.format}'}")
 
 
 def main(argv=None):

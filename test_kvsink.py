@@ -1,5 +1,5 @@
 """The tests, in the order of the paper: Section 2 (the transformer), Appendix C (Equations 10-13), Algorithm 1,
-calibration, Table 3 and the finder, Section 5 (perplexity), where weights and texts come from, bad input, and the
+calibration, Table 3 and the finder, Section 5 (perplexity), Sections 3 and 4 (the figures and Table 1), where weights and texts come from, bad input, and the
 default model end to end.
 
 Every formula is held against something independent: a few lines of NumPy in float64, an example worked by hand, or
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import eval_ppl
+import figures
 import hub
 import kvsink
 import quant
@@ -1186,7 +1187,7 @@ def test_rows_json_table_and_figure(tiny, tmp_path, capsys, sample_calibration, 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **options: drawn.append(figure))
     eval_ppl.plot_figure_9(results, plot)
     panels = {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn[0].axes}
-    lines = panels["channel-static, 2 bits"]
+    lines = panels["model on text.txt\nchannel-static, 2 bits"]
     for keep, label in (("pfn", "PFN"), ("kvsink", "KVSink")):
         panel = [r for r in results if (r["scheme"], r["bits"]) == ("channel-static", 2)]
         rows = {r["sinks"]: r["ppl"] for r in panel if r["keep"] in (keep, "none")}
@@ -1335,6 +1336,376 @@ def test_interrupting_keeps_the_rows_done(tiny, tmp_path):
     assert process.returncode == 130 and "Traceback" not in errors
     assert 2 <= len(results_of(out)) < 1 + 8 * 9 and "full precision" in printed
     assert os.listdir(tmp_path) == ["out.json"]  # no temporary file is left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections 3 and 4: what the figures and Table 1 measure
+
+
+def test_hooks_see_what_a_block_computes(planted, sequences):
+    """Each activation against Section 2's equations in float64, one block after the other, and no hook is left behind."""
+    model, tokens = copy_of(planted).double(), sequences[0][:1]
+    H, rope = model.embedding(tokens), rope_table(model.config, 24, "cpu")
+    for l, (a, block) in enumerate(zip(figures.look(planted, tokens), model.blocks), start=1):
+        X = H / (H.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.LN_mhsa.weight  # (1, n, d)
+        Q, K, V = (X[0] @ W.weight.T for W in (block.W_q, block.W_k, block.W_v))
+        Q, K, V = (Y.view(24, -1, 8).transpose(0, 1) for Y in (Q, K, V))  # (heads, n, d_k)
+        Q, K = rotate(Q, rope), rotate(K, rope)
+        scores = torch.stack([(Q[h] @ K[h // 2].T / 8**0.5) for h in range(4)])
+        P = scores.masked_fill(torch.ones(24, 24).triu(1).bool(), -torch.inf).softmax(-1)
+        O = torch.cat([P[h] @ V[h // 2] for h in range(4)], -1) @ block.W_o.weight.T
+        H_ = O + H[0]
+        Y = H_ / (H_.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.LN_ffn.weight
+        X_d_in = F.silu(Y @ block.FFN.W_g.weight.T) * (Y @ block.FFN.W_u.weight.T)
+        X_d_out = X_d_in @ block.FFN.W_d.weight.T
+        H = (X_d_out + H_)[None]
+        expected = {"Q": Q, "K": K, "V": V, "O": O, "H_": H_, "X_d_in": X_d_in, "X_d_out": X_d_out, "H": H[0]}
+        assert a.l == l and set(a._fields) == {"l", *expected}
+        for name, value in expected.items():
+            seen = getattr(a, name)
+            assert seen.dtype == torch.float32 and seen.shape == value.shape, name
+            assert (seen - value).norm() <= 1e-5 * value.norm(), (l, name)
+    assert l == 6 and not any(module._forward_hooks for module in planted.modules())
+
+
+def test_hooks_are_removed_where_a_block_fails(planted, sequences, monkeypatch):
+    monkeypatch.setattr("llama.attention", None)
+    with pytest.raises(TypeError):
+        list(figures.look(planted, sequences[0][:1]))
+    assert not any(module._forward_hooks for module in planted.modules())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_scores_bias_and_cosines_against_numpy(window):
+    """Equations 3 and 9 and Figure 6a as plain loops in float64, with two queries to each Key and Value."""
+    draw = np.random.RandomState(0)
+    Q, K, V = draw.randn(4, 7, 8), draw.randn(2, 7, 8), draw.randn(2, 7, 8)
+    S = np.array([True, False, False, True, False, False, False])
+    P, bias, cosine = np.zeros((4, 7, 7)), np.zeros((4, 7, 8)), np.zeros((4, 7, 7))
+    for h in range(4):
+        for t in range(7):
+            seen = [i for i in range(t + 1) if window is None or t - i < window]
+            e = {i: np.exp(Q[h, t] @ K[h // 2, i] / np.sqrt(8)) for i in seen}
+            for i in seen:
+                P[h, t, i] = e[i] / sum(e.values())
+                bias[h, t] += P[h, t, i] * V[h // 2, i] * S[i]
+            for i in range(7):
+                q, k = Q[h, t], K[h // 2, i]
+                cosine[h, t, i] = q @ k / np.linalg.norm(q) / np.linalg.norm(k)
+    Q, K, V = (torch.tensor(X) for X in (Q, K, V))
+    assert torch.allclose(figures.attention_scores(Q, K, window), torch.tensor(P))
+    assert torch.allclose(figures.attention_bias(torch.tensor(P), V, torch.tensor(S)), torch.tensor(bias))
+    assert torch.allclose(figures.cosines(Q, K), torch.tensor(cosine))
+    pairs = [(t, u) for t in range(7) for u in range(7) if t != u]
+    for h in range(4):
+        unit = Q[h].numpy() / np.linalg.norm(Q[h].numpy(), axis=1, keepdims=True)
+        expected = np.mean([unit[t] @ unit[u] for t, u in pairs])
+        assert figures.mean_cosine(Q)[h].item() == pytest.approx(expected)
+
+
+STAGE_CURVES = {  # the largest |H^l| of each block where the median is 0.1, and how many blocks one sees in each stage
+    "LLaMA2-7B: one block, a final stage": ([5, 700] + [720] * 28 + [8, 9], [1, 1, 28, 1, 1]),
+    "LLaMA3-8B: the last block, no final stage": ([5, 300] + [310] * 29 + [20], [1, 1, 29, 1, 0]),
+    "Mistral: several blocks": ([4, 300] + [305] * 20 + [190, 120, 60, 25, 12, 9], [1, 1, 20, 4, 2]),
+    "LLaMA2-13B: late, and it grows": ([5, 6, 7] + [1000 + 10 * i for i in range(35)] + [30, 30], [3, 1, 34, 1, 1]),
+    "emergence in two blocks": ([5, 200] + [900] * 10 + [7], [1, 2, 9, 1, 0]),
+    "no dissipation": ([5, 6] + [400] * 6, [2, 1, 5, 0, 0]),
+    "from the first block on": ([400] * 6 + [7], [0, 1, 5, 1, 0]),
+}
+
+
+@pytest.mark.parametrize("name", STAGE_CURVES)
+def test_stages_of_curves_made_by_hand(name):
+    peak, lengths = STAGE_CURVES[name]
+    (found,) = figures.stages(torch.tensor(peak, dtype=torch.float32), torch.full((len(peak),), 0.1))
+    assert [len(blocks) for blocks in found] == lengths and sum(lengths) == len(peak)
+    assert [l for blocks in found for l in blocks] == list(range(1, len(peak) + 1))  # one after the other, none twice
+
+
+def test_stages_where_there_are_two_emergences_or_none():
+    peak = torch.tensor([5, 400, 900, 950, 940, 930, 300, 40, 20000] + [21000] * 10 + [9000, 900.0])
+    weaker, main = figures.stages(peak, torch.ones(21))
+    assert main == (range(1, 9), range(9, 10), range(10, 20), range(20, 22), range(22, 22))
+    assert weaker == (range(1, 2), range(2, 4), range(4, 7), range(7, 9), range(9, 9))
+    assert figures.stages(torch.full((12,), 99.0), torch.ones(12)) == []  # it takes a hundred times the median
+    assert figures.stages(torch.full((12,), 990.0), torch.full((12,), 10.0)) == []
+    assert figures.stages(torch.tensor([5, 5, 9000.0, 5, 5]), torch.ones(5)) == []  # a spike is not stable
+    spike = torch.tensor([5, 400, 420, 410, 5, 5, 9000.0, 5, 5])
+    assert [s.stabilization for s in figures.stages(spike, torch.ones(9))] == [range(3, 5)]
+
+
+def test_sinks_are_what_stands_out_by_both_thresholds():
+    H = torch.ones(6, 50)
+    H[:, 3] = torch.tensor([2000, -250, 90, 199, -1500, 1])
+    assert figures.sink_tokens(H, 3).tolist() == [True, True, False, False, True, False]  # 199 < 2000 / 10
+    H[:, 3] = torch.tensor([99, 1, 101, 1, 1, 1])
+    assert figures.sink_tokens(H, 3).tolist() == [False, False, True, False, False, False]  # 100 times the median
+    X = torch.tensor([[1.0, -5.0, 2.0], [0.0, 3.0, -2.0]])
+    assert figures.extremes(X).tolist() == [-5, 3]
+
+
+@pytest.mark.parametrize("granularity", quant.GRANULARITIES)
+def test_groups_are_numbered_as_figure_10_draws_them(granularity):
+    for n, g in ((12, 4), (10, 4), (3, 8)):
+        expected = np.zeros((n, 8), int)
+        for number, at in enumerate(groups_numpy(n, 8, granularity, g)):
+            expected[at] = number
+        assert figures.group_numbers(n, 8, granularity, g).tolist() == expected.tolist()
+    S = torch.zeros(40, dtype=torch.bool)
+    S[[3, 35]] = True
+    mixed = figures.groups_with_sinks(S, granularity).nonzero().flatten().tolist()
+    assert mixed == ([3, 35] if granularity == "token" else [*range(16), *range(32, 40)])
+
+
+@pytest.fixture(scope="module")
+def subject(planted):
+    """The planted model on two windows of 40 tokens, calibrated on another two. Its sinks are the marked tokens."""
+    windows = [ordinary_tokens(40, seed)[None] for seed in range(4)]
+    for window, places in zip(windows, ([5, 22], [17, 18], [0, 9], [30, 31])):
+        window[0, places] = torch.tensor([STRONG, WEAK])
+    subject = figures.examine("planted", "by hand", planted, None, windows[:2], SITE)
+    subject.quantizers = figures.static_quantizers(subject, windows[2:])
+    return subject, windows
+
+
+def test_a_subject_is_examined(subject):
+    subject, _ = subject
+    assert subject.stages == [(range(1, 2), range(2, 3), range(3, 7), range(7, 7), range(7, 7))]
+    assert subject.S.nonzero().flatten().tolist() == [5, 22] and subject.block == 4
+    assert [(a.l, S.nonzero().flatten().tolist()) for a, S in subject.stable(subject.windows[1])] == [
+        (l, [17, 18]) for l in (3, 4, 5, 6)
+    ]
+    assert figures.examine(*("x",) * 2, subject.model, None, subject.windows, SITE, layer=0).block == 1
+
+
+def keys_and_values(model, window):
+    """Of the blocks 3 to 6, in float64: (h_kv, n, d_k) each, from the parts of the block."""
+    H, rope, found = model.embedding(window), rope_table(model.config, window.shape[1], "cpu"), {}
+    for l, block in enumerate(model.blocks, start=1):
+        _, K, V = block.QKV(block.LN_mhsa(H))
+        found[l] = {"K": rotate(K, rope)[0].numpy().astype(np.float64), "V": V[0].numpy().astype(np.float64)}
+        H = block(H, rope)
+    return {l: found[l] for l in (3, 4, 5, 6)}
+
+
+def static_numpy(X, bits, seen, granularity):
+    """Quantized with the ranges of `seen` (heads, tokens, d_k): of a head ("token": 8 channels fit into one group of 16)
+    or of a channel."""
+    axes = (1, 2) if granularity == "token" else (1,)
+    lo, hi = seen.min(axes, keepdims=True), seen.max(axes, keepdims=True)
+    s = (hi - lo) / (2**bits - 1)
+    z = -np.round(lo / s)
+    return s * (np.clip(np.round(X / s) + z, 0, 2**bits - 1) - z)
+
+
+def test_table_1_against_numpy(subject):
+    """Every figure as sums of squares in float64 over blocks 3 to 6 of both windows."""
+    subject, windows = subject
+    places = ([5, 22], [17, 18], [0, 9], [30, 31])
+    activations = [keys_and_values(subject.model, window) for window in windows]
+    for row in figures.table_1(subject):
+        tensor, granularity = figures.KINDS[row["kind"]]
+        errors = {"overall": [], "without_sinks": [], "with_sinks": []}
+        for window in (0, 1):
+            for l in (3, 4, 5, 6):
+                X = activations[window][l][tensor]
+                sinks = np.isin(np.arange(40), places[window])
+                if row["ranges"] == "dynamic":
+                    X_ = np.stack([rtn_numpy(x, row["bits"], groups_numpy(40, 8, granularity, 16))[0] for x in X])
+                    with_sink = sinks
+                    if granularity == "channel":
+                        with_sink = np.concatenate([np.full(len(g), g.any()) for g in np.split(sinks, [16, 32])])
+                    errors["with_sinks"].append(((X_ - X) ** 2)[:, with_sink])
+                    errors["without_sinks"].append(((X_ - X) ** 2)[:, ~with_sink])
+                    errors["overall"].append((X_ - X) ** 2)
+                    continue
+                for part, dropped in (("overall", [[], []]), ("without_sinks", places[2:])):
+                    seen = [np.delete(activations[2 + i][l][tensor], dropped[i], axis=1) for i in (0, 1)]
+                    error = (static_numpy(X, row["bits"], np.concatenate(seen, axis=1), granularity) - X) ** 2
+                    errors[part].append(error if part == "overall" else error[:, ~sinks])
+        for part in row["paper"]:
+            expected = 100 * np.concatenate([e.flatten() for e in errors[part]]).mean()
+            assert row[part] == pytest.approx(expected, rel=1e-3), (row, part)  # fp32 may round an edge the other way
+
+
+def test_the_papers_table_1_is_as_printed():
+    """Section 4.1 quotes from it: 81.1 % and 68.2 % less (static, 4 bits), 16.3 % to 29.2 % more, 42.7 % less."""
+    table = figures.PAPER_TABLE_1
+    assert sum(len(cells) for row in table.values() for cells in row) == 6 * 9 - 9
+    keys, values, channels = table["static", 4]
+    less = [1 - without / overall for overall, without in (keys, values, channels)]
+    assert [round(100 * x, 1) for x in less] == [81.1, 68.2, 42.7]
+    more = [table["dynamic", bits][2][2] / table["dynamic", bits][2][1] - 1 for bits in (4, 3, 2)]
+    assert round(100 * min(more), 1) == 16.3 and round(100 * max(more), 1) == 29.2
+    assert figures.table_1.__doc__.count("15/16")  # 1/16 of the tokens are sinks, by every row of per-token Keys
+    for bits in (4, 3, 2):
+        overall, without, sinks = table["dynamic", bits][0]
+        assert (without - overall) / (without - sinks) == pytest.approx(1 / 16, rel=0.05)
+
+
+def test_static_damage_against_numpy(subject):
+    """Figure 7's numbers: relative errors over blocks 3 to 6 of the first window, with Keys, Values and Queries taken
+    from the block, in float64."""
+    subject, windows = subject
+    activations = [keys_and_values(subject.model, window) for window in windows]
+    sinks = np.isin(np.arange(40), [5, 22])
+    queries = {a.l: a.Q.numpy().astype(np.float64) for a in figures.look(subject.model, windows[0])}
+    mask = np.triu(np.ones((40, 40), bool), 1)
+
+    def attention_of(Q, K, V):
+        e = np.exp(np.where(mask, -np.inf, Q @ K.repeat(2, 0).swapaxes(1, 2) / np.sqrt(8)))
+        P = e / e.sum(-1, keepdims=True)
+        return P, P[:, :, sinks] @ V.repeat(2, 0)[:, sinks]
+
+    for row in figures.static_damage(subject):
+        sums = {}
+        for l in (3, 4, 5, 6):
+            K, V = activations[0][l]["K"], activations[0][l]["V"]
+            P, bias = attention_of(queries[l], K, V)
+            for kept, dropped in ((False, [[], []]), (True, [[0, 9], [30, 31]])):
+                K_, V_ = (
+                    static_numpy(X, row["bits"], np.concatenate([np.delete(activations[2 + i][l][name], dropped[i], 1)
+                                                                 for i in (0, 1)], 1), "token")
+                    for name, X in (("K", K), ("V", V))
+                )  # fmt: skip
+                if kept:
+                    K_, V_ = np.where(sinks[:, None], K, K_), np.where(sinks[:, None], V, V_)
+                else:
+                    pairs = {"sinks' K": (K_[:, sinks], K[:, sinks]), "others' K": (K_[:, ~sinks], K[:, ~sinks])}
+                    pairs |= {"sinks' V": (V_[:, sinks], V[:, sinks]), "others' V": (V_[:, ~sinks], V[:, ~sinks])}
+                P_, bias_ = attention_of(queries[l], K_, V_)
+                suffix = ", kept" if kept else ""
+                pairs |= {"scores" + suffix: (P_, P), "bias" + suffix: (bias_, bias)}
+            for name, (X_, X) in pairs.items():
+                sums.setdefault(name, []).append((((X_ - X) ** 2).sum(), (X**2).sum()))
+        assert set(row) == {"bits", *sums}
+        for name, terms in sums.items():
+            error, size = np.sum(terms, axis=0)
+            assert row[name] == pytest.approx(np.sqrt(error / size), rel=1e-3), (row["bits"], name)
+
+
+@pytest.fixture
+def drawable(tiny, sample_calibration, monkeypatch, tmp_path):
+    """The planted model as the command gets it, with prompts of the paper's form in which it has sinks."""
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kvsink, "PROMPTS", ("The sinks \x07 are here\x0b, not there.", "Summer \x07is $warm$. Winter"))
+    monkeypatch.setattr(figures, "calibration_windows", lambda *_: ordinary_tokens(256, 9).view(4, 64))
+    return ["--model", tiny[1], "--out", str(tmp_path / "out")]
+
+
+def test_all_figures_and_tables_of_a_model(drawable, tmp_path, capsys):
+    assert figures.main(drawable) == 0
+    printed, out = capsys.readouterr(), tmp_path / "out"
+    expected = {f"fig{number}-model-prompt1.png" for number in (1, 2, 4, 5, 6, 7, 10, 11, 18, 19)}
+    assert set(os.listdir(out)) == expected | {"table1-model-prompt1.json", "fig7-model-prompt1.json"}
+    for name in expected:
+        image = (out / name).read_bytes()
+        width, height = (int.from_bytes(image[at : at + 4]) for at in (16, 20))
+        assert image.startswith(b"\x89PNG") and width >= 900 and height >= 300
+    table = json.loads((out / "table1-model-prompt1.json").read_text())
+    assert table["blocks"] == [3, 4, 5, 6] and len(table["rows"]) == 18 and table["text"] == "prompt 1"
+    assert table["rows"][3] == {**table["rows"][3], "kind": "per-token Keys", "ranges": "static", "bits": 4}
+    assert table["rows"][3]["paper"] == {"overall": 86.73, "without_sinks": 16.39}
+    line = next(line for line in printed.out.splitlines() if line.startswith("  static   4 bits"))
+    assert line.split()[3:] == [f"{table['rows'][3][part]:.2f}" for part in table["rows"][3]["paper"]] + [
+        *("-", "86.73", "16.39", "-")
+    ]
+    assert "outliers emerge in layer 1, channels (magnitudes) 5 (" in printed.out
+    assert "the prompts agree" in printed.out and "Table 3 does not list this model" in printed.out
+    assert "LLaMA2-7B (paper)" in printed.out and "Figure 7 in numbers" in printed.out
+    rows = json.loads((out / "fig7-model-prompt1.json").read_text())["rows"]
+    assert [row["bits"] for row in rows] == [8, 4, 3, 2]
+
+
+def test_figures_are_chosen_by_the_papers_numbers(drawable, tmp_path, capsys):
+    """13 is Figure 4 for prompt 2, 21 is Figure 19; a text of one's own; another format."""
+    options = ["--fig", "13", "4", "21", "--prompt", "cost: $5 \x07 and $6", "--format", "svg", "--layer", "5"]
+    assert figures.main([*drawable, *options]) == 0
+    assert set(os.listdir(tmp_path / "out")) == {"fig4-model-text.svg", "fig19-model-text.svg"}
+    assert "Table" not in capsys.readouterr().out
+    svg = (tmp_path / "out" / "fig19-model-text.svg").read_text()
+    assert svg.startswith("<?xml") and "<!-- |Q| -->" in svg
+
+
+def test_table_3_says_whether_prompts_and_table_agree(drawable, tiny, monkeypatch, capsys):
+    model, tokenizer = Llama.from_pretrained(tiny[1]), Tokenizer.from_pretrained(tiny[1])
+    row = figures.table_3(model, tokenizer, "model")
+    assert (row["layers"], row["hidden_size"], row["prompts_agree"], row["table_3"]) == (6, 32, True, None)
+    assert [(found["emergence"], found["channels"]) for found in row["prompts"]] == [(1, (5,))] * 2
+    assert all(found["magnitudes"][0] > 1000 for found in row["prompts"])
+    for printed, agrees in (((6, 1, 32, (5, 9)), True), ((6, 2, 32, (5,)), False), ((6, 1, 32, (9, 5)), False)):
+        monkeypatch.setitem(kvsink.TABLE_3, tiny[1], kvsink.Table3Row(*printed))
+        row = figures.table_3(model, tokenizer, tiny[1])
+        assert row["table_3_agrees"] is agrees and row["table_3"]["channels"] == printed[3]
+        figures.print_table_3(row)
+        assert ("Table 3 agrees" if agrees else "Table 3 DISAGREES") in capsys.readouterr().out
+    found = iter([kvsink.Outliers(2, (5,), (1.0,)), kvsink.Outliers(3, (5,), (1.0,))])
+    monkeypatch.setattr(kvsink, "stable_outliers", lambda *_: next(found))
+    row = figures.table_3(model, tokenizer, tiny[1])
+    figures.print_table_3(row)
+    assert not row["prompts_agree"] and not row["table_3_agrees"] and "DISAGREE on layer" in capsys.readouterr().out
+
+
+def test_figure_9_has_a_panel_for_each_model_scheme_and_width(tmp_path, monkeypatch, capsys):
+    results = [
+        {"model": model, "data": "wikitext2", "scheme": scheme, "bits": bits, "keep": keep, "sinks": N, "ppl": ppl, "ppl_fp": 5.0}
+        for model in ("llama2-7b", "some/llama$2")
+        for scheme, bits, keep, N, ppl in [
+            ("full", 16, "none", 0, 5.0), ("token-static", 4, "none", 0, 9.0), ("token-static", 4, "pfn", 5, 8.0),
+            ("token-static", 4, "kvsink", 5, 6.0), ("token-static", 2, "pfn", 5, 80.0), ("token-static", 2, "kvsink", 5, 60.0),
+        ]
+    ]  # fmt: skip
+    file = tmp_path / "fig9.json"
+    file.write_text(json.dumps(results))
+    drawn, savefig = [], figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda f, *a, **o: (drawn.append(f), savefig(f, *a, **o)))
+    assert figures.main(["--fig", "9", "--json", str(file), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "fig9.png").read_bytes().startswith(b"\x89PNG")
+    panels = {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn[0].axes}
+    names = [f"{m} on wikitext2\ntoken-static, {bits} bits" for m in ("llama2-7b", r"llama\$2") for bits in (4, 2)]
+    assert list(panels) == names
+    lines = panels[names[0]]
+    assert [list(map(float, x)) for x in lines["KVSink"].get_data()] == [[0, 5], [9, 6]]
+    assert [list(map(float, x)) for x in lines["PFN"].get_data()] == [[0, 5], [9, 8]]
+    file.write_text(json.dumps(results[:1]))
+    refuse(["--fig", "9", "--json", str(file)], ["no results"], capsys, figures)
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--layer", "6"], ["--layer 6", "layers 0 to 5"]),
+    (["--layer", "-1"], ["--layer", "at least 0"]),
+    (["--layer", "0", "--fig", "7"], ["--layer 0", "sinks are stable, 2-5"]),
+    (["--prompt", "x"], ["1 tokens", "2 to 512"]),
+    (["--prompt", ""], ["0 tokens"]),
+    (["--prompt", "x" * 600], ["600 tokens", "2 to 512"]),
+    (["--prompt", "nothing stands out"], ["no stable outliers"]),
+    (["--fig", "3"], ["'3'", "sketches"]),
+    (["--fig", "24"], ["'24'"]),
+    (["--fig", "one"], ["'one'"]),
+    (["--fig", "9"], ["Figure 9", "--json"]),
+    (["--table", "2"], ["--table"]),
+    (["--fig", "9", "--json", "/nowhere/fig9.json"], ["no results"]),
+    (["--out", "/dev/null"], ["/dev/null", "cannot write"]),
+    (["--out", "/proc/figures"], ["/proc"]),
+    (["--format", "gif"], ["--format"]),
+    (["--model", "lama2-7b"], ["llama2-7b"]),
+    (["--device", "cuda:99"], ["cuda:99"]),
+])  # fmt: skip
+def test_figures_that_cannot_be(change, words, drawable, capsys, tmp_path):
+    refuse([*drawable, *change], words, capsys, figures)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("fig*"))
+
+
+def test_tables_do_without_matplotlib(drawable, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "Figure", None)
+    refuse([*drawable, "--fig", "1"], ["pip install matplotlib"], capsys, figures)
+    assert figures.main([*drawable, "--table", "3"]) == 0 and "Table 3" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_another_model_draws_nothing(drawable, capsys, tmp_path, monkeypatch):
+    write_model(tmp_path / "model", PLANTED)  # 64 tokens
+    write_bpe(tmp_path / "model", bytes_vocabulary(), DIGITS)
+    refuse(["--model", str(tmp_path / "model"), "--fig", "1", "--prompt", "letters"], ["gives id"], capsys, figures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1532,11 +1903,11 @@ def test_the_cache_directory(environment, expected, monkeypatch):
 # Bad input: one line on stderr that says what to do, exit status 2, nothing on disk damaged
 
 
-def refuse(arguments, words, capsys):
-    assert eval_ppl.main(arguments) == 2
+def refuse(arguments, words, capsys, command=eval_ppl):
+    assert command.main(arguments) == 2
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("eval_ppl.py: "), printed.err
+    assert len(lines) == 1 and lines[0].startswith(f"{command.__name__}.py: "), printed.err
     assert all(word in lines[0] for word in words), lines[0]
 
 
@@ -1706,6 +2077,85 @@ def test_the_sinks_of_the_default_model_are_where_documents_end(default_model):
         site = kvsink.table_site(hub.DEFAULT_MODEL)
         _, S_sink = prefill(model, H, full_precision_cache(model), *site, k=int(expected.sum()))
         assert torch.equal(S_sink[0], expected)
+
+
+@pytest.fixture(scope="module")
+def evidence(default_model):
+    """The default model on two packed windows, calibrated as the command does."""
+    model, tokenizer = Llama.from_pretrained(default_model), Tokenizer.from_pretrained(default_model)
+    windows = [window[None] for window in eval_ppl.windows(tokenizer, "wiki-sample", "test", 1024, 2, 0)]
+    site = kvsink.table_site(hub.DEFAULT_MODEL)
+    subject = figures.examine("smollm2-135m", "packed", model, tokenizer, windows, site)
+    calibration = eval_ppl.windows(tokenizer, "wiki-sample", "train", 1024, 4, 0)
+    subject.quantizers = figures.static_quantizers(subject, [window[None] for window in calibration])
+    return subject
+
+
+STABLE = range(13, 29)  # the stabilization stage of the default model, counted from 1
+
+
+def test_outliers_of_the_default_model_stand_at_token_0_and_where_documents_end(evidence):
+    for window in evidence.windows:
+        expected = window[0] == evidence.tokenizer.eot
+        expected[0] = True
+        assert expected.sum() >= 4
+        for a in figures.look(evidence.model, window):
+            if a.l in STABLE:
+                assert torch.equal(a.H[:, evidence.site.c].abs() > 5000, expected), a.l
+                assert torch.equal(a.H.abs().amax(1) > 5000, expected), a.l  # and in no other channel
+        assert all(torch.equal(S, expected) for _, S in evidence.stable(window))
+
+
+def test_the_stages_of_the_default_model(evidence):
+    """One emergence in a single block, out of the FFN; a weaker one before it; dissipation by the opposite sign."""
+    weaker, main = evidence.stages
+    assert main == (range(1, 12), range(12, 13), STABLE, range(29, 31), range(31, 31))
+    assert (weaker.emergence, weaker.stabilization, weaker.dissipation) == (range(2, 4), range(4, 10), range(10, 12))
+    peaks = {name: curve.abs().amax(1) for name, curve in evidence.curves.items()}
+    assert peaks["X_d_in"][11] > 1000 and peaks["X_d_out"][11] > 10000
+    for l in STABLE:
+        assert peaks["X_d_in"][l - 1] < peaks["X_d_in"][11] / 15 and peaks["X_d_out"][l - 1] < peaks["X_d_out"][11] / 50
+        assert peaks["H_"][l - 1] > 10000 and peaks["H"][l - 1] > 10000
+    X_d_out, S = evidence.curves["X_d_out"], evidence.S
+    assert torch.equal(X_d_out[11, S].sign(), -X_d_out[28, S].sign())
+    assert (X_d_out[28, S].abs() > 3000).all() and X_d_out[28, ~S].abs().max() < 300
+
+
+def test_qkv_suppression_of_the_default_model(evidence):
+    norms = figures.norms_by_block(evidence)
+    for l in STABLE:
+        for name in "KV":
+            sinks, others = norms[name][l - 1, :, 1]
+            assert sinks < others / 2, (name, l)
+    direct = next(a.V.norm(dim=-1) for a in figures.look(evidence.model, evidence.windows[0]) if a.l == 20)
+    assert norms["V"][19, 0, 1] == pytest.approx(np.median(direct[:, evidence.S].numpy()))
+    assert norms["V"][19, 1, 2] == pytest.approx(np.quantile(direct[:, ~evidence.S].numpy(), 0.9), rel=1e-4)
+
+
+def test_quantization_errors_of_the_default_model(evidence):
+    """Table 1: as LLaMA2-7B's where ranges are dynamic, and not where they are static."""
+    for row in figures.table_1(evidence):
+        overall, without, paper = row["overall"], row["without_sinks"], row["paper"]
+        if row["ranges"] == "static":
+            assert abs(1 - without / overall) < 0.05 < 1 - paper["without_sinks"] / paper["overall"]
+        elif row["kind"] == "per-channel Keys":
+            assert row["with_sinks"] > 1.1 * without
+        else:
+            assert row["with_sinks"] < without / 5
+
+
+def test_where_the_default_model_gains_from_its_sinks(evidence):
+    """Not from the ranges of other tokens, but from the sinks' own Keys and Values, and so from the bias of Eq. 9."""
+    left = {8: 0.1, 4: 0.2, 3: 0.4, 2: 0.7}  # of the bias's error when the sinks are kept, at most
+    for row in figures.static_damage(evidence):
+        assert row["sinks' K"] > 1.4 * row["others' K"] and row["sinks' V"] > 1.1 * row["others' V"]
+        assert row["bias, kept"] < left[row["bits"]] * row["bias"] and row["scores, kept"] < 0.9 * row["scores"]
+
+
+def test_the_attention_bias_of_the_default_model_is_one(evidence):
+    """Figure 6: from the emergence on, the bias points the same way for every token."""
+    alike = figures.bias_similarity(evidence)
+    assert alike[12:28].min() > 0.9 and alike[12:28].mean() > 0.97 > 0.9 > alike[:12].mean()
 
 
 REFERENCE = {  # an independent implementation on a modeling library: fp32, 8 windows of 1,024, 4 calibration windows
