@@ -363,9 +363,9 @@ def quantized_attention(subject, a, S, bits, kept):
 
 def print_damage(subject, rows):
     print(f"\nFigure 7 in numbers: relative errors of static per-token quantization, {whereabouts(subject)}")
-    print("".join(f"{name:>14}" for name in rows[0]))
+    print(f"{'bits':>4}" + "".join(f"{name:>13}" for name in rows[0] if name != "bits"))
     for row in rows:
-        print(f"{row['bits']:>14}" + "".join(f"{x:>14.3f}" for x in list(row.values())[1:]))
+        print(f"{row['bits']:>4}" + "".join(f"{x:>13.3f}" for name, x in row.items() if name != "bits"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,9 +393,8 @@ def table_3(model, tokenizer, name):
 
 
 def print_table_3(row):
-    print(
-        f"\nTable 3 (layers counted from 0): {row['model']}, {row['layers']} layers, hidden size {row['hidden_size']}"
-    )
+    size = f"{row['layers']} layers, hidden size {row['hidden_size']}"
+    print(f"\nTable 3 (layers counted from 0): {row['model']}, {size}")
     for i, found in enumerate(row["prompts"], start=1):
         channels = ", ".join(f"{c} ({m:,.0f})" for c, m in zip(found["channels"], found["magnitudes"]))
         print(f"  prompt {i}: outliers emerge in layer {found['emergence']}, channels (magnitudes) {channels}")
