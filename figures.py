@@ -797,9 +797,9 @@ def parse_arguments(argv):
     add("--model", default=hub.DEFAULT_MODEL, help="name, hub id or directory (default: %(default)s)")
     add("--fig", nargs="+", type=figure_number, metavar="N", help="figures to draw (default: all)")
     add("--table", nargs="+", type=int, choices=TABLES, help="tables to print (default: both)")
-    add("--prompt", help="1 or 2, the paper's; packed, Wikipedia articles; or a text itself (default: 1, for the default "
-        "model packed)")
-    add("--layer", type=eval_ppl.number(0), help="the layer to draw, from 0 (default: the second where sinks are stable)")
+    add("--prompt", help="1 or 2, the paper's; packed, Wikipedia articles; or a text (default: 1, and packed for the "
+        "default model)")
+    add("--layer", type=eval_ppl.number(0), help="layer to draw, from 0 (default: the second where sinks are stable)")
     add("--format", choices=["png", "svg", "pdf"], default="png", help="of pictures (default: %(default)s)")
     add("--out", type=Path, default=Path("figures"), help="folder for pictures and JSON (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="results of eval_ppl.py, for Figure 9")
