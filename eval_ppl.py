@@ -12,6 +12,7 @@ What this file does not do: the method is kvsink.py's. Nothing is cached between
 import argparse
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -327,14 +328,17 @@ def print_table(results):
 COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "full": "#E69F00"}
 
 
-def plot_figure_9(results, path):
-    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel a model, text, scheme and width."""
+def figure_9(results):
+    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel a model, text, scheme and width.
+    Raises ValueError where there is nothing to draw, or where results of unlike runs would meet in one panel."""
     from matplotlib.figure import Figure
 
     def panel(result):
         return result["model"], result["data"], result["scheme"], result["bits"]
 
     panels = list(dict.fromkeys(panel(r) for r in results if r["scheme"] != "full"))
+    if not panels:
+        raise ValueError("there are no results to draw: a Figure 9 needs rows with a scheme")
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     N = sorted({r["sinks"] for r in results})
@@ -342,6 +346,10 @@ def plot_figure_9(results, path):
     for i, (model, text, scheme, bits) in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, i)
         rows = [r for r in results if panel(r) == (model, text, scheme, bits)]
+        for setting in ("seq_len", "windows", "group_size", "rope", "dtype", "seed", "weights"):
+            if len({row.get(setting) for row in rows}) > 1:
+                where = f"{model}, {scheme}, {bits} bits"
+                raise ValueError(f"{where}: results of runs that differ in {setting}: give each run a file of its own")
         for keep, label, marker in (("pfn", "PFN", "o"), ("kvsink", "KVSink", "s")):
             points = sorted((r["sinks"], r["ppl"]) for r in rows if r["keep"] in (keep, "none"))
             axis.plot(*zip(*points), f"{marker}-", color=COLORS[keep], label=label) if points else None
@@ -350,7 +358,13 @@ def plot_figure_9(results, path):
         axis.set(xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, max(N) + 1), xticks=N)
         axis.set_title(f"{names}\n{scheme}, {bits} bits", fontsize=10)
         axis.legend()
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def save_figure(figure, path):
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:], dpi=100)
+    hub.write_atomically(path.resolve(), picture.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,7 +534,7 @@ def run(args):
                 print(f"sinks predicted after block {site.l_E} (counted from 1) in channel {site.c}")
             print_table(table)
     if table and args.plot:
-        plot_figure_9(table, args.plot)
+        save_figure(figure_9(table), args.plot)
 
 
 def guarded(program, work):

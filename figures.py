@@ -12,7 +12,7 @@ is drawn by eval_ppl.py, whose results it shows. Figures 3 and 8 are sketches wi
 Blocks are counted from 1, as in Algorithm 1; the paper's figures, Table 3 and the option --layer count from 0.
 """
 
-import io
+import hashlib
 import itertools
 import json
 import math
@@ -62,8 +62,8 @@ class Activations(NamedTuple):
 
 
 def look(model, tokens):
-    """Run the model over tokens (1, n) and yield the Activations of one block after the other: what is not kept is gone
-    before the next block, so that no more than one block of a large model is ever on the device."""
+    """Run the model over tokens (1, n) and yield the Activations of one block after the other. Whoever asks for them
+    keeps what it needs, reduced or on the CPU: the activations of all blocks of a large model would not fit."""
     H, rope = model.embedding(tokens), rope_table(model.config, tokens.shape[1], tokens.device)
     for l, block in enumerate(model.blocks, start=1):
         seen = {}
@@ -104,7 +104,7 @@ class Stages(NamedTuple):
     final: range
 
 
-STEADY = 1.5  # while they are stable, outliers stay within this factor of their level
+STEADY = 1.5  # stable outliers stay within this factor of their level
 FADED = 10  # and are gone at this part of it
 
 
@@ -112,22 +112,22 @@ def stages(peak, typical):
     """The stages of stable outliers, from the largest and the median |H^l| of every block, both (L,).
 
     A list of Stages: the last one is of the strongest outliers, before it those of weaker ones that come and go in its
-    initial stage (SmolLM2 has some; the paper describes one emergence). Empty where nothing stands out.
+    initial stage (SmolLM2 has some; the paper describes one emergence). Empty where nothing stands out from block to
+    block: a single high block is not stable.
     """
     height, L = torch.where(peak > OUTLIER * typical, peak, 0.0), len(peak)
-    if not height.any():
+    low, high = torch.minimum(height[1:], height[:-1]), torch.maximum(height[1:], height[:-1])
+    stable = torch.where(high < STEADY * low, low, 0.0)  # (L - 1,): of each two neighbours that hold the same level
+    if not stable.any():
         return []
-    level = height[height > height.max() / 4].median()
+    level = stable[stable > stable.max() / 4].median()
     steady, faded = (height > level / STEADY).tolist(), (height < level / FADED).tolist()  # by block, from 0
     top = steady.index(True)  # the first block at full height
     rise = max((l + 1 for l in range(top) if faded[l]), default=0)  # the first after all blocks without
-    fall = min((l for l in range(top, L) if not steady[l]), default=L)  # the first no longer at full height
+    fall = min((l for l in range(top, L) if not any(steady[l : l + 2])), default=L)  # two blocks low: not a mere dip
     gone = min((l + 1 for l in range(fall, L) if faded[l]), default=L)  # the first after the outliers went
-    weaker = stages(peak[:rise], typical[:rise])
-    if fall == top + 1:  # a spike: it was stable in no block
-        return weaker
     edges = [l + 1 for l in (0, rise, top + 1, fall, gone, L)]  # by block, from 1
-    return [*weaker, Stages(*(range(first, end) for first, end in zip(edges, edges[1:])))]
+    return [*stages(peak[:rise], typical[:rise]), Stages(*(range(*ends) for ends in zip(edges, edges[1:])))]
 
 
 def extremes(X):
@@ -136,9 +136,11 @@ def extremes(X):
 
 
 def evolution(model, tokens):
-    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'}, H^l; and the median |H^l|, (L,)."""
+    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'}, H^l; and the median |H^l|, (L,).
+    Raises NotFinite where a hidden state holds NaN or inf."""
     curves, typical = {"X_d_in": [], "X_d_out": [], "H_": [], "H": []}, []
     for a in look(model, tokens):
+        kvsink.check_hidden_state(a.H, a.l, len(model.blocks))
         for name, curve in curves.items():
             curve.append(extremes(getattr(a, name)).cpu())
         typical.append(a.H.abs().median().cpu())
@@ -156,23 +158,25 @@ def causal(n, sliding_window, device):
     return (age >= 0) & (age < (sliding_window or n))
 
 
+def for_queries(X, h):
+    """Keys or Values (h_kv, n, d_k), each repeated for the queries that it serves: (h, n, d_k)."""
+    return X.repeat_interleave(h // X.shape[0], dim=0)
+
+
 def attention_scores(Q, K, sliding_window=None):
     """P = Softmax(Q K^T / sqrt(d_k) + M) of Eq. 3: Q (h, n, d_k), K (h_kv, n, d_k) -> (h, n, n), p_i^t at [:, t, i]."""
-    K = K.repeat_interleave(Q.shape[0] // K.shape[0], dim=0)
-    scores = Q @ K.mT / Q.shape[-1] ** 0.5
+    scores = Q @ for_queries(K, len(Q)).mT / Q.shape[-1] ** 0.5
     return scores.masked_fill(~causal(Q.shape[1], sliding_window, Q.device), -torch.inf).softmax(-1)
 
 
 def attention_bias(P, V, S):
     """Eq. 9, sum over i in S of p_i^t v_i: P (h, n, n), V (h_kv, n, d_k), S a mask (n,) -> (h, n, d_k)."""
-    V = V.repeat_interleave(P.shape[0] // V.shape[0], dim=0)
-    return P[:, :, S] @ V[:, S]
+    return P[:, :, S] @ for_queries(V, len(P))[:, S]
 
 
 def cosines(Q, K):
     """Cosine similarity of every query and every key: (h, n, n)."""
-    K = K.repeat_interleave(Q.shape[0] // K.shape[0], dim=0)
-    return F.normalize(Q, dim=-1) @ F.normalize(K, dim=-1).mT
+    return F.normalize(Q, dim=-1) @ F.normalize(for_queries(K, len(Q)), dim=-1).mT
 
 
 def mean_cosine(X):
@@ -202,6 +206,11 @@ class Subject:
     S: torch.Tensor  # (n,), the sinks of the first window
     quantizers: dict = field(default_factory=dict)  # as `static_quantizers` makes them, where they are needed
 
+    @property
+    def stable_blocks(self):
+        """The blocks of the stabilization stage, as far as they come after l_E: where there are sinks."""
+        return [l for l in self.stages[-1].stabilization if l > self.site.l_E]
+
     def inside(self, l):
         """The Activations of block l on the first window."""
         return next(a for a in look(self.model, self.windows[0]) if a.l == l)
@@ -211,21 +220,32 @@ class Subject:
         for a in look(self.model, tokens):
             if a.l == self.site.l_E:
                 S = sink_tokens(a.H, self.site.c)
-            if a.l > self.site.l_E and a.l in self.stages[-1].stabilization:
+            if a.l in self.stable_blocks:
                 yield a, S
 
 
 def examine(name, text, model, tokenizer, windows, site, layer=None):
     """A Subject. `layer` is the one to draw, from 0; by default the second where sinks are stable, the paper's layer 3
-    of LLaMA2-7B. Raises ValueError where no token stands out."""
+    of LLaMA2-7B. Raises ValueError where no token stands out, or every one."""
     curves, typical = evolution(model, windows[0])
     found = stages(curves["H"].abs().amax(1), typical)
     H = next(a.H for a in look(model, windows[0]) if a.l == site.l_E)
     S = sink_tokens(H, site.c).cpu()
-    if not found or not S.any():
-        raise ValueError(f"no stable outliers: no token of {text} stands out in {name}")
-    block = found[-1].stabilization[:2][-1] if layer is None else layer + 1
-    return Subject(name, text, model, tokenizer, windows, site, block, curves, typical, found, S)
+    subject = Subject(name, text, model, tokenizer, windows, site, 0, curves, typical, found, S)
+    if not found or not S.any() or not subject.stable_blocks:
+        raise ValueError(f"no stable outliers: no token of {text} stands out in {name} after block {site.l_E} (from 1)")
+    if S.all() or S.nonzero()[0] == len(S) - 1:
+        raise ValueError(f"{text}: there is no other token to compare the sinks of {name} with")
+    subject.block = subject.stable_blocks[:2][-1] if layer is None else layer + 1
+    return subject
+
+
+def print_stages(subject):
+    sinks = ", ".join(map(str, subject.S.nonzero().flatten().tolist()))
+    print(f"\n{subject.name} on {subject.text}: sinks at tokens {sinks}")
+    for found, what in zip(subject.stages[::-1], ["stages", *["weaker outliers"] * len(subject.stages)]):
+        listed = ", ".join(f"{name} {span(blocks)}" for name, blocks in found._asdict().items() if blocks)
+        print(f"{what}, blocks from 1: {listed}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +339,7 @@ def print_table_1(subject, rows):
 
 
 def whereabouts(subject):
-    blocks = span(subject.stages[-1].stabilization)
+    blocks = span(subject.stable_blocks)
     return f"groups of {GROUP}: {subject.name} on {subject.text}, blocks {blocks}"
 
 
@@ -328,10 +348,10 @@ def static_damage(subject):
     of relative errors |X' - X| / |X| on the first window, over all blocks where sinks are stable. Scores are all p_i^t,
     the bias is that of Eq. 9; "kept" is with the sinks kept in full precision and left out of the calibration."""
     sums = {bits: defaultdict(lambda: torch.zeros(2, dtype=torch.float64)) for bits in FIGURE_7_BITS}
-    blocks = len(subject.stages[-1].stabilization)
+    blocks = len(subject.stable_blocks)
     bar = tqdm(subject.stable(subject.windows[0]), "Figure 7", blocks, leave=False, unit="block", disable=None)
     for a, S in bar:
-        P = attention_scores(a.Q, a.K, subject.model.config.sliding_window)
+        P = scores_of(subject, a)
         bias = attention_bias(P, a.V, S)
         for bits in FIGURE_7_BITS:
             K, V, P_, bias_ = quantized_attention(subject, a, S, bits, kept=False)
@@ -402,7 +422,8 @@ def print_table_3(row):
     if row["table_3"]:
         channels = ", ".join(map(str, row["table_3"]["channels"]))
         agrees = "agrees" if row["table_3_agrees"] else "DISAGREES"
-        print(f"  Table 3 {agrees}: layer {row['table_3']['emergence']}, channels {channels}")
+        whose = "kvsink.py's row (the paper has none)" if row["model"] == hub.DEFAULT_MODEL else "Table 3"
+        print(f"  {whose} {agrees} on them: layer {row['table_3']['emergence']}, channels {channels}")
     else:
         print("  Table 3 does not list this model")
 
@@ -443,9 +464,8 @@ def in_block(subject):
     return f"block {subject.block} (layer {subject.block - 1})"
 
 
-def scores_of(subject, l):
-    """Attention scores of block l on the first window, (h, n, n)."""
-    inside = subject.inside(l)
+def scores_of(subject, inside):
+    """Attention scores of a block, (h, n, n), from its Activations."""
     return attention_scores(inside.Q, inside.K, subject.model.config.sliding_window)
 
 
@@ -463,7 +483,9 @@ def token_map(axis, X, S, title, **style):
     X = X.masked_fill(~causal(n, None, X.device), UNSEEN)
     X = F.max_pool2d(X[None, None], g, ceil_mode=True)[0, 0].cpu()
     X = X.where(X > UNSEEN, torch.nan)
-    image = axis.imshow(X, extent=(-0.5, n - 0.5, n - 0.5, -0.5), interpolation="none", **style)
+    end = len(X) * g - 0.5
+    image = axis.imshow(X, extent=(-0.5, end, end, -0.5), interpolation="none", **style)
+    axis.set_xlim(-0.03 * n, end)  # the frame would hide token 0, a sink
     axis.set(xlabel="key, token" + (f" (largest of {g} x {g})" if g > 1 else ""), ylabel="query, token")
     axis.set_title(title, fontsize=9, pad=10)
     mark_sinks(axis, S)
@@ -511,7 +533,7 @@ def figure_1(subject):
     figure = sheet(subject, "Figure 1: attention sinks and stable outliers", 11, 3.9)
     axis = figure.add_subplot(1, 3, 1)
     title = f"(a) attention scores, {in_block(subject)},\nmean over heads"
-    figure.colorbar(scores_map(axis, scores_of(subject, subject.block), S, title), ax=axis, shrink=0.7)
+    figure.colorbar(scores_map(axis, scores_of(subject, subject.inside(subject.block)), S, title), ax=axis, shrink=0.7)
 
     axis = figure.add_subplot(1, 3, 2, projection="3d")
     H = subject.inside(l_E).H.abs().cpu()  # (n, d)
@@ -602,7 +624,7 @@ def figure_5(subject):
     title = "(a) cosine similarity of Q and K, mean over heads"
     figure.colorbar(cosine_map(axes["a"], inside.Q, inside.K, S, title), ax=axes["a"], shrink=0.8)
     title = "(d) attention scores, mean over heads"
-    figure.colorbar(scores_map(axes["d"], scores_of(subject, subject.block), S, title), ax=axes["d"], shrink=0.8)
+    figure.colorbar(scores_map(axes["d"], scores_of(subject, inside), S, title), ax=axes["d"], shrink=0.8)
     panels = {"b": ("Queries", inside.Q), "c": ("Keys", inside.K), "e": ("Values", inside.V)}
     for letter, (title, X) in (panels | {"f": ("attention output O", inside.O[None])}).items():
         norms, i = X.norm(dim=-1).median(0).values.cpu(), torch.arange(len(S))
@@ -616,10 +638,9 @@ def figure_5(subject):
 
 def bias_similarity(subject):
     """Figure 6a: how alike the attention bias of Eq. 9 is over all tokens from the first sink on, (L, h)."""
-    S, window = subject.S, subject.model.config.sliding_window
-    alike = []
+    S, alike = subject.S, []
     for a in look(subject.model, subject.windows[0]):
-        bias = attention_bias(attention_scores(a.Q, a.K, window), a.V, S.to(a.V.device))
+        bias = attention_bias(scores_of(subject, a), a.V, S.to(a.V.device))
         alike.append(mean_cosine(bias[:, int(S.nonzero()[0]) :]).cpu())
     return torch.stack(alike)
 
@@ -636,7 +657,7 @@ def figure_6(subject):
     left.axvline(subject.site.l_E + 0.5, color="white", linestyle=":")
 
     a, order = subject.inside(l), alike[l - 1].argsort(descending=True)
-    bias = attention_bias(scores_of(subject, l), a.V, subject.S.to(a.V.device))[:, first:]
+    bias = attention_bias(scores_of(subject, a), a.V, subject.S.to(a.V.device))[:, first:]
     limit = bias.abs().max().item()
     for axis, head, which in zip(others, order[[0, h // 2, -1]].tolist(), ("most", "middling", "least")):
         image = bias_map(axis, bias[head], first, limit, f"(b) head {head}, {which} alike: {alike[l - 1, head]:.3f}")
@@ -649,7 +670,7 @@ def figure_6(subject):
 def figure_7(subject):
     """Attention scores and biases under static per-token quantization, with and without the sinks kept."""
     a, S = subject.inside(subject.block), subject.S.to(subject.windows[0].device)
-    P = scores_of(subject, a.l)
+    P = scores_of(subject, a)
     bias = attention_bias(P, a.V, S)
     head = int(mean_cosine(bias).argmax())
     limit = bias[head].abs().max().item()
@@ -709,13 +730,13 @@ def figure_10(subject):
 
 def figure_11(subject):
     """Attention scores above cosine similarity of Q and K, in several blocks."""
-    stable = subject.stages[-1].stabilization
+    stable = subject.stable_blocks
     blocks = sorted({subject.site.l_E, subject.block, stable[len(stable) // 2], stable[-1]})
     figure = sheet(subject, "Figure 11: attention scores, and cosine similarity of Q and K; means over heads", 11, 6)
     axes = figure.subplots(2, len(blocks), squeeze=False, sharex=True, sharey=True)
     for (top, below), l in zip(axes.T, blocks):
         inside = subject.inside(l)
-        scores = scores_map(top, scores_of(subject, l), subject.S, f"block {l} (layer {l - 1})")
+        scores = scores_map(top, scores_of(subject, inside), subject.S, f"block {l} (layer {l - 1})")
         cosine = cosine_map(below, inside.Q, inside.K, subject.S, "")
         top.label_outer()
         below.label_outer()
@@ -776,7 +797,7 @@ SAME = dict.fromkeys(range(12, 18), 4) | {20: 18, 21: 19, 22: 18, 23: 18}  # for
 
 LONGEST = 2048  # tokens of a text that is drawn: attention scores are kept for every pair of them
 TABLES = (1, 3)
-SLUGS = {"packed": "packed", "1": "prompt1", "2": "prompt2"}  # in the names of files; any other text is "text"
+SLUGS = {"packed": "packed", "1": "prompt1", "2": "prompt2"}  # in the names of files; any other text has a hash
 
 
 def figure_number(text):
@@ -815,6 +836,8 @@ def complete(args):
     args.table = args.table or (TABLES if everything else ())
     if everything and args.json:
         args.fig.append(9)
+    if args.json and 9 not in args.fig:
+        raise ValueError(f"--json {args.json}: only Figure 9 shows results, --fig 9")
     if 9 in args.fig and not args.json:
         raise ValueError("Figure 9 shows results: eval_ppl.py --json FILE writes them, --json FILE names them here")
     if args.fig and Figure is None:
@@ -849,26 +872,18 @@ def calibration_windows(args, model, tokenizer):
     return eval_ppl.windows(tokenizer, text, "train", min(n, model.config.max_position_embeddings), count, seed=0)
 
 
-def save(figure, path):
-    """All or nothing, as every file of this project."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:], dpi=100)
-    hub.write_atomically(path, picture.getvalue())
-
-
 def save_json(path, subject, rows):
     about = {"model": subject.name, "text": subject.text, "windows": len(subject.windows), "group_size": GROUP}
-    about["blocks"] = list(subject.stages[-1].stabilization)
-    hub.write_atomically(path, json.dumps(about | {"rows": rows}, indent=1).encode())
+    about["blocks"] = subject.stable_blocks
+    hub.write_atomically(path, json.dumps(about | {"rows": rows}, indent=1, allow_nan=False).encode())
 
 
 def run(args):
-    results = eval_ppl.read_results(args.json)
-    if 9 in args.fig and all(result["scheme"] == "full" for result in results):
-        raise ValueError(f"{args.json}: there are no results in it to draw")
-    args.out.mkdir(parents=True, exist_ok=True)
     if 9 in args.fig:
-        eval_ppl.plot_figure_9(results, args.out / f"fig9.{args.format}")
+        if not args.json.is_file():
+            raise FileNotFoundError(f"--json {args.json}: no such file")
+        figure = eval_ppl.figure_9(eval_ppl.read_results(args.json))
+        eval_ppl.save_figure(figure, args.out / f"fig9.{args.format}")
     if args.fig == [9] and not args.table:
         return
     directory = hub.model_directory(args.model)
@@ -887,13 +902,14 @@ def evidence(args, model, tokenizer, directory):
     """Everything that looks inside the model on a text."""
     text, windows = read_windows(args, model, tokenizer)
     eval_ppl.check_vocabulary(windows, model, directory)
-    site, name = kvsink.site_of(model, tokenizer, args.model, directory), Path(args.model).name
+    site, name = kvsink.site_of(model, tokenizer, args.model, directory), Path(args.model).resolve().name
     subject = examine(name, text, model, tokenizer, [w[None].to(args.device) for w in windows], site, args.layer)
-    stable = subject.stages[-1].stabilization
-    if 7 in args.fig and subject.block not in stable:
-        layers = span([l - 1 for l in stable])
+    if 7 in args.fig and subject.block not in subject.stable_blocks:
+        layers = span([l - 1 for l in subject.stable_blocks])
         raise ValueError(f"--layer {args.layer}: Figure 7 needs a layer where sinks are stable, {layers}")
-    slug = f"{name}-{SLUGS.get(args.prompt, 'text')}"
+    print_stages(subject)
+    slug = SLUGS.get(args.prompt) or "text" + hashlib.sha256(args.prompt.encode(errors="replace")).hexdigest()[:8]
+    slug = f"{name}-{slug}"
     if 1 in args.table or 7 in args.fig:
         calibration = calibration_windows(args, model, tokenizer)
         bar = tqdm(calibration, desc="calibrating", unit="window", leave=False, disable=None)
@@ -908,7 +924,7 @@ def evidence(args, model, tokenizer, directory):
         save_json(args.out / f"fig7-{slug}.json", subject, rows)
     drawn = [number for number in args.fig if number != 9]
     for number in tqdm(drawn, desc="drawing", unit="figure", leave=False, disable=None):
-        save(FIGURES[number](subject), args.out / f"fig{number}-{slug}.{args.format}")
+        eval_ppl.save_figure(FIGURES[number](subject), args.out / f"fig{number}-{slug}.{args.format}")
     if drawn:
         print(f"\nfigures {', '.join(map(str, drawn))}: {args.out / f'fig*-{slug}.{args.format}'}")
 

@@ -232,6 +232,11 @@ class Outliers(NamedTuple):
     magnitudes: tuple[float, ...]
 
 
+def check_hidden_state(H, l, L):
+    if not torch.isfinite(H).all():
+        raise NotFinite(f"NaN or inf first appeared in block {l} of {L}, counted from 1")
+
+
 def stable_outliers(model, tokens):
     """The stable outliers (Section 3.1) that a prompt (1, n) shows. Raises ValueError where it shows none, NotFinite
     where a hidden state holds NaN or inf."""
@@ -239,8 +244,7 @@ def stable_outliers(model, tokens):
     peak, typical, elsewhere = [], [], []
     for l, block in enumerate(model.blocks, start=1):
         H = block(H, rope)
-        if not torch.isfinite(H).all():
-            raise NotFinite(f"NaN or inf first appeared in block {l} of {len(model.blocks)}, counted from 1")
+        check_hidden_state(H, l, len(model.blocks))
         X = H[0].abs().float()  # (n, d)
         peak.append(X.amax(0))  # (d,): the largest token of each channel
         elsewhere.append(X.median(0).values)  # (d,): an ordinary token of each channel
@@ -266,7 +270,7 @@ def find_site(model, prompts):
     found = [stable_outliers(model, torch.tensor([prompt], device=device)) for prompt in prompts]
     if any(other.l_E != found[0].l_E or other.channels[0] != found[0].channels[0] for other in found):
         seen = ", ".join(f"block {o.l_E} (from 1) channel {o.channels[0]}" for o in found)
-        raise ValueError(f"the prompts disagree on where outliers emerge: {seen}; choose with --layer and --channel")
+        raise ValueError(f"the prompts disagree where outliers emerge: {seen}; eval_ppl.py has --layer and --channel")
     return Site(found[0].l_E, found[0].channels[0])
 
 

@@ -1183,10 +1183,8 @@ def test_rows_json_table_and_figure(tiny, tmp_path, capsys, sample_calibration, 
     dynamic = next(r for r in results if r["scheme"] == "token-dynamic" and r["keep"] == "none" and r["bits"] == 2)
     assert dynamic["avg_bits"] == 2 + 32 / 8  # a scale and a zero of 16 bits for each head of 8 channels
     assert plot.read_bytes().startswith(b"\x89PNG")
-    drawn = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **options: drawn.append(figure))
-    eval_ppl.plot_figure_9(results, plot)
-    panels = {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn[0].axes}
+    drawn = eval_ppl.figure_9(results)
+    panels = {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn.axes}
     lines = panels["model on text.txt\nchannel-static, 2 bits"]
     for keep, label in (("pfn", "PFN"), ("kvsink", "KVSink")):
         panel = [r for r in results if (r["scheme"], r["bits"]) == ("channel-static", 2)]
@@ -1411,6 +1409,9 @@ STAGE_CURVES = {  # the largest |H^l| of each block where the median is 0.1, and
     "emergence in two blocks": ([5, 200] + [900] * 10 + [7], [1, 2, 9, 1, 0]),
     "no dissipation": ([5, 6] + [400] * 6, [2, 1, 5, 0, 0]),
     "from the first block on": ([400] * 6 + [7], [0, 1, 5, 1, 0]),
+    "one block far higher, at the end": ([5, 300] + [310] * 29 + [2000], [1, 1, 30, 0, 0]),
+    "one block far higher, in the middle": ([5, 300] + [310] * 12 + [2000] + [310] * 15 + [5], [1, 1, 28, 1, 0]),
+    "one block lower": ([5, 700, 720, 720, 400] + [720] * 4 + [9], [1, 1, 7, 1, 0]),
 }
 
 
@@ -1430,6 +1431,7 @@ def test_stages_where_there_are_two_emergences_or_none():
     assert figures.stages(torch.full((12,), 99.0), torch.ones(12)) == []  # it takes a hundred times the median
     assert figures.stages(torch.full((12,), 990.0), torch.full((12,), 10.0)) == []
     assert figures.stages(torch.tensor([5, 5, 9000.0, 5, 5]), torch.ones(5)) == []  # a spike is not stable
+    assert figures.stages(torch.tensor([5, 5, 5, 5, 9000.0]), torch.ones(5)) == []
     spike = torch.tensor([5, 400, 420, 410, 5, 5, 9000.0, 5, 5])
     assert [s.stabilization for s in figures.stages(spike, torch.ones(9))] == [range(3, 5)]
 
@@ -1537,8 +1539,7 @@ def test_the_papers_table_1_is_as_printed():
     assert [round(100 * x, 1) for x in less] == [81.1, 68.2, 42.7]
     more = [table["dynamic", bits][2][2] / table["dynamic", bits][2][1] - 1 for bits in (4, 3, 2)]
     assert round(100 * min(more), 1) == 16.3 and round(100 * max(more), 1) == 29.2
-    assert figures.table_1.__doc__.count("15/16")  # 1/16 of the tokens are sinks, by every row of per-token Keys
-    for bits in (4, 3, 2):
+    for bits in (4, 3, 2):  # 1/16 of the tokens are sinks, by every row of per-token Keys
         overall, without, sinks = table["dynamic", bits][0]
         assert (without - overall) / (without - sinks) == pytest.approx(1 / 16, rel=0.05)
 
@@ -1621,9 +1622,11 @@ def test_figures_are_chosen_by_the_papers_numbers(drawable, tmp_path, capsys):
     """13 is Figure 4 for prompt 2, 21 is Figure 19; a text of one's own; another format."""
     options = ["--fig", "13", "4", "21", "--prompt", "cost: $5 \x07 and $6", "--format", "svg", "--layer", "5"]
     assert figures.main([*drawable, *options]) == 0
-    assert set(os.listdir(tmp_path / "out")) == {"fig4-model-text.svg", "fig19-model-text.svg"}
+    files = sorted(os.listdir(tmp_path / "out"))
+    slug = hashlib.sha256(b"cost: $5 \x07 and $6").hexdigest()[:8]
+    assert files == [f"fig19-model-text{slug}.svg", f"fig4-model-text{slug}.svg"]
     assert "Table" not in capsys.readouterr().out
-    svg = (tmp_path / "out" / "fig19-model-text.svg").read_text()
+    svg = (tmp_path / "out" / files[0]).read_text()
     assert svg.startswith("<?xml") and "<!-- |Q| -->" in svg
 
 
@@ -1638,7 +1641,7 @@ def test_table_3_says_whether_prompts_and_table_agree(drawable, tiny, monkeypatc
         row = figures.table_3(model, tokenizer, tiny[1])
         assert row["table_3_agrees"] is agrees and row["table_3"]["channels"] == printed[3]
         figures.print_table_3(row)
-        assert ("Table 3 agrees" if agrees else "Table 3 DISAGREES") in capsys.readouterr().out
+        assert ("Table 3 agrees on them" if agrees else "Table 3 DISAGREES") in capsys.readouterr().out
     found = iter([kvsink.Outliers(2, (5,), (1.0,)), kvsink.Outliers(3, (5,), (1.0,))])
     monkeypatch.setattr(kvsink, "stable_outliers", lambda *_: next(found))
     row = figures.table_3(model, tokenizer, tiny[1])
@@ -1657,18 +1660,24 @@ def test_figure_9_has_a_panel_for_each_model_scheme_and_width(tmp_path, monkeypa
     ]  # fmt: skip
     file = tmp_path / "fig9.json"
     file.write_text(json.dumps(results))
-    drawn, savefig = [], figures.Figure.savefig
-    monkeypatch.setattr(figures.Figure, "savefig", lambda f, *a, **o: (drawn.append(f), savefig(f, *a, **o)))
     assert figures.main(["--fig", "9", "--json", str(file), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "fig9.png").read_bytes().startswith(b"\x89PNG")
-    panels = {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn[0].axes}
+    drawn = eval_ppl.figure_9(results)
+    panels = {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn.axes}
     names = [f"{m} on wikitext2\ntoken-static, {bits} bits" for m in ("llama2-7b", r"llama\$2") for bits in (4, 2)]
     assert list(panels) == names
     lines = panels[names[0]]
     assert [list(map(float, x)) for x in lines["KVSink"].get_data()] == [[0, 5], [9, 6]]
     assert [list(map(float, x)) for x in lines["PFN"].get_data()] == [[0, 5], [9, 8]]
+    picture = (tmp_path / "fig9.png").read_bytes()
     file.write_text(json.dumps(results[:1]))
-    refuse(["--fig", "9", "--json", str(file)], ["no results"], capsys, figures)
+    refuse(["--fig", "9", "--json", str(file), "--out", str(tmp_path)], ["no results"], capsys, figures)
+    file.write_text(json.dumps([{**results[1], "rope": "post"}, {**results[1], "rope": "pre"}]))
+    refuse(["--fig", "9", "--json", str(file), "--out", str(tmp_path)], ["differ in rope"], capsys, figures)
+    monkeypatch.setattr(hub.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    file.write_text(json.dumps(results))
+    refuse(["--fig", "9", "--json", str(file), "--out", str(tmp_path)], ["No space"], capsys, figures)
+    assert (tmp_path / "fig9.png").read_bytes() == picture and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("change, words", [
@@ -1684,16 +1693,161 @@ def test_figure_9_has_a_panel_for_each_model_scheme_and_width(tmp_path, monkeypa
     (["--fig", "one"], ["'one'"]),
     (["--fig", "9"], ["Figure 9", "--json"]),
     (["--table", "2"], ["--table"]),
-    (["--fig", "9", "--json", "/nowhere/fig9.json"], ["no results"]),
+    (["--fig", "9", "--json", "/nowhere/fig9.json"], ["/nowhere/fig9.json", "no such file"]),
+    (["--fig", "1", "--json", "fig9.json"], ["only Figure 9"]),
+    (["--prompt", "\x07\x07\x07"], ["no other token"]),
+    (["--prompt", "ab\x07"], ["no other token"]),
+    (["--fig", "7", "--model", "wrong site"], ["no stable outliers"]),
     (["--out", "/dev/null"], ["/dev/null", "cannot write"]),
     (["--out", "/proc/figures"], ["/proc"]),
     (["--format", "gif"], ["--format"]),
     (["--model", "lama2-7b"], ["llama2-7b"]),
     (["--device", "cuda:99"], ["cuda:99"]),
 ])  # fmt: skip
-def test_figures_that_cannot_be(change, words, drawable, capsys, tmp_path):
+def test_figures_that_cannot_be(change, words, drawable, capsys, tmp_path, monkeypatch):
+    if change[-1] == "wrong site":  # sinks are stable in blocks 3 to 6, and these would be read off after block 6
+        change = change[:-2]
+        monkeypatch.setitem(kvsink.TABLE_3, drawable[1], kvsink.Table3Row(6, 5, 32, (5,)))
     refuse([*drawable, *change], words, capsys, figures)
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("fig*"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_figures_name_the_block_of_a_nan(value, drawable, capsys, tmp_path, monkeypatch):
+    write_model(tmp_path / "model", {**PLANTED, "vocab_size": 300})
+    write_bpe(tmp_path / "model", bytes_vocabulary(), DIGITS)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"][:] = value
+    write_weights(tmp_path / "model", weights)
+    monkeypatch.setitem(kvsink.TABLE_3, str(tmp_path / "model"), kvsink.Table3Row(6, 1, 32, (5,)))
+    refuse(["--model", str(tmp_path / "model"), "--fig", "1"], ["NaN or inf", "block 4 of 6"], capsys, figures)
+
+
+def test_a_site_after_the_emergence_leaves_fewer_blocks(planted):
+    """Where Table 3 and the stages disagree, sinks are looked for only after l_E."""
+    window = ordinary_tokens(40, 0)[None]
+    window[0, 5] = STRONG
+    subject = figures.examine("planted", "by hand", planted, None, [window], Site(4, CHANNEL))
+    assert subject.stable_blocks == [5, 6] == [a.l for a, _ in subject.stable(window)] and subject.block == 6
+
+
+class Letters:
+    """In the place of a tokenizer."""
+
+    def decode(self, ids):
+        return {STRONG: "STRONG", WEAK: "WEAK"}.get(ids[0], f"${ids[0]}")
+
+
+def test_pictures_show_what_was_measured(subject):
+    """Of every figure some of the numbers in it, against the activations of the blocks that it names."""
+    subject, _ = subject
+    subject.tokenizer = Letters()
+    inside = {a.l: a for a in figures.look(subject.model, subject.windows[0])}
+    a, S, seen = inside[4], subject.S, torch.ones(40, 40).tril().bool()
+    assert subject.block == 4 and len(S) == 40  # all of it is drawn token by token
+    P = figures.attention_scores(a.Q, a.K)
+    cosine = {l: figures.cosines(b.Q, b.K).mean(0) for l, b in inside.items()}
+    norms = {name: getattr(a, name).norm(dim=-1) for name in "QKV"}
+
+    def image(axis, i=0):
+        return torch.tensor(np.ma.filled(axis.images[i].get_array().astype(float), np.nan))
+
+    def shows(axis, X):  # a map of queries by keys: white where a query does not see a key
+        drawn = image(axis)
+        assert torch.equal(drawn.isnan(), ~seen) and torch.allclose(drawn[seen], X.double()[seen], atol=1e-6)
+
+    def panels_of(figure):
+        return [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+
+    axes = panels_of(figures.figure_1(subject))
+    shows(axes[0], P.mean(0))
+    assert len(axes[1].lines) >= 2 and {line.get_color() for line in axes[1].lines} == {figures.SINK}
+    H = torch.stack([inside[l].H[:, CHANNEL].abs() for l in inside])  # (L, n)
+    assert np.allclose([line.get_ydata() for line in axes[2].lines[:2]], H[:, S].T)
+    assert np.allclose(axes[2].lines[2].get_ydata(), H[:, ~S].amax(1))
+
+    for axis, name in zip(panels_of(figures.figure_2(subject)), "QKV"):
+        dots, bars = axis.lines[::2], axis.lines[1::2]
+        shown = [int(line.get_xdata()[0]) for line in dots]
+        assert shown == list(range(8, 32))  # 24 tokens about the last sink
+        for i, dot, bar in zip(shown, dots, bars):
+            assert np.allclose(dot.get_ydata(), norms[name][:, i])
+            assert bar.get_ydata()[0] == pytest.approx(norms[name][:, i].median().item())
+            assert dot.get_color() == bar.get_color() == (figures.SINK if S[i] else figures.OTHER)
+        assert [label.get_text() for label in axis.get_xticklabels()][14] == "WEAK 22"
+
+    figure = figures.figure_4(subject)
+    left, panels = figure.subfigs[0].axes[0], np.array(figure.subfigs[1].axes).reshape(4, 3)
+    for line, name in zip(left.lines, ("X_d_in", "X_d_out", "H_", "H")):
+        assert np.allclose(line.get_ydata(), [getattr(b, name).abs().max() for b in inside.values()])
+    assert [panel.get_title() for panel in panels[0]] == ["initial, block 1", "emergence, block 2", "stabilization, block 5"]
+    for row, name in zip(panels, ("X_d_in", "X_d_out", "H_", "H")):
+        for panel, l in zip(row, (1, 2, 5)):
+            others, sinks = panel.collections
+            X = getattr(inside[l], name)
+            X = X[range(40), X.abs().argmax(1)]
+            assert np.allclose([segment[1] for segment in sinks.get_segments()], torch.stack([S.nonzero()[:, 0], X[S]], 1))
+            assert np.allclose([segment[1][1] for segment in others.get_segments()], X[~S])
+
+    axes = panels_of(figures.figure_5(subject))
+    shows(axes[0], cosine[4])
+    shows(axes[3], P.mean(0))
+    for axis, X in zip((axes[1], axes[2], axes[4], axes[5]), (*norms.values(), a.O.norm(dim=-1)[None])):
+        others, sinks = axis.lines[:2]
+        assert np.allclose(sinks.get_ydata(), X.median(0).values[S]) and sinks.get_color() == figures.SINK
+        assert np.allclose(others.get_ydata(), X.median(0).values[~S])
+
+    axes, bias = panels_of(figures.figure_6(subject)), figures.attention_bias(P, a.V, S)[:, 5:]  # from the first sink on
+    alike = image(axes[0])  # (h, L)
+    assert torch.allclose(alike[:, 3], figures.mean_cosine(bias).double(), atol=1e-6)
+    heads = alike[:, 3].argsort(descending=True)
+    for axis, head in zip(axes[1:4], (heads[0], heads[2], heads[3])):
+        assert torch.allclose(image(axis), bias[head].double())
+
+    axes = np.array(panels_of(figures.figure_7(subject))).reshape(4, 5)
+    bias = figures.attention_bias(P, a.V, S)
+    head = int(figures.mean_cosine(bias).argmax())
+    for kept in (0, 1):
+        shows(axes[kept, 0], P.mean(0))
+        assert torch.allclose(image(axes[2 + kept, 0]), bias[head].double())
+        for column, bits in enumerate((8, 4, 3, 2), start=1):
+            *_, P_, bias_ = figures.quantized_attention(subject, a, S, bits, bool(kept))
+            shows(axes[kept, column], P_.mean(0))
+            assert torch.allclose(image(axes[2 + kept, column]), bias_[head].double())
+            error = ((bias_ - bias).norm() / bias.norm()).item()
+            assert axes[2 + kept, column].get_title() == f"{bits} bits, error {error:.3f}"
+
+    axes = panels_of(figures.figure_11(subject))
+    for l, top, below in zip((2, 4, 5, 6), axes[:4], axes[4:8]):
+        assert top.get_title() == f"block {l} (layer {l - 1})"
+        shows(top, figures.attention_scores(inside[l].Q, inside[l].K).mean(0))
+        shows(below, cosine[l])
+
+    for axis, name in zip(panels_of(figures.figure_18(subject)), "QKV"):
+        N = [getattr(b, name).norm(dim=-1) for b in inside.values()]
+        for line, who in zip(axis.lines, (S, ~S)):
+            assert np.allclose(line.get_ydata(), [np.median(x[:, who]) for x in N])
+            assert line.get_color() == (figures.SINK if who is S else figures.OTHER)
+
+    for axis, name in zip(panels_of(figures.figure_19(subject)), "QKV"):
+        X = getattr(a, name).abs()[:, 8:32]  # (heads, tokens, d_k)
+        assert torch.allclose(image(axis), torch.cat([x.T for x in X]).double())
+
+    for axis, granularity in zip(panels_of(figures.figure_10(subject)), quant.GRANULARITIES):
+        drawn = {text.get_position()[::-1]: text for text in axis.texts}
+        for i, row in enumerate(figures.group_numbers(12, 8, granularity, 4).tolist()):
+            assert [drawn[i, c].get_text() for c in range(8)] == list(map(str, row))
+            assert all((drawn[i, c].get_color() == figures.SINK) == (i in (0, 6)) for c in range(8))
+
+
+def test_long_texts_are_drawn_in_squares():
+    """300 tokens as 100 squares of 3: each square is the largest number in it, and one that no query sees is white."""
+    X, axis = torch.rand(300, 300, generator=torch.Generator().manual_seed(0)), figures.Figure().subplots()
+    S = torch.arange(300) == 0
+    drawn = figures.token_map(axis, X, S, "").get_array()
+    assert drawn.shape == (100, 100) and drawn[0, 1] is np.ma.masked
+    assert drawn[40, 7] == X[120:123, 21:24].max() and drawn[40, 40] == X[120:123, 120:123].tril().max()
+    assert axis.get_xlim()[0] < -5 and axis.get_xlim()[1] == 299.5  # token 0 stands clear of the frame
 
 
 def test_tables_do_without_matplotlib(drawable, capsys, monkeypatch):
@@ -2124,9 +2278,10 @@ def test_the_stages_of_the_default_model(evidence):
 def test_qkv_suppression_of_the_default_model(evidence):
     norms = figures.norms_by_block(evidence)
     for l in STABLE:
-        for name in "KV":
+        for name in "KV" if l == 28 else "QKV":
             sinks, others = norms[name][l - 1, :, 1]
             assert sinks < others / 2, (name, l)
+    assert norms["Q"][29, 0, 1] > 1.5 * norms["Q"][29, 1, 1]  # the large Queries of the last layer, Appendix E
     direct = next(a.V.norm(dim=-1) for a in figures.look(evidence.model, evidence.windows[0]) if a.l == 20)
     assert norms["V"][19, 0, 1] == pytest.approx(np.median(direct[:, evidence.S].numpy()))
     assert norms["V"][19, 1, 2] == pytest.approx(np.quantile(direct[:, ~evidence.S].numpy(), 0.9), rel=1e-4)
