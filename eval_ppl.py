@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import hub
+import kvquant
 import kvsink
 from llama import Llama, LlamaConfig, Tokenizer
 from quant import NotFinite
@@ -149,36 +150,48 @@ def bar_off():
 
 
 class Row(NamedTuple):
-    """One perplexity of Figure 9: a scheme at a width, and the rule by which N tokens are kept."""
+    """One perplexity of Figure 9 or Table 2: a scheme at a width, and the rule by which N tokens are kept."""
 
     scheme: str
     bits: int
     keep: str
     N: int
+    rho: float = 0.0  # KVQuant's fraction of outliers in 16 bits
 
     def kept(self):
         return {"none": "nothing", "pfn": f"PFN-{self.N}", "kvsink": f"KVSink-{self.N}"}[self.keep]
 
+    def name(self):
+        return f"{self.scheme} {100 * self.rho:g} %" if self.rho else self.scheme
+
     def __str__(self):
-        return "full precision" if self == FULL_PRECISION else f"{self.scheme} {self.bits} bits, {self.kept()} kept"
+        return "full precision" if self == FULL_PRECISION else f"{self.name()} {self.bits} bits, {self.kept()} kept"
 
     def static(self):
-        return self != FULL_PRECISION and kvsink.SCHEMES[self.scheme].static
+        return self.scheme in kvsink.SCHEMES and kvsink.SCHEMES[self.scheme].static
+
+    def recipe(self):
+        return kvquant.Recipe(self.keep, self.N, self.rho)
 
 
 FULL_PRECISION = Row("full", 16, "none", 0)
 
 
-def all_rows(schemes, bits, keeps, sinks):
-    """The rows of a run, in the order of the table; nothing kept and N = 0 are the same row."""
+def all_rows(schemes, bits, keeps, sinks, rhos=kvquant.RHOS):
+    """The rows of a run, in the order of the table; nothing kept and N = 0 are the same row. Where no rule is asked
+    for, KVQuant has Table 2's, PFN-1 and KVSink-5, and the others Figure 9's."""
     rows = []
-    for scheme in schemes:
-        for b in bits:
-            for keep in keeps:
-                for N in [0] if keep == "none" else sinks:
-                    rows.append(Row(scheme, b, keep if N else "none", N))
+    for scheme, b in itertools.product(schemes, bits):
+        rules = [(keep, N) for keep in keeps or KEEPS for N in (sinks or SINKS)]
+        if scheme == "kvquant" and not (keeps or sinks):
+            rules = [("pfn", 1), ("kvsink", 5)]
+        for rho, (keep, N) in itertools.product(rhos if scheme == "kvquant" else [0.0], rules):
+            kept = keep != "none" and N > 0
+            rows.append(Row(scheme, b, keep if kept else "none", N if kept else 0, rho))
     return list(dict.fromkeys(rows))
 
+
+KEEPS, SINKS = ("none", "pfn", "kvsink"), (0, 5, 10, 15, 20)  # of Figure 9
 
 # What `python eval_ppl.py` shows in three minutes on two cores: where sinks lie in the middle of the text, five
 # predicted tokens are worth more than the first five, and than the first twenty.
@@ -190,11 +203,22 @@ DEFAULT_ROWS = [
 ]
 
 
-def average_bits(row, seq_len, group_size):
-    """Bits a number of the cache: b + (16 - b) k/n for k kept tokens of n (Table 2's column, no numerical outliers),
-    and where every group stores its own parameters, a scale and a zero of 16 bits each."""
-    parameters = 32 / group_size if row != FULL_PRECISION and not row.static() else 0
-    return row.bits + (16 - row.bits) * row.N / seq_len + parameters
+def average_bits(row, config, n, group_size):
+    """Bits that a number of the cache takes, with all that is stored for n tokens (Table 2's last column): codes, what
+    undoes them, outliers with their places, and the kept tokens in 16 bits with theirs."""
+    if row == FULL_PRECISION:
+        return 16.0
+    d, b = config.num_key_value_heads * config.head_dim, row.bits
+    if row.scheme == "kvquant":
+        tail = kvquant.tail_of(row.rho, d)
+        outliers = 32 * (row.rho * d + 2 * tail) + 2 * 16 if row.rho else 0  # values, channels; how many there are
+        a_token, once = 2 * d * b + 2 * 16 + outliers, 2 * 16 * d + 2 * 16 * 2**b  # range of V; of K, and two codebooks
+    else:
+        K, V, static = kvsink.SCHEMES[row.scheme]
+        parameters = sum(32 * (d if granularity == "channel" else d // group_size) for granularity in (K, V))
+        a_token, once = 2 * d * b + (0 if static else parameters), parameters if static else 0
+    a_kept_token = 2 * d * 16 + 32
+    return ((n - row.N) * a_token + row.N * a_kept_token + once) / (2 * d * n)
 
 
 def calibrated_caches(args, model, tokenizer, rows, site):
@@ -205,9 +229,7 @@ def calibrated_caches(args, model, tokenizer, rows, site):
         if row.static()
     }
     text = args.data if args.data in hub.TEXTS else "wiki-sample"  # a file has no second split
-    tokens = windows(tokenizer, text, "train", args.seq_len, args.calib_windows, args.seed)
-    if len(tokens) < args.calib_windows:
-        raise ValueError(f"--calib-windows {args.calib_windows}: there are only {len(tokens)} of {args.seq_len} tokens")
+    tokens = calibration_tokens(tokenizer, text, args.seq_len, rtn_windows(args), args.seed)
     bar = tqdm(tokens, desc="calibrating", unit="window", leave=False, disable=bar_off())
     on_device = (window[None].to(model.embedding.weight.device) for window in bar)
     wanted = [(keep, N, cache) for (_, keep, N), cache in caches.items()]
@@ -215,8 +237,45 @@ def calibrated_caches(args, model, tokenizer, rows, site):
     return caches
 
 
+def kvquant_calibrations(args, model, tokenizer, rows, site, weights):
+    """recipe -> Calibration for every KVQuant row, from a file where they were made before with the same settings. As
+    in KVQuant, WikiText-2 calibrates for C4 too."""
+    text = "wikitext2" if args.data in ("wikitext2", "c4") else "wiki-sample"
+    n, count = min(2048, args.seq_len), args.calib_windows or KVQUANT_WINDOWS
+    recipes = list(dict.fromkeys(row.recipe() for row in rows if row.scheme == "kvquant"))
+    made_with = {
+        "weights": weights,
+        "text": text,
+        "windows": count,
+        "tokens": n,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "site": list(site) if any(recipe.keep == "kvsink" for recipe in recipes) else None,
+    }
+    key = hashlib.sha256(repr((made_with, sorted(recipes))).encode()).hexdigest()[:16]
+    path = args.calibration or hub.cache_directory() / "kvquant" / f"{key}.safetensors"
+    if path.exists():
+        return kvquant.load_calibrations(path, made_with, recipes, args.device)
+    tokens = calibration_tokens(tokenizer, text, n, count, args.seed)
+    on_device = [window[None].to(args.device) for window in tokens]
+    calibrations = kvquant.calibrate(model, on_device, recipes, site, bar_off())
+    if rank_and_ranks()[0] == 0:
+        kvquant.save_calibrations(path, made_with, calibrations)
+    return calibrations
+
+
+def calibration_tokens(tokenizer, text, n, count, seed):
+    tokens = windows(tokenizer, text, "train", n, count, seed)
+    if len(tokens) < count:
+        raise ValueError(f"--calib-windows {count}: there are only {len(tokens)} of {n} tokens")
+    return tokens
+
+
 def settings(args, row, tokens, weights, site):
     """All that the PPL of a row depends on: by these a result is known again."""
+    own = {}
+    if row.scheme == "kvquant":
+        own = {"outliers": row.rho, "q_norm": args.q_norm, "calib_windows": args.calib_windows or KVQUANT_WINDOWS}
     return {
         "model": args.model,
         "data": args.data,
@@ -228,15 +287,23 @@ def settings(args, row, tokens, weights, site):
         "keep": row.keep,
         "sinks": row.N,
         "dtype": args.dtype,
-        "rope": args.rope,
+        "rope": "pre" if row.scheme == "kvquant" else args.rope,
         "seed": args.seed,
-        "calib_windows": args.calib_windows if row.static() else 0,
+        "calib_windows": rtn_windows(args) if row.static() else 0,
         "l_E": site.l_E if row.keep == "kvsink" else 0,
         "c": site.c if row.keep == "kvsink" else 0,
         "compiled": not args.no_compile,
         "weights": weights,
         "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
-    }
+    } | own
+
+
+KVQUANT_WINDOWS = 16
+
+
+def rtn_windows(args):
+    """How many windows calibrate static ranges."""
+    return args.calib_windows or (16 if args.data in ("wikitext2", "c4") else 4)
 
 
 def evaluate(args, model, tokenizer, tokens, known, done, site):
@@ -251,21 +318,26 @@ def evaluate(args, model, tokenizer, tokens, known, done, site):
     to_run = torch.tensor([row not in done for row in args.rows], device=device)
     if ranks > 1:
         dist.broadcast(to_run, src=0)
-    to_run, caches = to_run.tolist(), {}
+    to_run, caches, calibrations = to_run.tolist(), {}, {}
     for i, row in enumerate(args.rows):
         if to_run[i]:
+            left = itertools.compress(args.rows, to_run)
             if row.static() and not caches:
-                caches = calibrated_caches(args, model, tokenizer, itertools.compress(args.rows, to_run), site)
+                caches = calibrated_caches(args, model, tokenizer, left, site)
+            if row.scheme == "kvquant" and not calibrations:
+                calibrations = kvquant_calibrations(args, model, tokenizer, left, site, known[row]["weights"])
             if row == FULL_PRECISION:
                 cache = kvsink.full_precision_cache(model)
             elif row.static():
                 cache = kvsink.with_bits(caches[row.scheme, row.keep, row.N], row.bits)
+            elif row.scheme == "kvquant":
+                cache = kvquant.kvquant_cache(calibrations[row.recipe()], row.rho, row.bits, args.q_norm)
             else:
                 cache = kvsink.rtn_cache(model, row.scheme, row.bits, args.group_size)
 
             def prefill(H, step=step, row=row, cache=cache):
                 rule = kvsink.preservation(row.keep, row.N, site, H)
-                return kvsink.prefill(model, H, cache, pre_rope=args.rope == "pre", step=step, **rule)
+                return kvsink.prefill(model, H, cache, pre_rope=known[row]["rope"] == "pre", step=step, **rule)
 
             start = time.perf_counter()
             ppl = perplexity(model, tokens, prefill, nll, f"{i + 1}/{len(args.rows)} {row}")
@@ -274,7 +346,7 @@ def evaluate(args, model, tokenizer, tokens, known, done, site):
                     **known[row],
                     "ppl": ppl,
                     "ppl_fp": ppl if row == FULL_PRECISION else done[FULL_PRECISION]["ppl"],
-                    "avg_bits": average_bits(row, args.seq_len, args.group_size),
+                    "avg_bits": average_bits(row, model.config, args.seq_len, args.group_size),
                     "seconds": time.perf_counter() - start,
                 }
         yield done.get(row)
@@ -307,21 +379,37 @@ def add_result(path, result):
         hub.write_atomically(path.resolve(), json.dumps([*results, result], indent=1).encode())
 
 
+def row_of(result):
+    return Row(*(result[key] for key in ("scheme", "bits", "keep", "sinks")), result.get("outliers", 0.0))
+
+
 def print_table(results):
-    print(f"{'scheme':<16}{'bits':>4}   {'kept':<12}{'PPL':>10}{'over full':>12}")
+    """A line a row; average bits and the figures of Table 2 where KVQuant is among them."""
+    rows = [row_of(result) for result in results]
+    table_2 = any(row.scheme == "kvquant" for row in rows)
+    printed = [paper_ppl(result, row) for result, row in zip(results, rows)]
+    titles = f"{'avg. bits':>11}" * table_2 + f"{'Table 2 (paper)':>18}" * any(printed)
+    print(f"{'scheme':<16}{'bits':>4}   {'kept':<12}{'PPL':>10}{'over full':>12}{titles}")
     group, starred = None, False
-    for result in results:
-        row = Row(*(result[key] for key in ("scheme", "bits", "keep", "sinks")))
-        if row == FULL_PRECISION:
-            print(f"{'full precision':<35}{result['ppl']:>10.3f}")
-            continue
-        rivals = [r["ppl"] for r in results if (r["scheme"], r["bits"]) == row[:2]]
-        name = f"{row.scheme:<16}{row.bits:>4}" if row[:2] != group else ""
+    for result, row, paper in zip(results, rows, printed):
+        rivals = [r["ppl"] for r, other in zip(results, rows) if (other.name(), other.bits) == (row.name(), row.bits)]
         best = " *" if len(rivals) > 1 and result["ppl"] == min(rivals) else ""
-        group, starred = row[:2], starred or bool(best)
-        print(f"{name:<20}   {row.kept():<12}{result['ppl']:>10.3f}{result['ppl'] - result['ppl_fp']:>+12.3f}{best}")
+        name = f"{row.name():<16}{row.bits:>4}" if (row.name(), row.bits) != group else ""
+        group, starred = (row.name(), row.bits), starred or bool(best)
+        line = f"{name:<20}   {row.kept():<12}{result['ppl']:>10.3f}{result['ppl'] - result['ppl_fp']:>+12.3f}"
+        if row == FULL_PRECISION:
+            line = f"{'full precision':<35}{result['ppl']:>10.3f}{'':12}"
+        line += f"{result['avg_bits']:>11.3f}" * table_2 + f"{paper or '':>18}" * any(printed)
+        print(line.rstrip() + best)
     if starred:
         print("* best of its scheme and bits")
+
+
+def paper_ppl(result, row):
+    """What Table 2 prints for a row of its own setting, else None."""
+    if result.get("seq_len") != 4096 or result.get("q_norm") or row != FULL_PRECISION and row[:2] != ("kvquant", 2):
+        return None
+    return kvquant.paper_ppl(result["model"], result["data"], None if row == FULL_PRECISION else row.recipe())
 
 
 # The paper's colours, in shades that the colour-blind can tell apart (Okabe and Ito)
@@ -334,7 +422,7 @@ def figure_9(results):
     from matplotlib.figure import Figure
 
     def panel(result):
-        return result["model"], result["data"], result["scheme"], result["bits"]
+        return result["model"], result["data"], row_of(result).name(), result["bits"]
 
     panels = list(dict.fromkeys(panel(r) for r in results if r["scheme"] != "full"))
     if not panels:
@@ -391,6 +479,16 @@ def number(low, high=math.inf):
     return parse
 
 
+def fraction(text):
+    """An argparse type: a number from 0 to 0.5."""
+    try:
+        if 0 <= float(text) <= 0.5:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 0.5")
+
+
 def parse_arguments(argv):
     parser = Parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -403,13 +501,19 @@ def parse_arguments(argv):
     add = parser.add_argument_group("what to run").add_argument
     add("--model", default=hub.DEFAULT_MODEL, help="a directory, a hub id in the local Hugging Face cache, or one of "
         f"{', '.join([hub.DEFAULT_MODEL, *hub.MODELS])} (default: %(default)s)")
-    add("--data", help="wiki-sample, wikitext2, c4, or a UTF-8 text file (default: wiki-sample for the default model, "
-        "else wikitext2)")
-    add("--scheme", nargs="+", choices=kvsink.SCHEMES, help="per-token K and V with static or dynamic ranges, or "
-        "per-channel K and per-token V with static ranges (default: all three)")
+    add("--data", nargs="+", help="wiki-sample, wikitext2, c4, or a UTF-8 text file (default: wiki-sample for the "
+        "default model, else wikitext2)")
+    add("--scheme", nargs="+", choices=[*kvsink.SCHEMES, "kvquant"], help="per-token K and V with static or dynamic "
+        "ranges, per-channel K and per-token V with static ranges (default: these three), or KVQuant")
     add("--bits", nargs="+", type=number(1, 8), help="bits a number, 1 to 8 (default: 4 2)")
-    add("--keep", nargs="+", choices=["none", "pfn", "kvsink"], help="which tokens to keep (default: all three)")
-    add("--sinks", nargs="+", type=number(0), metavar="N", help="how many of them (default: 0 5 10 15 20)")
+    add("--keep", nargs="+", choices=KEEPS, help="which tokens to keep (default: all three)")
+    add("--sinks", nargs="+", type=number(0), metavar="N", help="how many of them (default: 0 5 10 15 20; of KVQuant, "
+        "without --keep: 1 with pfn, 5 with kvsink)")
+    add("--outliers", nargs="+", type=fraction, metavar="RHO", help="KVQuant: fractions of the numbers stored apart in "
+        "16 bits (default: 0 0.001 0.005 0.01)")
+    add("--q-norm", action="store_true", help="KVQuant: match mean and deviation after quantization")
+    add("--table", type=int, choices=[2], help="2: the model's part of Table 2, KVQuant at 2 bits on wikitext2 and c4 "
+        "(the default model: on wiki-sample)")
     add("--json", type=Path, metavar="FILE", help="write the results, row by row; rows already there are not run again")
     add("--plot", type=Path, metavar="FILE", help="draw the results as Figure 9 does: .png, .svg or .pdf")
     add = parser.add_argument_group("how to run it").add_argument
@@ -417,7 +521,9 @@ def parse_arguments(argv):
     add("--limit", type=number(1), metavar="WINDOWS", help="the first windows only (default: 8 on wiki-sample, 256 on "
         "c4, else all)")
     add("--calib-windows", type=number(1), metavar="WINDOWS", help="windows of the training split for static ranges "
-        "(default: 16 on wikitext2 and c4, else 4; a text file is calibrated on wiki-sample)")
+        "(default: 16 on wikitext2 and c4, else 4; KVQuant 16; a text file is calibrated on wiki-sample)")
+    add("--calibration", type=Path, metavar="FILE", help="KVQuant: write what is calibrated to this file, or take it "
+        "from there (default: a file of our cache)")
     add("--group-size", type=number(1), default=128, help="channels that share a scale, at most a head (default: 128)")
     add("--rope", choices=["post", "pre"], default="post", help="quantize Keys after or before RoPE (default: post)")
     add("--layer", type=number(0), help="emergence layer, from 0 as in Table 3 (default: Table 3's, else the finder's)")
@@ -451,7 +557,7 @@ def complete(args):
         raise ValueError(f"--plot {args.plot}: the name has to end in .png, .svg or .pdf")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    for path in (args.json, args.plot):
+    for path in (args.json, args.plot, args.calibration):
         if path and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
             raise ValueError(f"{path}: cannot write in {path.absolute().parent}")
         if path and path.exists() and not path.is_file():
@@ -462,18 +568,29 @@ def complete(args):
         raise ValueError("--layer and --channel belong together: give both")
     choose_device(args)
     default_model = args.model == hub.DEFAULT_MODEL
-    args.data = args.data or ("wiki-sample" if default_model else "wikitext2")
-    sample = args.data == "wiki-sample"
-    args.seq_len = args.seq_len or (1024 if sample else 4096)
-    args.limit = args.limit or (8 if sample else None)
-    args.calib_windows = args.calib_windows or (16 if args.data in ("wikitext2", "c4") else 4)
+    texts = ["wiki-sample"] if default_model else ["wikitext2", "c4"] if args.table else ["wikitext2"]
+    args.texts = args.data or texts
+    if args.table:
+        args.scheme, args.bits = args.scheme or ["kvquant"], args.bits or [2]
+    if "kvquant" in (args.scheme or ()) and not set(args.bits or (4, 2)) <= {2, 3, 4}:
+        raise ValueError("--scheme kvquant has 2, 3 and 4 bits")
     chosen = (args.scheme, args.bits, args.keep, args.sinks)
-    if default_model and sample and not any(chosen):
-        args.rows = [FULL_PRECISION, *DEFAULT_ROWS]
-    else:
-        defaults = (kvsink.SCHEMES, (4, 2), ("none", "pfn", "kvsink"), (0, 5, 10, 15, 20))
-        args.rows = [FULL_PRECISION, *all_rows(*(given or default for given, default in zip(chosen, defaults)))]
+    args.rows = [FULL_PRECISION, *DEFAULT_ROWS]
+    if any(chosen) or args.texts != ["wiki-sample"] or not default_model:
+        schemes, bits = args.scheme or kvsink.SCHEMES, args.bits or (4, 2)
+        args.rows = [FULL_PRECISION, *all_rows(schemes, bits, args.keep, args.sinks, args.outliers or kvquant.RHOS)]
+    if not any(row.scheme == "kvquant" for row in args.rows):
+        for option in ("outliers", "q_norm", "calibration"):
+            if getattr(args, option):
+                raise ValueError(f"--{option.replace('_', '-')} is for --scheme kvquant")
     return args
+
+
+def for_text(args, text):
+    """The same options for one text, with the defaults that depend on it."""
+    sample = text == "wiki-sample"
+    seq_len, limit = args.seq_len or (1024 if sample else 4096), args.limit or (8 if sample else None)
+    return argparse.Namespace(**vars(args) | {"data": text, "seq_len": seq_len, "limit": limit})
 
 
 def check_against_model(args, config):
@@ -506,17 +623,27 @@ def run(args):
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     directory = hub.model_directory(args.model)
-    check_against_model(args, LlamaConfig.from_pretrained(directory))  # before anything that takes time
+    runs, config = [for_text(args, text) for text in args.texts], LlamaConfig.from_pretrained(directory)
+    for one in runs:
+        check_against_model(one, config)  # before anything that takes time
     model = Llama.from_pretrained(directory, args.device, getattr(torch, args.dtype))
     tokenizer = Tokenizer.from_pretrained(directory)
-    tokens = windows(tokenizer, args.data, "test", args.seq_len, args.limit, args.seed)
-    check_vocabulary(tokens, model, directory)
     site = kvsink.Site(0, 0)
     if args.layer is not None:
         site = kvsink.Site(args.layer + 1, args.channel)
     elif any(row.keep == "kvsink" for row in args.rows):
         site = kvsink.site_of(model, tokenizer, args.model, directory)
+    table = []
+    for one in runs:
+        table += run_text(one, model, tokenizer, directory, site, old_results)
+    if table and args.plot:
+        save_figure(figure_9(table), args.plot)
 
+
+def run_text(args, model, tokenizer, directory, site, old_results):
+    """All rows on one text: printed and written where this is the first rank. Returns the results."""
+    tokens = windows(tokenizer, args.data, "test", args.seq_len, args.limit, args.seed)
+    check_vocabulary(tokens, model, directory)
     weights = hub.fingerprint(directory)
     known = {row: settings(args, row, tokens, weights, site) for row in args.rows}
     done = {row: result for row in args.rows for result in old_results if known[row].items() <= result.items()}
@@ -533,8 +660,7 @@ def run(args):
             if site.l_E:
                 print(f"sinks predicted after block {site.l_E} (counted from 1) in channel {site.c}")
             print_table(table)
-    if table and args.plot:
-        save_figure(figure_9(table), args.plot)
+    return table
 
 
 def guarded(program, work):

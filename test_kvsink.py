@@ -1,5 +1,5 @@
 """The tests, in the order of the paper: Section 2 (the transformer), Appendix C (Equations 10-13), Algorithm 1,
-calibration, Table 3 and the finder, Section 5 (perplexity), Sections 3 and 4 (the figures and Table 1), where weights and texts come from, bad input, and the
+calibration, Table 3 and the finder, Section 5 (perplexity), Table 2 (KVQuant), Sections 3 and 4 (the figures and Table 1), where weights and texts come from, bad input, and the
 default model end to end.
 
 Every formula is held against something independent: a few lines of NumPy in float64, an example worked by hand, or
@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 import eval_ppl
 import figures
 import hub
+import kvquant
 import kvsink
 import quant
 from kvsink import Site, full_precision_cache, pfn, prefill, preservation
@@ -1125,13 +1126,15 @@ def test_perplexity_against_numpy(tiny, tmp_path, capsys):
 def test_the_command_of_the_card():
     """`--model llama2-7b --sinks 5 --bits 2`: Figure 9's setting at N = 5."""
     args = eval_ppl.parse_arguments(["--model", "llama2-7b", "--sinks", "5", "--bits", "2"])
-    assert (args.data, args.seq_len, args.group_size) == ("wikitext2", 4096, 128)
-    assert (args.calib_windows, args.limit) == (16, None)
+    (one,) = (eval_ppl.for_text(args, text) for text in args.texts)
+    assert (one.data, one.seq_len, one.group_size) == ("wikitext2", 4096, 128)
+    assert (eval_ppl.rtn_windows(one), one.limit) == (16, None)
     rows = [("none", 0), ("pfn", 5), ("kvsink", 5)]
     schemes = ["token-static", "token-dynamic", "channel-static"]
-    assert args.rows == [eval_ppl.FULL_PRECISION] + [(scheme, 2, *row) for scheme in schemes for row in rows]
+    assert args.rows == [eval_ppl.FULL_PRECISION] + [eval_ppl.Row(scheme, 2, *row) for scheme in schemes for row in rows]
     # A file is calibrated on wiki-sample, whose second part has 25,000 tokens: six windows of 4,096, not sixteen.
-    assert eval_ppl.parse_arguments(["--model", "llama2-7b", "--data", "some.txt"]).calib_windows == 4
+    file = eval_ppl.parse_arguments(["--model", "llama2-7b", "--data", "some.txt"])
+    assert eval_ppl.rtn_windows(eval_ppl.for_text(file, "some.txt")) == 4
     every = eval_ppl.parse_arguments(["--model", "llama2-7b"]).rows
     assert len(every) == 1 + 3 * 2 * (1 + 2 * 4) and {row.N for row in every} == {0, 5, 10, 15, 20}
     assert {row.bits for row in every} == {16, 4, 2}
@@ -1179,7 +1182,9 @@ def test_rows_json_table_and_figure(tiny, tmp_path, capsys, sample_calibration, 
     ]
     fields = "model data seq_len windows scheme bits group_size keep sinks ppl ppl_fp avg_bits seconds".split()
     assert all(set(fields) <= result.keys() for result in results)
-    assert [results[i]["avg_bits"] for i in (0, 1, 2)] == [16, 4, 4 + 12 * 5 / 64]
+    once = 32 / (8 * 64)  # a scale and a zero for each head of 8 channels, shared by 64 tokens
+    kept = ((64 - 5) * 4 + 5 * (16 + 32 / 32)) / 64  # 32 numbers in Keys and Values of a token, and one place
+    assert [results[i]["avg_bits"] for i in (0, 1, 2)] == pytest.approx([16, 4 + once, kept + once])
     dynamic = next(r for r in results if r["scheme"] == "token-dynamic" and r["keep"] == "none" and r["bits"] == 2)
     assert dynamic["avg_bits"] == 2 + 32 / 8  # a scale and a zero of 16 bits for each head of 8 channels
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -1339,6 +1344,394 @@ def test_interrupting_keeps_the_rows_done(tiny, tmp_path):
     assert process.returncode == 130 and "Traceback" not in errors
     assert 2 <= len(results_of(out)) < 1 + 8 * 59 and "full precision" in printed
     assert os.listdir(tmp_path) == ["out.json"]  # no temporary file is left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 2: KVQuant
+
+
+def clusters_of(kind):
+    """Numbers and weights whose clusters are easy, uneven, or hidden under a few heavy weights."""
+    draw = np.random.RandomState(7)
+    x = {
+        "normal": lambda: draw.randn(3000) / 3,
+        "two humps": lambda: np.r_[draw.randn(2000) / 20 - 0.5, draw.randn(1000) / 10 + 0.6],
+        "heavy tails": lambda: draw.standard_t(2, 3000) / 12,
+    }[kind]()
+    w = {"normal": lambda: np.ones(3000), "two humps": lambda: draw.rand(3000) ** 4}
+    return np.clip(x, -1, 1), w.get(kind, lambda: np.exp(3 * draw.randn(3000)))()
+
+
+INERTIA = {  # of scikit-learn 1.9's KMeans(k, n_init=20, max_iter=500, random_state=0) with sample_weight
+    ("normal", 4): 37.186215, ("normal", 8): 10.613144, ("normal", 16): 2.812161,
+    ("two humps", 4): 1.148406, ("two humps", 8): 0.366825, ("two humps", 16): 0.09285,
+    ("heavy tails", 4): 766.410834, ("heavy tails", 8): 163.680291, ("heavy tails", 16): 29.601434,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, k", INERTIA)
+def test_kmeans_is_as_good_as_scikit_learns(kind, k):
+    x, w = clusters_of(kind)
+    centers = kvquant.weighted_kmeans(torch.tensor(x)[None], torch.tensor(w)[None], k)
+    assert torch.equal(centers, kvquant.weighted_kmeans(torch.tensor(x)[None], torch.tensor(w)[None], k))
+    c = centers[0].numpy()
+    assert c.shape == (k,) and (np.diff(c) > 0).all()
+    nearest = ((x[:, None] - c) ** 2).argmin(1)
+    assert (w * (x - c[nearest]) ** 2).sum() <= 1.01 * INERTIA[kind, k]
+    for j in range(k):  # a center is the weighted mean of what is nearest to it
+        assert c[j] == pytest.approx(np.average(x[nearest == j], weights=w[nearest == j]), abs=1e-9)
+
+
+def test_kmeans_of_several_problems_and_of_few_numbers():
+    problems = [clusters_of(kind) for kind in ("normal", "two humps", "heavy tails")]
+    x, w = (torch.tensor(np.stack(part)) for part in zip(*problems))
+    together = kvquant.weighted_kmeans(x, w, 4)
+    for i in range(3):
+        alone = kvquant.weighted_kmeans(x[i : i + 1], w[i : i + 1], 4)[0]
+        assert torch.allclose(together[i], alone, atol=1e-9), i
+    x, w = torch.tensor([[3.0, -1.0, 0.5, 9.0]]), torch.tensor([[1.0, 2.0, 1.0, 0.0]])
+    assert kvquant.weighted_kmeans(x, w, 2).tolist() == [[-1 / 2, 3.0]]  # (-2 + 0.5) / 3; what weighs nothing, nowhere
+    assert kvquant.weighted_kmeans(x, w, 4).shape == (1, 4)  # more centers than numbers that weigh
+
+
+def test_ranges_of_tokens_by_hand():
+    """A token of two heads with three numbers each: all heads make one vector."""
+    V = torch.tensor([[[[5.0, 1, 2]], [[-7, 3, 0]]]])  # (1, 2, 1, 3)
+    assert [x.flatten().tolist() for x in kvquant.token_range(V, 0)] == [[-7], [5]]
+    assert [x.flatten().tolist() for x in kvquant.token_range(V, 1)] == [[0], [3]]
+    assert kvquant.token_range(V, 2)[0].shape == (1, 1, 1, 1)
+    assert [kvquant.tail_of(rho, 4096) for rho in kvquant.RHOS] == [0, 2, 10, 20]
+    assert [kvquant.tail_of(rho, 192) for rho in kvquant.RHOS] == [0, 0, 0, 1]
+
+
+def nuq_numpy(X, signposts, lo, hi, sparse):
+    """The quantizer by a distance to every signpost; ranges as 16 bits, outliers as 16 bits."""
+    middle, half = np.float16((hi + lo) / 2).astype(float), np.float16((hi - lo) / 2).astype(float)
+    x = (X - middle) / np.where(half > 0, half, 1)
+    nearest = np.abs(x[..., None] - signposts).argmin(-1)
+    X_ = signposts[nearest] * half + middle
+    return np.where((X < lo) | (X > hi), np.float16(X), X_) if sparse else X_
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+@pytest.mark.parametrize("tensor", ["K", "V"])
+def test_non_uniform_quantizer_against_numpy(tensor, rho, bits):
+    draw = np.random.RandomState(bits)
+    X = np.float32(draw.standard_t(3, (2, 2, 21, 16)))  # two sequences, 32 numbers a token
+    signposts = np.sort(np.float32(draw.uniform(-1, 1, 2**bits)))
+    midpoints, levels = torch.tensor((signposts[1:] + signposts[:-1]) / 2), torch.tensor(signposts)
+    if tensor == "K":
+        lo, hi = (np.quantile(X, q, axis=(0, 2), method="linear")[:, None] for q in (rho / 2, 1 - rho / 2))
+        quantizer = kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, lo=torch.tensor(lo), hi=torch.tensor(hi))
+        quantizer.lo, quantizer.hi = quantizer.lo.float(), quantizer.hi.float()
+        lo, hi = np.float32(lo), np.float32(hi)
+    else:
+        quantizer = kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, tail=kvquant.tail_of(rho, 32))
+        ordered = np.sort(X.transpose(0, 2, 1, 3).reshape(2, 21, 32))
+        tail = round(rho * 32 / 2)
+        lo, hi = (ordered[..., i].reshape(2, 1, 21, 1) for i in (tail, 31 - tail))
+    expected = nuq_numpy(X.astype(float), signposts, lo, hi, rho > 0)
+    found = quantizer(torch.tensor(X)).numpy()
+    off = np.abs(found - expected) > 1e-5
+    assert off.mean() < 0.002  # fp32 may take the other of two signposts that are as near
+    assert (np.abs(found - X) <= np.abs(expected - X) + 1e-5).all()
+    if rho:
+        outside = (X < lo) | (X > hi)
+        assert 0.05 < outside.mean() < 0.15 and (found[outside] == np.float16(X[outside])).all()
+
+
+def test_a_constant_channel_and_what_is_not_finite():
+    midpoints, levels = torch.tensor([-0.5, 0.0, 0.5]), torch.tensor([-0.9, -0.2, 0.3, 0.8])
+    K = torch.full((1, 1, 5, 3), 2.25)
+    quantizer = kvquant.NonUniformQuantizer(midpoints, levels, True, lo=K[0, :, :1], hi=K[0, :, :1])
+    assert torch.equal(quantizer(K), K)
+    assert torch.equal(kvquant.NonUniformQuantizer(midpoints, levels, False)(K), K)
+    K[0, 0, 2, 1] = torch.nan
+    with pytest.raises(quant.NotFinite):
+        quantizer(K)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rho", [0.0, 0.05])
+def test_what_is_stored_comes_back_and_is_what_average_bits_counts(rho, bits):
+    """Codes, ranges and outliers as bytes; from them alone the quantized tensor; and all their bytes, with codebooks and
+    the kept tokens, against the formula."""
+    h_kv, n, kept, d_k = 3, 2005, 5, 16
+    config = LlamaConfig.from_dict({**SMALL, "num_attention_heads": 3, "num_key_value_heads": h_kv, "head_dim": d_k})
+    draw = torch.Generator().manual_seed(0)
+    K, V = (torch.randn(1, h_kv, n - kept, d_k, generator=draw) ** 3 for _ in "KV")
+    levels = torch.linspace(-0.9, 0.9, 2**bits)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    lo, hi = K[0].quantile(rho / 2, dim=1, keepdim=True), K[0].quantile(1 - rho / 2, dim=1, keepdim=True)
+    tail = kvquant.tail_of(rho, h_kv * d_k)
+    total = 0
+    for X, q in (
+        (K, kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, lo=lo, hi=hi)),
+        (V, kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, tail=tail)),
+    ):
+        stored = kvquant.store(q, X)
+        assert torch.equal(kvquant.restore(q, stored, X.shape), q(X))
+        assert [part.dtype for part in stored] == [torch.uint8] + 2 * [torch.float16] + 2 * [torch.int16] + [torch.float16]
+        total += 8 * sum(part.numel() * part.element_size() for part in stored) + 16 * len(levels)
+        if X is V:
+            assert len(stored.values) == 2 * tail * (n - kept) == int(stored.counts.sum())
+    total += kept * (2 * h_kv * d_k * 16 + 32)
+    row = eval_ppl.Row("kvquant", bits, "kvsink", kept, rho)
+    assert eval_ppl.average_bits(row, config, n, 64) == pytest.approx(total / (2 * h_kv * d_k * n), rel=2e-3)
+
+
+def test_average_bits_of_the_rtn_schemes_count_what_a_quantizer_has():
+    config = LlamaConfig.from_dict({**SMALL, "num_key_value_heads": 2})  # 2 heads of 16 channels
+    X, n, g = torch.randn(1, 2, 64, 16), 64, 8
+    for scheme, (K, V, static) in kvsink.SCHEMES.items():
+        parameters = 0
+        for granularity in (K, V):
+            q = Quantizer(4, granularity, g, static)
+            q.calibrate(X) if static else None
+            parameters += 16 * sum(part.numel() for part in q.parameters(X))
+        expected = (2 * X.numel() * 4 + parameters) / (2 * X.numel())
+        assert eval_ppl.average_bits(eval_ppl.Row(scheme, 4, "none", 0), config, n, g) == pytest.approx(expected), scheme
+    assert eval_ppl.average_bits(eval_ppl.FULL_PRECISION, config, n, g) == 16
+
+
+def test_average_bits_are_those_of_table_2():
+    """LLaMA2-7B's shape, 4,096 tokens: "2-2.02, 2.04-2.06, 2.16-2.19, 2.32-2.35", from KVQuant to + KVSink-5."""
+    config = LlamaConfig.from_dict({**SMALL, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32})
+    for rho, low, high in ((0.0, 2, 2.02), (0.001, 2.04, 2.06), (0.005, 2.16, 2.19), (0.01, 2.32, 2.35)):
+        bits = [eval_ppl.average_bits(eval_ppl.Row("kvquant", 2, keep, N, rho), config, 4096, 128)
+                for keep, N in (("pfn", 1), ("kvsink", 5))]  # fmt: skip
+        assert low - 0.005 <= bits[0] < bits[1] <= high + 0.005, bits
+
+
+RECIPES = [kvquant.Recipe(keep, N, rho) for keep, N in (("pfn", 3), ("kvsink", 2)) for rho in (0.0, 0.1)]
+
+
+@pytest.fixture(scope="module")
+def kvquant_calibrated(planted):
+    windows = [ordinary_tokens(40, seed)[None] for seed in (1, 2)]
+    for window, places in zip(windows, ([5, 22], [17, 18])):
+        window[0, places] = torch.tensor([STRONG, WEAK])
+    return kvquant.calibrate(planted, windows, RECIPES, SITE, quiet=True), windows, ([5, 22], [17, 18])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ranges_of_keys_against_numpy(planted, kvquant_calibrated, recipe):
+    """Quantiles of every channel of the Keys before RoPE, over both windows, without the tokens that the rule keeps."""
+    calibrations, windows, places = kvquant_calibrated
+    hidden = [planted.embedding(window) for window in windows]
+    for l, block in enumerate(planted.blocks, start=1):
+        keys = []
+        for i, H in enumerate(hidden):
+            _, K, _ = block.QKV(block.LN_mhsa(H))
+            kept = {"pfn": [0, 1, 2], "kvsink": places[i] if l > EMERGENCE else []}[recipe.keep]
+            keys.append(np.delete(K[0].numpy().astype(np.float64), kept, axis=1))
+            hidden[i] = block(H, rope_table(planted.config, 40, "cpu"))
+        keys = np.concatenate(keys, axis=1)
+        for found, level in ((calibrations[recipe].lo, recipe.rho / 2), (calibrations[recipe].hi, 1 - recipe.rho / 2)):
+            assert np.allclose(found[l - 1, :, 0], np.quantile(keys, level, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_fisher_information_against_one_backward_pass(planted, sequences):
+    """Block by block as here, against autograd through the whole model in float64 with hooks on W_k and W_v."""
+    tokens, model, seen = sequences[0][:1], copy_of(planted).double(), {}
+    for l, block in enumerate(model.blocks, start=1):
+        for name, W in (("K", block.W_k), ("V", block.W_v)):
+            def see(module, inputs, output, key=(l, name)):
+                seen[key] = output if output.requires_grad else output.requires_grad_()
+                seen[key].retain_grad()
+            W.register_forward_hook(see)
+    with torch.enable_grad():
+        F.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:], reduction="sum").backward()
+    blocks = []
+    for l, K, V, F_K, F_V in kvquant.fisher_information(planted, tokens):
+        blocks.append(l)
+        for name, X, fisher in (("K", K, F_K), ("V", V, F_V)):
+            whole = seen[l, name]
+            assert torch.allclose(X.transpose(1, 2).flatten(2), whole.detach().float(), rtol=1e-3, atol=1e-4)
+            expected = whole.grad.square().float()
+            assert (fisher.transpose(1, 2).flatten(2) - expected).norm() <= 1e-3 * expected.norm(), (l, name)
+            assert expected.norm() > 0
+    assert blocks == [6, 5, 4, 3, 2, 1] and not any(p.requires_grad for p in planted.parameters())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_histogram_holds_what_the_rule_does_not_keep(planted, kvquant_calibrated, recipe):
+    """Counts, Fisher information and first moments, over all bins, against sums over the numbers themselves."""
+    calibrations, windows, places = kvquant_calibrated
+    expected = np.zeros((6, 2, 3))
+    for i, window in enumerate(windows):
+        for l, K, V, F_K, F_V in kvquant.fisher_information(planted, window):
+            kept = {"pfn": [0, 1, 2], "kvsink": places[i] if l > EMERGENCE else []}[recipe.keep]
+            counted = ~np.isin(np.arange(40), kept)
+            lo, hi = calibrations[recipe].lo[l - 1].numpy(), calibrations[recipe].hi[l - 1].numpy()
+            ordered = np.sort(V[0].transpose(0, 1).flatten(1).numpy())
+            tail = round(recipe.rho * 16 / 2)
+            ends = [ordered[None, :, [at]] for at in (tail, 15 - tail)]
+            for j, (X, fisher, lo, hi) in enumerate(((K, F_K, lo, hi), (V, F_V, *ends))):
+                X, fisher = X[0].numpy().astype(float), fisher[0].numpy().astype(float)
+                x = (X - (lo + hi) / 2) / ((hi - lo) / 2)
+                inside = (X >= lo) & (X <= hi) & counted[None, :, None]
+                expected[l - 1, j] += [inside.sum(), fisher[inside].sum(), (fisher * x)[inside].sum()]
+    found = calibrations[recipe].fisher.sum(-1).numpy()
+    assert np.allclose(found[..., 0], expected[..., 0]) and np.allclose(found[..., 1], expected[..., 1], rtol=1e-4)
+    assert np.allclose(found[..., 2], expected[..., 2], rtol=1e-2, atol=1e-2 * np.abs(expected[..., 1]).max())
+
+
+def test_codebooks_lie_where_fisher_information_is_and_q_norm_keeps_mean_and_deviation():
+    fisher = torch.zeros(1, 2, 3, kvquant.BINS)
+    x = (torch.arange(kvquant.BINS) + 0.5) / kvquant.BINS * 2 - 1
+    fisher[0, :, 0] = torch.exp(-8 * x**2)  # how many
+    fisher[0, 0, 1] = fisher[0, 0, 0] * (x > 0)  # Keys matter on the right only
+    fisher[0, 1, 1] = fisher[0, 1, 0]
+    fisher[0, :, 2] = fisher[0, :, 1] * x
+    calibration = kvquant.Calibration(torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 1, 4), fisher)
+    signposts, levels = kvquant.codebooks(calibration, 2)
+    assert torch.equal(signposts, levels) and (signposts[0, 0] > 0).all()
+    assert torch.allclose(signposts[0, 1], -signposts[0, 1].flip(0), atol=5e-3)
+    signposts, levels = kvquant.codebooks(calibration, 2, q_norm=True)
+    count = fisher[0, 0, 0].numpy().astype(float)
+    for j in (0, 1):
+        nearest = np.abs(x.numpy()[:, None] - signposts[0, j].numpy()).argmin(1)
+        back = levels[0, j].numpy()[nearest]
+        mean, mean_ = np.average(x, weights=count), np.average(back, weights=count)
+        assert mean_ == pytest.approx(mean, abs=1e-3)
+        deviation, deviation_ = (np.sqrt(np.average((y - np.average(y, weights=count)) ** 2, weights=count)) for y in (x.numpy(), back))
+        assert deviation_ == pytest.approx(deviation, rel=1e-3)
+
+
+def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(kvquant_calibrated, tmp_path):
+    calibrations, *_ = kvquant_calibrated
+    path, settings = tmp_path / "some" / "file.safetensors", {"windows": 2, "weights": "abc", "site": [2, 5]}
+    kvquant.save_calibrations(path, settings, calibrations)
+    loaded = kvquant.load_calibrations(path, settings, RECIPES[:2], "cpu")
+    assert list(loaded) == RECIPES[:2]
+    for recipe in RECIPES[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(loaded[recipe], calibrations[recipe]))
+    tensors = load_file(path)
+    signposts = tensors["kvsink-2-0.1.signposts.3"]
+    assert torch.equal(signposts, kvquant.codebooks(calibrations[RECIPES[3]], 3)[0]) and signposts.shape == (6, 2, 8)
+    for change, words in (({"windows": 4}, "windows 2, not 4"), ({"weights": "b"}, "weights abc"), ({"new": 1}, "new None")):
+        with pytest.raises(ValueError, match=words):
+            kvquant.load_calibrations(path, {**settings, **change}, RECIPES, "cpu")
+    with pytest.raises(ValueError, match="it has no pfn-7-0.0"):
+        kvquant.load_calibrations(path, settings, [kvquant.Recipe("pfn", 7, 0.0)], "cpu")
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="file.safetensors.*delete it"):
+        kvquant.load_calibrations(path, settings, RECIPES, "cpu")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_kvquant_under_algorithm_1(planted, kvquant_calibrated, sequences, recipe, monkeypatch):
+    """Kept tokens are untouched and the others quantized, Keys before RoPE; in a batch as one by one; compiled as eager."""
+    calibrations, *_ = kvquant_calibrated
+    cache = kvquant.kvquant_cache(calibrations[recipe], recipe.rho, 2)
+    H, used, entered = planted.embedding(sequences[0]), [], []
+    monkeypatch.setattr(kvsink, "attention", lambda Q, K, V, window: used.append((K, V)) or attention(Q, K, V, window))
+
+    def step(block, H, S_sink, *rest):
+        entered.append((block, H, S_sink))
+        return kvsink.decoder_block(block, H, S_sink, *rest)
+
+    H_L, S = prefill(planted, H, cache, pre_rope=True, step=step, **preservation(recipe.keep, recipe.N, SITE, H))
+    assert int(S.sum()) == 2 * recipe.N
+    rope = rope_table(planted.config, H.shape[1], "cpu")
+    for (block, H_l, S_sink), (K_used, V_used), (quantize_K, quantize_V) in zip(entered, used, cache):
+        _, K, V = block.QKV(block.LN_mhsa(H_l))
+        kept = S_sink[:, None, :, None]
+        assert torch.equal(K_used, rotate(torch.where(kept, K, quantize_K(K)), rope))
+        assert torch.equal(V_used, torch.where(kept, V, quantize_V(V))) and not torch.equal(V_used, V)
+    for i in (0, 1):
+        rule = preservation(recipe.keep, recipe.N, SITE, H[i : i + 1])
+        alone, _ = prefill(planted, H[i : i + 1], cache, pre_rope=True, **rule)
+        assert torch.allclose(alone[0], H_L[i], atol=1e-4, rtol=1e-4)
+    monkeypatch.undo()
+    rule, step = preservation(recipe.keep, recipe.N, SITE, H), torch.compile(kvsink.decoder_block, fullgraph=True)
+    H_c, S_c = prefill(planted, H, cache, pre_rope=True, step=step, **rule)
+    assert torch.equal(S_c, S) and (H_c - H_L).norm() <= 5e-3 * H_L.norm()  # a number in between may fall the other way
+
+
+@pytest.mark.parametrize("calibration", [None, "mine.safetensors"])
+def test_kvquant_rows_of_the_command(tiny, tmp_path, capsys, sample_calibration, monkeypatch, calibration):
+    """Table 2's rows by name and by option; a calibration is made once; settings that differ are refused."""
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out.json"
+    file = ["--calibration", str(tmp_path / calibration)] if calibration else []
+    command = [*tiny, "--limit", "2", "--calib-windows", "3", "--json", str(out), *file]
+    assert eval_ppl.main([*command, "--table", "2"]) == 0
+    results, printed = results_of(out), capsys.readouterr().out
+    rows = [eval_ppl.row_of(result) for result in results]
+    assert rows == [eval_ppl.FULL_PRECISION] + [
+        eval_ppl.Row("kvquant", 2, keep, N, rho) for rho in (0, 0.001, 0.005, 0.01) for keep, N in (("pfn", 1), ("kvsink", 5))
+    ]
+    assert all(r["rope"] == "pre" and r["calib_windows"] == 3 and not r["q_norm"] for r in results[1:])
+    assert "kvquant 0.5 %" in printed and "avg. bits" in printed and "paper" not in printed
+    config = LlamaConfig.from_pretrained(tiny[1])
+    assert results[3]["avg_bits"] == eval_ppl.average_bits(rows[3], config, 64, 8)
+    made = list(tmp_path.glob("cache/kvquant/*.safetensors")) + list(tmp_path.glob("mine.safetensors"))
+    assert len(made) == 1
+
+    out.unlink()
+    monkeypatch.setattr(kvquant, "calibrate", None)  # what was calibrated is taken up
+    assert eval_ppl.main([*command, "--scheme", "kvquant", "--bits", "2"]) == 0
+    again = results_of(out)
+    assert [r["ppl"] for r in again] == [r["ppl"] for r in results]
+    assert eval_ppl.main([*command, "--table", "2", "--q-norm"]) == 0  # of the same calibration
+    assert len(results_of(out)) == 17 and results_of(out)[9]["ppl"] != results[1]["ppl"]
+    if calibration:
+        refuse([*command, "--table", "2", "--seed", "5"], ["mine.safetensors", "seed 0, not 5", "delete it"], capsys)
+        refuse([*command, "--table", "2", "--outliers", "0.2"], ["it has no pfn-1-0.2"], capsys)
+        Path(file[1]).write_bytes(b"{}")
+        refuse([*command, "--table", "2", "--seed", "5"], ["mine.safetensors"], capsys)
+        assert Path(file[1]).read_bytes() == b"{}"
+
+
+def test_a_kvquant_row_is_algorithm_1_with_its_own_calibration(tiny, tmp_path, sample_calibration, monkeypatch):
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path))
+    out = tmp_path / "out.json"
+    options = "--scheme kvquant --bits 3 --outliers 0.1 --keep kvsink --sinks 2 --calib-windows 2 --limit 2".split()
+    assert eval_ppl.main([*tiny, *options, "--json", str(out)]) == 0
+    model, tokenizer = Llama.from_pretrained(tiny[1]), Tokenizer.from_pretrained(tiny[1])
+    train = eval_ppl.windows(tokenizer, "wiki-sample", "train", 64, 2, 0)
+    recipe = kvquant.Recipe("kvsink", 2, 0.1)
+    calibrations = kvquant.calibrate(model, [window[None] for window in train], [recipe], SITE, quiet=True)
+    cache, loss = kvquant.kvquant_cache(calibrations[recipe], 0.1, 3), 0.0
+    for window in eval_ppl.windows(tokenizer, tiny[3], "test", 64, 2, 0):
+        H, _ = prefill(model, model.embedding(window[None]), cache, *SITE, k=2, pre_rope=True)
+        loss += F.cross_entropy(model.logits(H)[0, :-1], window[1:]).item() / 2
+    assert results_of(out)[1]["ppl"] == pytest.approx(np.exp(loss), rel=1e-6)
+
+
+def test_several_texts_in_one_run(tiny, tmp_path, capsys):
+    other, out = tmp_path / "other.txt", tmp_path / "out.json"
+    other.write_text("Another text. " * 20)
+    options = ["--data", tiny[3], str(other), "--scheme", "token-dynamic", "--sinks", "1", "--limit", "1", "--json", str(out)]
+    assert eval_ppl.main([*tiny, *options]) == 0
+    results = results_of(out)
+    assert [Path(r["data"]).name for r in results] == ["text.txt"] * 7 + ["other.txt"] * 7
+    assert results[0]["ppl"] != results[7]["ppl"] == results[7]["ppl_fp"] == results[8]["ppl_fp"]
+    assert capsys.readouterr().out.count("full precision") == 2
+
+
+def test_the_papers_table_2_stands_beside_its_own_settings():
+    """Table 2 of the paper: the copied figures at a few places, and by which rows they are shown."""
+    table = kvquant.PAPER_TABLE_2
+    assert table["llama2-13b"]["wikitext2"][1] == (16.26, 5.10) and table["llama3.1-8b-instruct"]["c4"][4] == (8.53, 8.50)
+    cells = [x for texts in table.values() for full, *rows in texts.values() for x in (full, *(y for row in rows for y in row))]
+    assert len(cells) == 4 * 2 * 9
+    for texts in table.values():  # KVSink-5 is never worse, and PPL falls as more outliers are kept
+        for full, *rows in texts.values():
+            assert all(kvsink5 <= kvq for kvq, kvsink5 in rows) and all(full < x for row in rows for x in row)
+            assert [row[0] for row in rows] == sorted((row[0] for row in rows), reverse=True)
+    result = {"model": "llama2-7b", "data": "wikitext2", "seq_len": 4096}
+    row = eval_ppl.Row("kvquant", 2, "kvsink", 5, 0.001)
+    assert eval_ppl.paper_ppl(result, row) == 5.60 and eval_ppl.paper_ppl(result, eval_ppl.FULL_PRECISION) == 5.12
+    for other in (row._replace(bits=3), row._replace(N=6), row._replace(rho=0.2), row._replace(scheme="token-static")):
+        assert eval_ppl.paper_ppl(result, other) is None
+    for change in ({"seq_len": 2048}, {"q_norm": True}, {"data": "x"}, {"model": "mistral-7b"}):
+        assert eval_ppl.paper_ppl({**result, **change}, row) is None
+    assert eval_ppl.parse_arguments("--model llama2-7b --table 2".split()).texts == ["wikitext2", "c4"]
+    assert eval_ppl.parse_arguments(["--table", "2"]).texts == ["wiki-sample"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2097,6 +2490,14 @@ def refuse(arguments, words, capsys, command=eval_ppl):
     (["--data", "/dev/zero"], ["/dev/zero", "no such file"]),
     (["--model", "~nobody-of-that-name/model"], ["nobody-of-that-name"]),
     (["--scheme", "row"], ["--scheme", "token-static"]),
+    (["--scheme", "kvquant", "--bits", "8"], ["kvquant", "2, 3 and 4 bits"]),
+    (["--scheme", "kvquant", "--bits", "2", "--outliers", "0.7"], ["--outliers", "0.7", "0 to 0.5"]),
+    (["--scheme", "kvquant", "--bits", "2", "--outliers", "few"], ["few"]),
+    (["--outliers", "0.01"], ["--outliers", "kvquant"]),
+    (["--q-norm"], ["--q-norm", "kvquant"]),
+    (["--calibration", "file"], ["--calibration", "kvquant"]),
+    (["--table", "1"], ["--table"]),
+    (["--scheme", "kvquant", "--bits", "2", "--calibration", "/nowhere/file"], ["/nowhere"]),
 ])  # fmt: skip
 def test_bad_arguments(change, words, tiny, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
