@@ -31,7 +31,7 @@ from tqdm import tqdm
 import hub
 import kvsink
 from llama import rope_table
-from quant import check_finite, pack, unpack
+from quant import NotFinite, check_finite, pack, unpack
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The codebook
@@ -41,8 +41,8 @@ def weighted_kmeans(x, w, k, restarts=8, trials=4, iterations=300, seed=0):
     """k centers that make the sum of w (x - nearest center)^2 small, ascending: x, w (B, N) -> (B, k), float64.
 
     Lloyd's algorithm. In one dimension a cluster is a run of the sorted x, so its sums are differences of running sums,
-    and an iteration costs k searches, not N distances. The B problems and their restarts run at once, each begun
-    by greedy k-means++ with a seed: of some x, drawn by w times the squared distance to the centers so far, the one that
+    and an iteration costs k searches, not N distances. The B problems and their restarts run at once, each begun by
+    greedy k-means++ with a seed: of some x, drawn by w times the squared distance to the centers so far, the one that
     helps most is the next center. The best restart is returned.
     """
     x, order = x.double().sort(-1)
@@ -118,7 +118,8 @@ class NonUniformQuantizer:
         """X in fp32 -> codes, the middle and half width of the ranges, and a mask of the outliers."""
         lo, hi = token_range(X, self.tail) if self.lo is None else (self.lo, self.hi)
         x, middle, half = normalized(X, lo, hi)
-        return torch.bucketize(x.contiguous(), self.midpoints), middle, half, ((X < lo) | (X > hi)) & self.sparse
+        codes = torch.bucketize(x.flatten(), self.midpoints).view(X.shape)  # flat: it wants its input in one piece
+        return codes, middle, half, ((X < lo) | (X > hi)) & self.sparse
 
     def decode(self, codes, middle, half):
         return self.levels[codes] * half.float() + middle.float()
@@ -220,11 +221,12 @@ def key_ranges(model, windows, recipes, site, bar):
         for i, h in enumerate(H):
             H[i] = kvsink.decoder_block(block, h, nothing, recorder(keys), kvsink.unquantized, rope, pre_rope=True)
             bar.update()
-        for recipe in recipes:
-            S = S_sinks[recipe.keep, recipe.N]
+        for rule, S in S_sinks.items():
             ascending = torch.cat([K[0][:, ~s[0]] for K, s in zip(keys, S)], dim=1).float().sort(dim=1).values
-            ends = [quantile(ascending, level) for level in (recipe.rho / 2, 1 - recipe.rho / 2)]
-            ranges[recipe].append(torch.stack(ends)[:, :, None])
+            for recipe in recipes:
+                if (recipe.keep, recipe.N) == rule:
+                    ends = [quantile(ascending, level) for level in (recipe.rho / 2, 1 - recipe.rho / 2)]
+                    ranges[recipe].append(torch.stack(ends)[:, :, None])
         if l == site.l_E:
             for keep, N in S_sinks:
                 if keep == "kvsink":
@@ -254,6 +256,7 @@ def fisher_information(model, tokens):
     the diagonal of the Fisher information of each of their numbers, the squared gradient of the loss on tokens (1, n).
 
     Backwards by hand, block after block from the hidden states: the graph of one block is in memory, not of all.
+    Raises NotFinite where a gradient is not.
     """
     H, rope, inputs = model.embedding(tokens), rope_table(model.config, tokens.shape[1], tokens.device), []
     for block in model.blocks:
@@ -269,6 +272,8 @@ def fisher_information(model, tokens):
             H = inputs.pop().requires_grad_()
             H_l = kvsink.decoder_block(model.blocks[l - 1], H, nothing, recorder(K), recorder(V), rope, pre_rope=True)
             gradient, g_K, g_V = torch.autograd.grad(H_l, (H, K[0], V[0]), gradient)
+        if not (g_K.isfinite().all() and g_V.isfinite().all()):
+            raise NotFinite(f"NaN or inf in the gradient of block {l}, counted from 1: is --dtype wide enough?")
         yield l, K[0].detach(), V[0].detach(), g_K.float().square(), g_V.float().square()
 
 

@@ -1651,6 +1651,36 @@ def test_kvquant_under_algorithm_1(planted, kvquant_calibrated, sequences, recip
     assert torch.equal(S_c, S) and (H_c - H_L).norm() <= 5e-3 * H_L.norm()  # a number in between may fall the other way
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kvquant_on_cuda(planted, kvquant_calibrated, sequences, dtype):
+    """Calibrated and run on the GPU, compiled, against the CPU in fp32."""
+    calibrations, windows, _ = kvquant_calibrated
+    model = copy_of(planted).to("cuda", dtype)
+    ours = kvquant.calibrate(model, [window.cuda() for window in windows], RECIPES, SITE, quiet=True)
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    for recipe in RECIPES:
+        for a, b in zip(ours[recipe][:2], calibrations[recipe][:2]):
+            assert (a.cpu() - b).norm() <= tolerance * b.norm()
+        H = planted.embedding(sequences[0])
+        expected, _ = prefill(planted, H, full_precision_cache(planted), **preservation(recipe.keep, recipe.N, SITE, H))
+        H = H.to("cuda", dtype)
+        cache = kvquant.kvquant_cache(ours[recipe], recipe.rho, 4)
+        rule = preservation(recipe.keep, recipe.N, SITE, H)
+        found, _ = prefill(model, H, cache, pre_rope=True, step=kvsink.compiled(kvsink.decoder_block, "cuda"), **rule)
+        eager, _ = prefill(model, H, cache, pre_rope=True, **rule)
+        assert (found.float() - eager.float()).norm() <= 10 * tolerance * eager.float().norm()
+        assert (found.float().cpu() - expected).norm() <= 0.2 * expected.norm()
+
+
+def test_a_gradient_that_is_not_finite_names_its_block(planted, sequences):
+    model = copy_of(planted)
+    model.blocks[3].FFN.W_d.weight[:] = 3e38
+    with pytest.raises(quant.NotFinite, match="gradient of block"):
+        list(kvquant.fisher_information(model, sequences[0][:1]))
+
+
 @pytest.mark.parametrize("calibration", [None, "mine.safetensors"])
 def test_kvquant_rows_of_the_command(tiny, tmp_path, capsys, sample_calibration, monkeypatch, calibration):
     """Table 2's rows by name and by option; a calibration is made once; settings that differ are refused."""
@@ -2719,6 +2749,19 @@ def test_the_attention_bias_of_the_default_model_is_one(evidence):
     """Figure 6: from the emergence on, the bias points the same way for every token."""
     alike = figures.bias_similarity(evidence)
     assert alike[12:28].min() > 0.9 and alike[12:28].mean() > 0.97 > 0.9 > alike[:12].mean()
+
+
+def test_kvquant_on_the_default_model(default_model, tmp_path):
+    """At 3 and 4 bits below the RTN scheme with static ranges by channel, at 2 bits far below, and lower with outliers."""
+    out, file = tmp_path / "out.json", tmp_path / "calibration.safetensors"
+    common = ["--keep", "kvsink", "--sinks", "5", "--limit", "4", "--json", str(out), "--no-compile"]
+    for scheme in ("channel-static", "kvquant"):
+        own = ["--outliers", "0", "0.01", "--calib-windows", "4", "--calibration", str(file)] if scheme == "kvquant" else []
+        assert eval_ppl.main([*common, "--scheme", scheme, "--bits", "2", "3", "4", *own]) == 0
+    ppl = {(r["scheme"], r["bits"], r.get("outliers")): r["ppl"] for r in results_of(out)}
+    for bits in (2, 3, 4):
+        assert ppl["kvquant", bits, 0.01] < ppl["kvquant", bits, 0.0] < ppl["channel-static", bits, None]
+    assert ppl["kvquant", 2, 0.0] < ppl["channel-static", 2, None] / 10
 
 
 REFERENCE = {  # an independent implementation on a modeling library: fp32, 8 windows of 1,024, 4 calibration windows
