@@ -282,7 +282,8 @@ def histogram(X, weight, lo, hi, leave_out):
     X = X.float()
     x, _, half = normalized(X, lo, hi)
     counted = (lo <= X) & (X <= hi) & ~leave_out
-    x, weight = x[counted].double(), weight[counted].double()
+    wide = torch.float32 if X.device.type == "mps" else torch.float64  # MPS has no float64
+    x, weight = x[counted].to(wide), weight[counted].to(wide)
     at = ((x + 1) / 2 * BINS).long().clamp(0, BINS - 1)
     return torch.stack([torch.bincount(at, w, minlength=BINS) for w in (torch.ones_like(x), weight, weight * x)])
 
@@ -361,7 +362,7 @@ def save_calibrations(path, settings, calibrations):
 def load_calibrations(path, settings, recipes, device):
     """recipe -> Calibration. Raises ValueError, saying which, where a setting is another or a recipe is missing."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             saved = json.loads((file.metadata() or {}).get("settings", "{}"))
             for key, value in settings.items():
                 if saved.get(key) != value:
@@ -369,10 +370,11 @@ def load_calibrations(path, settings, recipes, device):
             names = {recipe: recipe_name(recipe) for recipe in recipes}
             if missing := [name for name in names.values() if f"{name}.fisher" not in file.keys()]:
                 raise ValueError(f"it has no {missing[0]}")
-            return {
-                recipe: Calibration(*(file.get_tensor(f"{name}.{field}") for field in Calibration._fields))
-                for recipe, name in names.items()
-            }
+            found = {}
+            for recipe, name in names.items():
+                lo, hi, fisher = (file.get_tensor(f"{name}.{field}") for field in Calibration._fields)
+                found[recipe] = Calibration(lo.to(device), hi.to(device), fisher)
+            return found
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: {error}; name another file, or delete it to calibrate again") from None
 
