@@ -203,9 +203,9 @@ DEFAULT_ROWS = [
 ]
 
 
-def average_bits(row, config, n, group_size):
+def average_bits(row, config, n, group_size, l_E=0):
     """Bits that a number of the cache takes, with all that is stored for n tokens (Table 2's last column): codes, what
-    undoes them, outliers with their places, and the kept tokens in 16 bits with theirs."""
+    undoes them, outliers with their places, and kept tokens in 16 bits with theirs, KVSink's in blocks after l_E."""
     if row == FULL_PRECISION:
         return 16.0
     d, b = config.num_key_value_heads * config.head_dim, row.bits
@@ -217,8 +217,9 @@ def average_bits(row, config, n, group_size):
         K, V, static = kvsink.SCHEMES[row.scheme]
         parameters = sum(32 * (d if granularity == "channel" else d // group_size) for granularity in (K, V))
         a_token, once = 2 * d * b + (0 if static else parameters), parameters if static else 0
-    a_kept_token = 2 * d * 16 + 32
-    return ((n - row.N) * a_token + row.N * a_kept_token + once) / (2 * d * n)
+    a_kept_token, L = 2 * d * 16 + 32, config.num_hidden_layers
+    kept = row.N * (L - l_E) / L if row.keep == "kvsink" else row.N
+    return ((n - kept) * a_token + kept * a_kept_token + once) / (2 * d * n)
 
 
 def calibrated_caches(args, model, tokenizer, rows, site):
@@ -237,12 +238,12 @@ def calibrated_caches(args, model, tokenizer, rows, site):
     return caches
 
 
-def kvquant_calibrations(args, model, tokenizer, rows, site, weights):
+def kvquant_calibrations(args, model, tokenizer, site, weights):
     """recipe -> Calibration for every KVQuant row, from a file where they were made before with the same settings. As
     in KVQuant, WikiText-2 calibrates for C4 too."""
     text = "wikitext2" if args.data in ("wikitext2", "c4") else "wiki-sample"
     n, count = min(2048, args.seq_len), args.calib_windows or KVQUANT_WINDOWS
-    recipes = list(dict.fromkeys(row.recipe() for row in rows if row.scheme == "kvquant"))
+    recipes = list(dict.fromkeys(row.recipe() for row in args.rows if row.scheme == "kvquant"))  # done or not: one file
     made_with = {
         "weights": weights,
         "text": text,
@@ -251,6 +252,7 @@ def kvquant_calibrations(args, model, tokenizer, rows, site, weights):
         "seed": args.seed,
         "dtype": args.dtype,
         "site": list(site) if any(recipe.keep == "kvsink" for recipe in recipes) else None,
+        "bins": kvquant.BINS,
     }
     key = hashlib.sha256(repr((made_with, sorted(recipes))).encode()).hexdigest()[:16]
     path = args.calibration or hub.cache_directory() / "kvquant" / f"{key}.safetensors"
@@ -321,11 +323,10 @@ def evaluate(args, model, tokenizer, tokens, known, done, site):
     to_run, caches, calibrations = to_run.tolist(), {}, {}
     for i, row in enumerate(args.rows):
         if to_run[i]:
-            left = itertools.compress(args.rows, to_run)
             if row.static() and not caches:
-                caches = calibrated_caches(args, model, tokenizer, left, site)
+                caches = calibrated_caches(args, model, tokenizer, itertools.compress(args.rows, to_run), site)
             if row.scheme == "kvquant" and not calibrations:
-                calibrations = kvquant_calibrations(args, model, tokenizer, left, site, known[row]["weights"])
+                calibrations = kvquant_calibrations(args, model, tokenizer, site, known[row]["weights"])
             if row == FULL_PRECISION:
                 cache = kvsink.full_precision_cache(model)
             elif row.static():
@@ -346,7 +347,7 @@ def evaluate(args, model, tokenizer, tokens, known, done, site):
                     **known[row],
                     "ppl": ppl,
                     "ppl_fp": ppl if row == FULL_PRECISION else done[FULL_PRECISION]["ppl"],
-                    "avg_bits": average_bits(row, model.config, args.seq_len, args.group_size),
+                    "avg_bits": average_bits(row, model.config, args.seq_len, args.group_size, site.l_E),
                     "seconds": time.perf_counter() - start,
                 }
         yield done.get(row)
@@ -399,7 +400,7 @@ def print_table(results):
         line = f"{name:<20}   {row.kept():<12}{result['ppl']:>10.3f}{result['ppl'] - result['ppl_fp']:>+12.3f}"
         if row == FULL_PRECISION:
             line = f"{'full precision':<35}{result['ppl']:>10.3f}{'':12}"
-        line += f"{result['avg_bits']:>11.3f}" * table_2 + f"{paper or '':>18}" * any(printed)
+        line += f"{result.get('avg_bits', math.nan):>11.3f}" * table_2 + f"{paper or '':>18}" * any(printed)
         print(line.rstrip() + best)
     if starred:
         print("* best of its scheme and bits")
@@ -434,7 +435,8 @@ def figure_9(results):
     for i, (model, text, scheme, bits) in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, i)
         rows = [r for r in results if panel(r) == (model, text, scheme, bits)]
-        for setting in ("seq_len", "windows", "group_size", "rope", "dtype", "seed", "weights"):
+        settings = ("seq_len", "windows", "group_size", "rope", "dtype", "seed", "calib_windows", "q_norm", "weights")
+        for setting in settings:
             if len({row.get(setting) for row in rows}) > 1:
                 where = f"{model}, {scheme}, {bits} bits"
                 raise ValueError(f"{where}: results of runs that differ in {setting}: give each run a file of its own")
@@ -525,7 +527,8 @@ def parse_arguments(argv):
     add("--calibration", type=Path, metavar="FILE", help="KVQuant: write what is calibrated to this file, or take it "
         "from there (default: a file of our cache)")
     add("--group-size", type=number(1), default=128, help="channels that share a scale, at most a head (default: 128)")
-    add("--rope", choices=["post", "pre"], default="post", help="quantize Keys after or before RoPE (default: post)")
+    add("--rope", choices=["post", "pre"], default="post", help="quantize Keys after or before RoPE; KVQuant: "
+        "always before (default: post)")
     add("--layer", type=number(0), help="emergence layer, from 0 as in Table 3 (default: Table 3's, else the finder's)")
     add("--channel", type=number(0), help="outlier channel (default: likewise)")
     add("--seed", type=int, default=0, help="of windows at random places: calibration, c4 (default: 0)")
@@ -558,20 +561,25 @@ def complete(args):
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     for path in (args.json, args.plot, args.calibration):
+        if path and path == args.calibration and path.is_file():
+            continue  # it is only read
         if path and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
             raise ValueError(f"{path}: cannot write in {path.absolute().parent}")
         if path and path.exists() and not path.is_file():
             raise ValueError(f"{path} is there and is not a file: name another")
-    if args.json and args.json == args.plot:
-        raise ValueError("--json and --plot name the same file")
+    files = [path for path in (args.json, args.plot, args.calibration) if path]
+    if len(set(files)) < len(files):
+        raise ValueError("two of --json, --plot and --calibration name the same file")
     if (args.layer is None) != (args.channel is None):
         raise ValueError("--layer and --channel belong together: give both")
     choose_device(args)
     default_model = args.model == hub.DEFAULT_MODEL
     texts = ["wiki-sample"] if default_model else ["wikitext2", "c4"] if args.table else ["wikitext2"]
     args.texts = args.data or texts
+    if args.table and (args.scheme or ["kvquant"]) != ["kvquant"]:
+        raise ValueError("--table 2 is of --scheme kvquant")
     if args.table:
-        args.scheme, args.bits = args.scheme or ["kvquant"], args.bits or [2]
+        args.scheme, args.bits = ["kvquant"], args.bits or [2]
     if "kvquant" in (args.scheme or ()) and not set(args.bits or (4, 2)) <= {2, 3, 4}:
         raise ValueError("--scheme kvquant has 2, 3 and 4 bits")
     chosen = (args.scheme, args.bits, args.keep, args.sinks)
@@ -599,6 +607,9 @@ def check_against_model(args, config):
         raise ValueError(f"--seq-len {args.seq_len} is above the model's context, {config.max_position_embeddings}")
     if max(row.N for row in args.rows) > args.seq_len:
         raise ValueError(f"--sinks {max(row.N for row in args.rows)} is above the window of {args.seq_len} tokens")
+    calibrated = min(2048, args.seq_len)
+    if any(row.scheme == "kvquant" and row.N > calibrated - 2 for row in args.rows):
+        raise ValueError(f"--sinks: KVQuant calibrates on windows of {calibrated} tokens, too few to keep so many")
     args.groups = f"groups of {args.group_size} channels"
     if args.group_size > config.head_dim:
         args.groups = f"groups of {config.head_dim} channels, which is a head ({args.group_size} were asked for)"
@@ -623,11 +634,14 @@ def run(args):
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     directory = hub.model_directory(args.model)
-    runs, config = [for_text(args, text) for text in args.texts], LlamaConfig.from_pretrained(directory)
+    config, runs = LlamaConfig.from_pretrained(directory), [for_text(args, text) for text in args.texts]
     for one in runs:
         check_against_model(one, config)  # before anything that takes time
     model = Llama.from_pretrained(directory, args.device, getattr(torch, args.dtype))
     tokenizer = Tokenizer.from_pretrained(directory)
+    for one in runs:
+        one.tokens = windows(tokenizer, one.data, "test", one.seq_len, one.limit, one.seed)
+        check_vocabulary(one.tokens, model, directory)
     site = kvsink.Site(0, 0)
     if args.layer is not None:
         site = kvsink.Site(args.layer + 1, args.channel)
@@ -642,9 +656,7 @@ def run(args):
 
 def run_text(args, model, tokenizer, directory, site, old_results):
     """All rows on one text: printed and written where this is the first rank. Returns the results."""
-    tokens = windows(tokenizer, args.data, "test", args.seq_len, args.limit, args.seed)
-    check_vocabulary(tokens, model, directory)
-    weights = hub.fingerprint(directory)
+    tokens, weights = args.tokens, hub.fingerprint(directory)
     known = {row: settings(args, row, tokens, weights, site) for row in args.rows}
     done = {row: result for row in args.rows for result in old_results if known[row].items() <= result.items()}
     table = []

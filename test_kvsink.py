@@ -1493,13 +1493,15 @@ def test_average_bits_of_the_rtn_schemes_count_what_a_quantizer_has():
         expected = (2 * X.numel() * 4 + parameters) / (2 * X.numel())
         assert eval_ppl.average_bits(eval_ppl.Row(scheme, 4, "none", 0), config, n, g) == pytest.approx(expected), scheme
     assert eval_ppl.average_bits(eval_ppl.FULL_PRECISION, config, n, g) == 16
+    row = eval_ppl.Row("token-dynamic", 4, "kvsink", 6)  # kept in two blocks of three: as four tokens in every block
+    assert eval_ppl.average_bits(row, config, n, g, l_E=1) == eval_ppl.average_bits(row._replace(keep="pfn", N=4), config, n, g)
 
 
 def test_average_bits_are_those_of_table_2():
     """LLaMA2-7B's shape, 4,096 tokens: "2-2.02, 2.04-2.06, 2.16-2.19, 2.32-2.35", from KVQuant to + KVSink-5."""
     config = LlamaConfig.from_dict({**SMALL, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32})
     for rho, low, high in ((0.0, 2, 2.02), (0.001, 2.04, 2.06), (0.005, 2.16, 2.19), (0.01, 2.32, 2.35)):
-        bits = [eval_ppl.average_bits(eval_ppl.Row("kvquant", 2, keep, N, rho), config, 4096, 128)
+        bits = [eval_ppl.average_bits(eval_ppl.Row("kvquant", 2, keep, N, rho), config, 4096, 128, l_E=2)
                 for keep, N in (("pfn", 1), ("kvsink", 5))]  # fmt: skip
         assert low - 0.005 <= bits[0] < bits[1] <= high + 0.005, bits
 
@@ -1600,6 +1602,11 @@ def test_codebooks_lie_where_fisher_information_is_and_q_norm_keeps_mean_and_dev
         assert deviation_ == pytest.approx(deviation, rel=1e-3)
 
 
+def test_codebooks_of_nothing_are_finite():
+    calibration = kvquant.Calibration(torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 1, 4), torch.zeros(1, 2, 3, kvquant.BINS))
+    assert all(table.isfinite().all() for table in kvquant.codebooks(calibration, 2, q_norm=True))
+
+
 def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(kvquant_calibrated, tmp_path):
     calibrations, *_ = kvquant_calibrated
     path, settings = tmp_path / "some" / "file.safetensors", {"windows": 2, "weights": "abc", "site": [2, 5]}
@@ -1616,6 +1623,7 @@ def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(kvquant_calibr
             kvquant.load_calibrations(path, {**settings, **change}, RECIPES, "cpu")
     with pytest.raises(ValueError, match="it has no pfn-7-0.0"):
         kvquant.load_calibrations(path, settings, [kvquant.Recipe("pfn", 7, 0.0)], "cpu")
+    kvquant.load_calibrations(path, {**settings, "site": None}, RECIPES[:2], "cpu")  # PFN does not depend on it
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match="file.safetensors.*delete it"):
         kvquant.load_calibrations(path, settings, RECIPES, "cpu")
@@ -1711,6 +1719,9 @@ def test_kvquant_rows_of_the_command(tiny, tmp_path, capsys, sample_calibration,
     if calibration:
         refuse([*command, "--table", "2", "--seed", "5"], ["mine.safetensors", "seed 0, not 5", "delete it"], capsys)
         refuse([*command, "--table", "2", "--outliers", "0.2"], ["it has no pfn-1-0.2"], capsys)
+        one = ["--scheme", "kvquant", "--bits", "3", "--keep", "pfn", "--sinks", "1", "--outliers", "0.01"]
+        assert eval_ppl.main([*command, *one]) == 0  # a part of what the file holds
+        capsys.readouterr()
         Path(file[1]).write_bytes(b"{}")
         refuse([*command, "--table", "2", "--seed", "5"], ["mine.safetensors"], capsys)
         assert Path(file[1]).read_bytes() == b"{}"
@@ -2527,6 +2538,10 @@ def refuse(arguments, words, capsys, command=eval_ppl):
     (["--q-norm"], ["--q-norm", "kvquant"]),
     (["--calibration", "file"], ["--calibration", "kvquant"]),
     (["--table", "1"], ["--table"]),
+    (["--table", "2"], ["--table 2", "kvquant"]),
+    (["--scheme", "kvquant", "--bits", "2", "--keep", "pfn", "--sinks", "63"], ["--sinks", "windows of 64"]),
+    (["--json", "x.png", "--scheme", "kvquant", "--bits", "2", "--calibration", "x.png"], ["same file"]),
+    (["--data", "README.md", "/nowhere/text.txt"], ["/nowhere/text.txt"]),
     (["--scheme", "kvquant", "--bits", "2", "--calibration", "/nowhere/file"], ["/nowhere"]),
 ])  # fmt: skip
 def test_bad_arguments(change, words, tiny, capsys, monkeypatch, tmp_path):
