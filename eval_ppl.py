@@ -1,12 +1,14 @@
-"""Perplexity with a quantized KV cache: Figure 9 for any model, text, scheme, bit width and number of kept tokens.
+"""Perplexity with a quantized KV cache: Figure 9 for any model, text, scheme, bit width and number of kept tokens, and
+Table 2.
 
     python eval_ppl.py                                            the embedded default: a real model, a real text
-    python eval_ppl.py --model llama2-7b --sinks 5 --bits 2       the paper
+    python eval_ppl.py --model llama2-7b --sinks 5 --bits 2       the paper, Figure 9
+    python eval_ppl.py --model llama2-7b --table 2                the paper, Table 2
 
 Read top to bottom: windows of text; the perplexity of one row; the rows of a run; what becomes of the results; the
 command line.
 
-What this file does not do: the method is kvsink.py's. Nothing is cached between windows and nothing is generated.
+What this file does not do: the methods are kvsink.py's and kvquant.py's. Nothing is cached between windows and nothing is generated.
 """
 
 import argparse
