@@ -8,7 +8,8 @@ Table 2.
 Read top to bottom: windows of text; the perplexity of one row; the rows of a run; what becomes of the results; the
 command line.
 
-What this file does not do: the methods are kvsink.py's and kvquant.py's. Nothing is cached between windows and nothing is generated.
+What this file does not do: the methods are kvsink.py's and kvquant.py's. Nothing is cached between windows and nothing
+is generated.
 """
 
 import argparse
@@ -244,7 +245,7 @@ def kvquant_calibrations(args, model, tokenizer, site, weights):
     """recipe -> Calibration for every KVQuant row, from a file where they were made before with the same settings. As
     in KVQuant, WikiText-2 calibrates for C4 too."""
     text = "wikitext2" if args.data in ("wikitext2", "c4") else "wiki-sample"
-    n, count = min(2048, args.seq_len), args.calib_windows or KVQUANT_WINDOWS
+    count, n = kvquant_windows(args)
     recipes = list(dict.fromkeys(row.recipe() for row in args.rows if row.scheme == "kvquant"))  # done or not: one file
     made_with = {
         "weights": weights,
@@ -279,7 +280,7 @@ def settings(args, row, tokens, weights, site):
     """All that the PPL of a row depends on: by these a result is known again."""
     own = {}
     if row.scheme == "kvquant":
-        own = {"outliers": row.rho, "q_norm": args.q_norm, "calib_windows": args.calib_windows or KVQUANT_WINDOWS}
+        own = {"outliers": row.rho, "q_norm": args.q_norm, "calib_windows": kvquant_windows(args)[0]}
     return {
         "model": args.model,
         "data": args.data,
@@ -302,12 +303,14 @@ def settings(args, row, tokens, weights, site):
     } | own
 
 
-KVQUANT_WINDOWS = 16
-
-
 def rtn_windows(args):
     """How many windows calibrate static ranges."""
     return args.calib_windows or (16 if args.data in ("wikitext2", "c4") else 4)
+
+
+def kvquant_windows(args):
+    """How many windows calibrate KVQuant, and of how many tokens: its own paper's, if a window here is as long."""
+    return args.calib_windows or 16, min(2048, args.seq_len)
 
 
 def evaluate(args, model, tokenizer, tokens, known, done, site):
@@ -437,8 +440,8 @@ def figure_9(results):
     for i, (model, text, scheme, bits) in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, i)
         rows = [r for r in results if panel(r) == (model, text, scheme, bits)]
-        settings = ("seq_len", "windows", "group_size", "rope", "dtype", "seed", "calib_windows", "q_norm", "weights")
-        for setting in settings:
+        alike = ("seq_len", "windows", "group_size", "rope", "dtype", "seed", "calib_windows", "q_norm", "weights")
+        for setting in alike:
             if len({row.get(setting) for row in rows}) > 1:
                 where = f"{model}, {scheme}, {bits} bits"
                 raise ValueError(f"{where}: results of runs that differ in {setting}: give each run a file of its own")
@@ -609,7 +612,7 @@ def check_against_model(args, config):
         raise ValueError(f"--seq-len {args.seq_len} is above the model's context, {config.max_position_embeddings}")
     if max(row.N for row in args.rows) > args.seq_len:
         raise ValueError(f"--sinks {max(row.N for row in args.rows)} is above the window of {args.seq_len} tokens")
-    calibrated = min(2048, args.seq_len)
+    _, calibrated = kvquant_windows(args)
     if any(row.scheme == "kvquant" and row.N > calibrated - 2 for row in args.rows):
         raise ValueError(f"--sinks: KVQuant calibrates on windows of {calibrated} tokens, too few to keep so many")
     args.groups = f"groups of {args.group_size} channels"

@@ -34,7 +34,7 @@ import hub
 import kvsink
 import quant
 from kvsink import OUTLIER, SPARSE
-from llama import Llama, LlamaConfig, Tokenizer, rope_table, rotate
+from llama import Llama, LlamaConfig, Tokenizer, causal, rope_table, rotate
 from quant import Quantizer
 
 try:
@@ -149,13 +149,6 @@ def evolution(model, tokens):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention, and its bias (Sections 3.2 and 4.2)
-
-
-def causal(n, sliding_window, device):
-    """(n, n): True where query t sees key i."""
-    i = torch.arange(n, device=device)
-    age = i[:, None] - i[None, :]
-    return (age >= 0) & (age < (sliding_window or n))
 
 
 def for_queries(X, h):

@@ -164,6 +164,13 @@ def rotate(X, rope):
     return (X * cos + torch.cat((-second, first), dim=-1) * sin).to(X.dtype)
 
 
+def causal(n, sliding_window, device):
+    """M of Eq. 3 as a mask (n, n): True where query t sees key i, itself and those before it, or a window of them."""
+    i = torch.arange(n, device=device)
+    age = i[:, None] - i[None, :]  # how many tokens ago the query saw the key
+    return (age >= 0) & (age < (sliding_window or n))
+
+
 def attention(Q, K, V, sliding_window=None):
     """Softmax(Q K^T / sqrt(d_k) + M) V of Eq. 3, causal. Q (b, h, n, d_k), K, V (b, h_kv, n, d_k) -> (b, n, h d_k)"""
     n, group = Q.shape[2], Q.shape[1] // K.shape[1]
@@ -171,9 +178,7 @@ def attention(Q, K, V, sliding_window=None):
     if sliding_window is None or n <= sliding_window:
         A = F.scaled_dot_product_attention(Q, K, V, is_causal=True)
     else:
-        i = torch.arange(n, device=Q.device)
-        age = i[:, None] - i[None, :]  # (n, n): how many tokens ago the query saw the key
-        A = F.scaled_dot_product_attention(Q, K, V, attn_mask=(age >= 0) & (age < sliding_window))
+        A = F.scaled_dot_product_attention(Q, K, V, attn_mask=causal(n, sliding_window, Q.device))
     return A.transpose(1, 2).flatten(2)
 
 
