@@ -1,7 +1,8 @@
 """The LLaMA transformer of Section 2, from scratch: configuration, forward pass, weights, tokenizer.
 
 Read top to bottom: LlamaConfig, then RMSNorm, RoPE and attention (Eq. 3), the FFN (Eq. 4), the decoder block
-(Eq. 1-2), the model, the loading of safetensors, and last the tokenizer that turns text into token ids.
+(Eq. 1-2), the model, the loading of safetensors, at once or block by block, and last the tokenizer that turns text into
+token ids.
 
 What this file does not do: it knows nothing of quantization or of sinks (that is quant.py and kvsink.py), it keeps no
 KV cache between calls (a prefill needs none), it does not train, and it runs no code out of a checkpoint.
@@ -10,6 +11,7 @@ Shapes: b sequences, n tokens, d hidden size, h query heads, h_kv Key/Value head
 """
 
 import base64
+import functools
 import json
 import math
 from dataclasses import dataclass, fields
@@ -223,6 +225,33 @@ class Block(nn.Module):
         return self.FFN(self.LN_ffn(H)) + H  # Eq. 1
 
 
+class StreamedBlocks(nn.ModuleList):
+    """Blocks that stay on disk. A loop over them, forwards or backwards, reads each block when its turn comes and drops
+    it afterwards, so that one at a time is in memory; by its index a block is there without its weights.
+
+    read    a function that gives block l, counted from 0, its weights
+    """
+
+    def __init__(self, blocks, read):
+        super().__init__(blocks)
+        self.read = read
+
+    def walk(self, order):
+        """The blocks in the order of these numbers, from 0."""
+        for l in order:
+            try:
+                self.read(l)
+                yield self[l]
+            finally:  # also where the loop is left early
+                self[l].to("meta")
+
+    def __iter__(self):
+        return self.walk(range(len(self)))
+
+    def __reversed__(self):
+        return self.walk(reversed(range(len(self))))
+
+
 class Llama(nn.Module):
     """The whole decoder: embedding, L blocks, final norm, output layer."""
 
@@ -249,17 +278,24 @@ class Llama(nn.Module):
         return self.W_vocab(self.LN_final(H))
 
     @classmethod
-    def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, stream=False):
         """A model from a Hugging Face directory: config.json and model.safetensors, or shards with their index.
 
-        Tensor by tensor from the memory-mapped file to the device: never two copies of the model in memory.
+        Tensor by tensor from the memory-mapped file to the device: never two copies of the model in memory; with
+        `stream` never more of it than one block, and what is outside the blocks.
         Raises FileNotFoundError or ValueError, naming file and tensor, where one is missing, unexpected, of another
-        shape, or cannot be read.
+        shape, or cannot be read; all are looked at before the first is read.
         """
         config = LlamaConfig.from_pretrained(directory)
         with torch.device("meta"):  # shapes without storage
             model = cls(config)
-        load_weights(model, Path(directory), device, dtype)
+        places = locate_weights(model, Path(directory))
+        read = functools.partial(read_weights, model, places, device, dtype)
+        if stream:
+            model.blocks = StreamedBlocks(model.blocks, lambda l: read(f"blocks.{l}."))
+        read(("embedding.", "LN_final.", "W_vocab.") if stream else "")
+        if config.tie_word_embeddings:
+            model.W_vocab.weight = model.embedding.weight
         return model.requires_grad_(False).eval()
 
 
@@ -313,11 +349,12 @@ def weight_files(directory):
     return files
 
 
-def load_weights(model, directory, device, dtype):
-    names, loaded = checkpoint_names(model.config), set()
+def locate_weights(model, directory):
+    """Parameter -> its file and its key there, for every tensor of the model: all checked, none read."""
+    names, places = checkpoint_names(model.config), {}
     for path, expected in weight_files(directory).items():
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt") as file:
                 keys = set(file.keys())
                 if lost := set(expected or ()) - keys:
                     raise ValueError(f"tensor {min(lost)} is missing, though the index says it is here")
@@ -327,27 +364,36 @@ def load_weights(model, directory, device, dtype):
                         continue
                     if key not in names:
                         raise ValueError(f"tensor {key} is unexpected: this model has none of that name")
-                    assign(model, names[key], file.get_tensor(key), key, dtype)
-                    loaded.add(key)
+                    check_tensor(key, file.get_slice(key), model.get_parameter(names[key]).shape)
+                    places[names[key]] = path, key
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    if missing := set(names) - loaded:
+    if missing := {key for key, name in names.items() if name not in places}:
         raise ValueError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} in all)")
-    if model.config.tie_word_embeddings:
-        model.W_vocab.weight = model.embedding.weight
+    return places
 
 
-def assign(model, name, tensor, key, dtype):
-    module, _, leaf = name.rpartition(".")
-    module = model.get_submodule(module)
-    shape = getattr(module, leaf).shape
-    if tensor.shape != shape:
-        raise ValueError(f"tensor {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(shape)}")
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"tensor {key} is stored as {tensor.dtype}: only float32, float16 and bfloat16 are read")
-    setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
+def check_tensor(key, stored, shape):
+    if tuple(stored.get_shape()) != tuple(shape):
+        raise ValueError(f"tensor {key} has shape {tuple(stored.get_shape())}, config.json asks for {tuple(shape)}")
+    if stored.get_dtype() not in ("F32", "F16", "BF16"):
+        raise ValueError(f"tensor {key} is stored as {stored.get_dtype()}: only F32, F16 and BF16 are read")
+
+
+def read_weights(model, places, device, dtype, prefix=""):
+    """Give the parameters whose names begin so (a str or several) the weights that `locate_weights` found for them."""
+    wanted = {}
+    for name, (path, key) in places.items():
+        if name.startswith(prefix):
+            wanted.setdefault(path, []).append((name, key))
+    for path, tensors in wanted.items():
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name, key in tensors:
+                module, _, leaf = name.rpartition(".")
+                weight = nn.Parameter(file.get_tensor(key).to(dtype), requires_grad=False)
+                setattr(model.get_submodule(module), leaf, weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -298,7 +298,7 @@ def damage_shard_contents(directory, weights):
     (damage_missing, [KEY, "missing"]),
     (damage_unexpected, ["q_proj.bias", "unexpected"]),
     (damage_shape, ["model.safetensors", KEY, "(112, 63)", "(112, 64)"]),
-    (damage_dtype, ["model.safetensors", KEY, "int8"]),
+    (damage_dtype, ["model.safetensors", KEY, "I8"]),
     (damage_truncated, ["model.safetensors", "not a whole"]),
     (damage_garbage, ["model.safetensors", "not a whole"]),
     (damage_no_weights, ["no model.safetensors"]),
