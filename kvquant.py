@@ -184,7 +184,7 @@ def by_token(X):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The calibration: one pass for the ranges of Keys, one backward pass for the Fisher information
+# The calibration: one pass forwards for the ranges of Keys, one backwards for the Fisher information
 
 
 class Recipe(NamedTuple):
@@ -206,20 +206,25 @@ class Calibration(NamedTuple):
 BINS = 4096  # of [-1, 1]: far finer than 16 signposts, and it makes 134 million Keys of a block into 4,096
 
 
-def key_ranges(model, windows, recipes, site, bar):
+def key_ranges(model, windows, recipes, site, states, bar):
     """recipe -> lo, hi (2, L, h_kv, 1, d_k): the quantiles rho/2 and 1 - rho/2 of each channel of the Keys before RoPE,
     over all tokens that the recipe's rule does not keep; and rule -> the kept tokens, a mask (1, n) a window.
 
-    Block by block, all windows through one before the next: the Keys of one block are in memory, not of all.
+    Block by block, all windows through one before the next: the Keys of one block are in memory, not of all. What a
+    backward pass needs is left in `states` (L + 1, windows, n, d): H^0 to H^L of every window.
     """
-    H = [model.embedding(tokens) for tokens in windows]
-    rope, nothing = rope_table(model.config, H[0].shape[1], H[0].device), kvsink.pfn(H[0], 0)
-    S_sinks = {(keep, N): [kvsink.pfn(h, N if keep == "pfn" else 0) for h in H] for keep, N, _ in recipes}
+    for i, tokens in enumerate(windows):
+        H = model.embedding(tokens)
+        states[0, i] = H[0]
+    rope, nothing = rope_table(model.config, H.shape[1], H.device), kvsink.pfn(H, 0)
+    S_sinks = {(keep, N): [kvsink.pfn(H, N if keep == "pfn" else 0)] * len(windows) for keep, N, _ in recipes}
     ranges = {recipe: [] for recipe in recipes}
     for l, block in enumerate(model.blocks, start=1):
         keys = []  # of each window, (h_kv, n, d_k)
-        for i, h in enumerate(H):
-            H[i] = kvsink.decoder_block(block, h, nothing, recorder(keys), kvsink.unquantized, rope, pre_rope=True)
+        for i in range(len(windows)):
+            H = states[l - 1, i].to(H.device)[None]
+            H = kvsink.decoder_block(block, H, nothing, recorder(keys), kvsink.unquantized, rope, pre_rope=True)
+            states[l, i] = H[0]
             bar.update()
         for rule, S in S_sinks.items():
             ascending = torch.cat([K[0][:, ~s[0]] for K, s in zip(keys, S)], dim=1).float().sort(dim=1).values
@@ -230,7 +235,7 @@ def key_ranges(model, windows, recipes, site, bar):
         if l == site.l_E:
             for keep, N in S_sinks:
                 if keep == "kvsink":
-                    S_sinks[keep, N] = [kvsink.predict_sinks(h, site.c, N) for h in H]
+                    S_sinks[keep, N] = [kvsink.predict_sinks(h.to(H.device)[None], site.c, N) for h in states[l]]
     return {recipe: torch.stack(ends, dim=1) for recipe, ends in ranges.items()}, S_sinks
 
 
@@ -251,30 +256,33 @@ def recorder(seen):
     return see
 
 
-def fisher_information(model, tokens):
-    """Yields l, K, V, F_K, F_V of every block, from the last to the first: K before RoPE and V (1, h_kv, n, d_k), and
-    the diagonal of the Fisher information of each of their numbers, the squared gradient of the loss on tokens (1, n).
+def fisher_information(model, windows, states):
+    """Yields l, i, K, V, F_K, F_V of every block, from the last to the first, and in it of every window i (1, n): K
+    before RoPE and V (1, h_kv, n, d_k), and the diagonal of the Fisher information of each of their numbers, the squared
+    gradient of the loss on the window.
 
-    Backwards by hand, block after block from the hidden states: the graph of one block is in memory, not of all.
+    Backwards by hand, block after block from `states` (L + 1, windows, n, d), the H^0 to H^L of all windows: the graph
+    of one block and one window is in memory, not of all. Where H^l was, the loss's gradient with respect to it is left.
     Raises NotFinite where a gradient is not.
     """
-    H, rope, inputs = model.embedding(tokens), rope_table(model.config, tokens.shape[1], tokens.device), []
-    for block in model.blocks:
-        inputs.append(H)
-        H = block(H, rope)
-    nothing = kvsink.pfn(H, 0)
-    with torch.enable_grad():
-        loss = F.cross_entropy(model.logits(H.requires_grad_()[0, :-1]).float(), tokens[0, 1:], reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, H)
-    for l in range(len(model.blocks), 0, -1):
-        K, V = [], []
+    device = windows[0].device
+    rope, nothing = rope_table(model.config, windows[0].shape[1], device), kvsink.pfn(states[0, :1].to(device), 0)
+    for i, tokens in enumerate(windows):
         with torch.enable_grad():
-            H = inputs.pop().requires_grad_()
-            H_l = kvsink.decoder_block(model.blocks[l - 1], H, nothing, recorder(K), recorder(V), rope, pre_rope=True)
-            gradient, g_K, g_V = torch.autograd.grad(H_l, (H, K[0], V[0]), gradient)
-        if not (g_K.isfinite().all() and g_V.isfinite().all()):
-            raise NotFinite(f"NaN or inf in the gradient of block {l}, counted from 1: is --dtype wide enough?")
-        yield l, K[0].detach(), V[0].detach(), g_K.float().square(), g_V.float().square()
+            H = states[-1, i].to(device)[None].requires_grad_()
+            loss = F.cross_entropy(model.logits(H[0, :-1]).float(), tokens[0, 1:], reduction="sum")
+            states[-1, i] = torch.autograd.grad(loss, H)[0][0]
+    for l, block in zip(range(len(model.blocks), 0, -1), reversed(model.blocks)):
+        for i in range(len(windows)):
+            K, V = [], []
+            with torch.enable_grad():
+                H = states[l - 1, i].to(device)[None].requires_grad_()
+                H_l = kvsink.decoder_block(block, H, nothing, recorder(K), recorder(V), rope, pre_rope=True)
+                g_H, g_K, g_V = torch.autograd.grad(H_l, (H, K[0], V[0]), states[l, i].to(device)[None])
+            if not (g_K.isfinite().all() and g_V.isfinite().all()):
+                raise NotFinite(f"NaN or inf in the gradient of block {l}, counted from 1: is --dtype wide enough?")
+            states[l - 1, i] = g_H[0]
+            yield l, i, K[0].detach(), V[0].detach(), g_K.float().square(), g_V.float().square()
 
 
 def histogram(X, weight, lo, hi, leave_out):
@@ -288,20 +296,25 @@ def histogram(X, weight, lo, hi, leave_out):
     return torch.stack([torch.bincount(at, w, minlength=BINS) for w in (torch.ones_like(x), weight, weight * x)])
 
 
-def calibrate(model, windows, recipes, site, quiet=None):
-    """recipe -> Calibration, from windows (1, n) of token ids, for all recipes at once."""
+def calibrate(model, windows, recipes, site, quiet=None, room=torch.empty):
+    """recipe -> Calibration, from windows (1, n) of token ids, for all recipes at once: once forwards through the
+    blocks, once backwards. `room` is torch.empty or takes its place: the hidden states of all blocks and windows are
+    many, (L + 1, windows, n, d), and lie on the CPU."""
     L, d = len(model.blocks), model.config.num_key_value_heads * model.config.head_dim
-    with tqdm(total=L * len(windows), desc="ranges of Keys", unit="block", leave=False, disable=quiet) as bar:
-        ranges, S_sinks = key_ranges(model, windows, recipes, site, bar)
+    shape = (L + 1, len(windows), windows[0].shape[1], model.config.hidden_size)
+    states = room(shape, dtype=model.embedding.weight.dtype)
+    progress = {"total": L * len(windows), "unit": "block", "leave": False, "disable": quiet}
+    with tqdm(desc="ranges of Keys", **progress) as bar:
+        ranges, S_sinks = key_ranges(model, windows, recipes, site, states, bar)
     fisher = {recipe: torch.zeros(L, 2, 3, BINS, dtype=torch.float64) for recipe in recipes}
-    for i, tokens in enumerate(tqdm(windows, desc="Fisher information", unit="window", leave=False, disable=quiet)):
-        for l, K, V, F_K, F_V in fisher_information(model, tokens):
-            for recipe in recipes:
-                S = S_sinks[recipe.keep, recipe.N][i][:, None, :, None]
-                S = S & (recipe.keep != "kvsink" or l > site.l_E)  # nothing is predicted up to block l_E
-                fisher[recipe][l - 1, 0] += histogram(K, F_K, *ranges[recipe][:, l - 1], S).cpu()
-                in_token = token_range(V.float(), tail_of(recipe.rho, d))
-                fisher[recipe][l - 1, 1] += histogram(V, F_V, *in_token, S).cpu()
+    gradients = fisher_information(model, windows, states)
+    for l, i, K, V, F_K, F_V in tqdm(gradients, desc="Fisher information", **progress):
+        for recipe in recipes:
+            S = S_sinks[recipe.keep, recipe.N][i][:, None, :, None]
+            S = S & (recipe.keep != "kvsink" or l > site.l_E)  # nothing is predicted up to block l_E
+            fisher[recipe][l - 1, 0] += histogram(K, F_K, *ranges[recipe][:, l - 1], S).cpu()
+            in_token = token_range(V.float(), tail_of(recipe.rho, d))
+            fisher[recipe][l - 1, 1] += histogram(V, F_V, *in_token, S).cpu()
     return {recipe: Calibration(*ranges[recipe], fisher[recipe].float()) for recipe in recipes}
 
 

@@ -186,18 +186,24 @@ def calibrate(model, windows, caches, site, pre_rope=False):
     """
     for tokens in windows:
         H = model.embedding(tokens)
-        rope, nothing = rope_table(model.config, H.shape[1], H.device), pfn(H, 0)
+        rope = rope_table(model.config, H.shape[1], H.device)
         S_sinks = [pfn(H, N if keep == "pfn" else 0) for keep, N, _ in caches]
         for l, block in enumerate(model.blocks, start=1):
-            K_quantizers, V_quantizers = zip(*(cache[l - 1] for _, _, cache in caches))
-            see_K, see_V = observer(K_quantizers, S_sinks), observer(V_quantizers, S_sinks)
-            try:
-                H = decoder_block(block, H, nothing, see_K, see_V, rope, pre_rope)
-            except NotFinite:
-                raise NotFinite(f"NaN or inf in the Keys or Values of block {l} (from 1) while calibrating") from None
+            H = calibrate_block(l, block, H, S_sinks, caches, rope, pre_rope)
             if l == site.l_E:
                 rules = zip(caches, S_sinks)
                 S_sinks = [predict_sinks(H, site.c, N) if keep == "kvsink" else S for (keep, N, _), S in rules]
+
+
+def calibrate_block(l, block, H, S_sinks, caches, rope, pre_rope):
+    """The same for block l (from 1) and one window: H^{l-1} -> H^l in full precision, the ranges of block l widen.
+    S_sinks are the tokens to leave out, a mask (1, n) for each of the caches."""
+    K_quantizers, V_quantizers = zip(*(cache[l - 1] for _, _, cache in caches))
+    see_K, see_V = observer(K_quantizers, S_sinks), observer(V_quantizers, S_sinks)
+    try:
+        return decoder_block(block, H, pfn(H, 0), see_K, see_V, rope, pre_rope)
+    except NotFinite:
+        raise NotFinite(f"NaN or inf in the Keys or Values of block {l} (from 1) while calibrating") from None
 
 
 def observer(quantizers, S_sinks):

@@ -1534,9 +1534,19 @@ def test_ranges_of_keys_against_numpy(planted, kvquant_calibrated, recipe):
             assert np.allclose(found[l - 1, :, 0], np.quantile(keys, level, axis=1), rtol=1e-4, atol=1e-5)
 
 
+def hidden_states(model, windows):
+    """H^0 to H^L of every window: (L + 1, windows, n, d)."""
+    states = [torch.cat([model.embedding(window) for window in windows])]
+    for block in model.blocks:
+        states.append(block(states[-1], rope_table(model.config, states[0].shape[1], "cpu")))
+    return torch.stack(states)
+
+
 def test_fisher_information_against_one_backward_pass(planted, sequences):
-    """Block by block as here, against autograd through the whole model in float64 with hooks on W_k and W_v."""
+    """Block by block as here, against autograd through the whole model in float64 with hooks on W_k and W_v; of two
+    windows the second."""
     tokens, model, seen = sequences[0][:1], copy_of(planted).double(), {}
+    windows, seen_windows = [sequences[0][1:], tokens], []
     for l, block in enumerate(model.blocks, start=1):
         for name, W in (("K", block.W_k), ("V", block.W_v)):
             def see(module, inputs, output, key=(l, name)):
@@ -1546,7 +1556,10 @@ def test_fisher_information_against_one_backward_pass(planted, sequences):
     with torch.enable_grad():
         F.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:], reduction="sum").backward()
     blocks = []
-    for l, K, V, F_K, F_V in kvquant.fisher_information(planted, tokens):
+    for l, i, K, V, F_K, F_V in kvquant.fisher_information(planted, windows, hidden_states(planted, windows)):
+        seen_windows.append(i)
+        if i == 0:
+            continue
         blocks.append(l)
         for name, X, fisher in (("K", K, F_K), ("V", V, F_V)):
             whole = seen[l, name]
@@ -1554,7 +1567,8 @@ def test_fisher_information_against_one_backward_pass(planted, sequences):
             expected = whole.grad.square().float()
             assert (fisher.transpose(1, 2).flatten(2) - expected).norm() <= 1e-3 * expected.norm(), (l, name)
             assert expected.norm() > 0
-    assert blocks == [6, 5, 4, 3, 2, 1] and not any(p.requires_grad for p in planted.parameters())
+    assert blocks == [6, 5, 4, 3, 2, 1] and seen_windows == [0, 1] * 6
+    assert not any(p.requires_grad for p in planted.parameters())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -1562,19 +1576,18 @@ def test_the_histogram_holds_what_the_rule_does_not_keep(planted, kvquant_calibr
     """Counts, Fisher information and first moments, over all bins, against sums over the numbers themselves."""
     calibrations, windows, places = kvquant_calibrated
     expected = np.zeros((6, 2, 3))
-    for i, window in enumerate(windows):
-        for l, K, V, F_K, F_V in kvquant.fisher_information(planted, window):
-            kept = {"pfn": [0, 1, 2], "kvsink": places[i] if l > EMERGENCE else []}[recipe.keep]
-            counted = ~np.isin(np.arange(40), kept)
-            lo, hi = calibrations[recipe].lo[l - 1].numpy(), calibrations[recipe].hi[l - 1].numpy()
-            ordered = np.sort(V[0].transpose(0, 1).flatten(1).numpy())
-            tail = round(recipe.rho * 16 / 2)
-            ends = [ordered[None, :, [at]] for at in (tail, 15 - tail)]
-            for j, (X, fisher, lo, hi) in enumerate(((K, F_K, lo, hi), (V, F_V, *ends))):
-                X, fisher = X[0].numpy().astype(float), fisher[0].numpy().astype(float)
-                x = (X - (lo + hi) / 2) / ((hi - lo) / 2)
-                inside = (X >= lo) & (X <= hi) & counted[None, :, None]
-                expected[l - 1, j] += [inside.sum(), fisher[inside].sum(), (fisher * x)[inside].sum()]
+    for l, i, K, V, F_K, F_V in kvquant.fisher_information(planted, windows, hidden_states(planted, windows)):
+        kept = {"pfn": [0, 1, 2], "kvsink": places[i] if l > EMERGENCE else []}[recipe.keep]
+        counted = ~np.isin(np.arange(40), kept)
+        lo, hi = calibrations[recipe].lo[l - 1].numpy(), calibrations[recipe].hi[l - 1].numpy()
+        ordered = np.sort(V[0].transpose(0, 1).flatten(1).numpy())
+        tail = round(recipe.rho * 16 / 2)
+        ends = [ordered[None, :, [at]] for at in (tail, 15 - tail)]
+        for j, (X, fisher, lo, hi) in enumerate(((K, F_K, lo, hi), (V, F_V, *ends))):
+            X, fisher = X[0].numpy().astype(float), fisher[0].numpy().astype(float)
+            x = (X - (lo + hi) / 2) / ((hi - lo) / 2)
+            inside = (X >= lo) & (X <= hi) & counted[None, :, None]
+            expected[l - 1, j] += [inside.sum(), fisher[inside].sum(), (fisher * x)[inside].sum()]
     found = calibrations[recipe].fisher.sum(-1).numpy()
     assert np.allclose(found[..., 0], expected[..., 0]) and np.allclose(found[..., 1], expected[..., 1], rtol=1e-4)
     assert np.allclose(found[..., 2], expected[..., 2], rtol=1e-2, atol=1e-2 * np.abs(expected[..., 1]).max())
@@ -1685,8 +1698,9 @@ def test_kvquant_on_cuda(planted, kvquant_calibrated, sequences, dtype):
 def test_a_gradient_that_is_not_finite_names_its_block(planted, sequences):
     model = copy_of(planted)
     model.blocks[3].FFN.W_d.weight[:] = 3e38
+    windows = [sequences[0][:1]]
     with pytest.raises(quant.NotFinite, match="gradient of block"):
-        list(kvquant.fisher_information(model, sequences[0][:1]))
+        list(kvquant.fisher_information(model, windows, hidden_states(model, windows)))
 
 
 @pytest.mark.parametrize("calibration", [None, "mine.safetensors"])
