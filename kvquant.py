@@ -258,8 +258,8 @@ def recorder(seen):
 
 def fisher_information(model, windows, states):
     """Yields l, i, K, V, F_K, F_V of every block, from the last to the first, and in it of every window i (1, n): K
-    before RoPE and V (1, h_kv, n, d_k), and the diagonal of the Fisher information of each of their numbers, the squared
-    gradient of the loss on the window.
+    before RoPE and V (1, h_kv, n, d_k), and the diagonal of the Fisher information of each of their numbers, which is
+    the squared gradient of the loss on the window.
 
     Backwards by hand, block after block from `states` (L + 1, windows, n, d), the H^0 to H^L of all windows: the graph
     of one block and one window is in memory, not of all. Where H^l was, the loss's gradient with respect to it is left.

@@ -169,7 +169,8 @@ def full_precision_cache(model):
 def rtn_cache(model, scheme, bits, group_size):
     """A cache of one of the SCHEMES; a static one has to be calibrated."""
     K, V, static = SCHEMES[scheme]
-    return [(Quantizer(bits, K, group_size, static), Quantizer(bits, V, group_size, static)) for _ in model.blocks]
+    blocks = range(len(model.blocks))
+    return [(Quantizer(bits, K, group_size, static), Quantizer(bits, V, group_size, static)) for _ in blocks]
 
 
 def with_bits(cache, bits):

@@ -36,11 +36,13 @@ import hub
 import kvquant
 import kvsink
 import quant
+import stream
 from kvsink import Site, full_precision_cache, pfn, prefill, preservation
 from llama import (
     Llama,
     LlamaConfig,
     RMSNorm,
+    StreamedBlocks,
     Tokenizer,
     attention,
     checkpoint_names,
@@ -2313,6 +2315,333 @@ def test_a_tokenizer_of_another_model_draws_nothing(drawable, capsys, tmp_path, 
     write_model(tmp_path / "model", PLANTED)  # 64 tokens
     write_bpe(tmp_path / "model", bytes_vocabulary(), DIGITS)
     refuse(["--model", str(tmp_path / "model"), "--fig", "1", "--prompt", "letters"], ["gives id"], capsys, figures)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models larger than the machine: --stream
+
+EVERY_SCHEME = "--scheme token-static token-dynamic channel-static kvquant --bits 4 2 --outliers 0.1 --limit 3".split()
+EVERY_SCHEME += "--keep none pfn kvsink --sinks 2 --calib-windows 2".split()
+
+
+def same_results(one, other):
+    """All but the seconds, to the last digit, in the same order."""
+    return [{**a, "seconds": 0} for a in results_of(one)] == [{**b, "seconds": 0} for b in results_of(other)]
+
+
+def streaming(err):
+    """What was said before the run: one line."""
+    (line,) = [line for line in err.splitlines() if line.startswith("streaming: ")]
+    return line
+
+
+@pytest.fixture
+def quick_codebooks(monkeypatch):
+    """KVQuant's clusters need not be the best ones here."""
+    monkeypatch.setattr(kvquant, "weighted_kmeans", functools.partial(kvquant.weighted_kmeans, restarts=1, iterations=9))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The blocks that were read, from 1, in order, while this is used; no two may be in memory at once."""
+    seen, real = [], StreamedBlocks.walk
+
+    def walk(self, order):
+        for block in real(self, order):
+            seen.append([l for l, other in enumerate(self._modules.values(), 1) if not other.W_q.weight.is_meta][-1])
+            assert sum(not p.is_meta for p in self.parameters()) == len(list(block.parameters()))
+            yield block
+        assert all(p.is_meta for p in self.parameters())
+
+    monkeypatch.setattr(StreamedBlocks, "walk", walk)
+    return seen
+
+
+def test_streamed_blocks_are_those_of_the_model(tmp_path, reads):
+    write_model(tmp_path, {**SMALL, "tie_word_embeddings": True}, shards=4)
+    whole, model = Llama.from_pretrained(tmp_path), Llama.from_pretrained(tmp_path, stream=True)
+    assert torch.equal(model(GOLDEN_TOKENS), whole(GOLDEN_TOKENS)) and reads == [1, 2, 3]
+    for l, block in zip((3, 2, 1), reversed(model.blocks)):
+        assert all(torch.equal(a, b) for a, b in zip(block.parameters(), whole.blocks[l - 1].parameters(), strict=True))
+    assert reads == [1, 2, 3, 3, 2, 1]
+    for _ in model.blocks:  # a loop that is left early
+        break
+    assert all(p.is_meta for p in model.blocks.parameters()) and not model.W_vocab.weight.is_meta
+    low = Llama.from_pretrained(tmp_path, dtype=torch.bfloat16, stream=True)
+    assert torch.equal(low(GOLDEN_TOKENS), Llama.from_pretrained(tmp_path, dtype=torch.bfloat16)(GOLDEN_TOKENS))
+
+
+@pytest.mark.parametrize("damage", [
+    damage_missing, damage_unexpected, damage_shape, damage_dtype, damage_truncated, damage_shard_contents,
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_refused_before_a_block_is_read(damage, tmp_path, reads):
+    write_model(tmp_path, SMALL)
+    damage(tmp_path, load_file(tmp_path / "model.safetensors"))
+    with pytest.raises(ValueError) as whole:
+        Llama.from_pretrained(tmp_path)
+    with pytest.raises(ValueError) as streamed:
+        Llama.from_pretrained(tmp_path, stream=True)
+    assert str(streamed.value) == str(whole.value) and not reads
+
+
+@pytest.mark.parametrize("where, compiled", [("memory", False), ("scratch", False), ("memory", True)])
+def test_streaming_changes_no_digit(
+    tiny, tmp_path, capsys, sample_calibration, quick_codebooks, monkeypatch, reads, where, compiled
+):
+    """Every scheme, width and rule; KVQuant calibrated anew by both. Each block is read once a pass: to time it, twice
+    for KVQuant's calibration, and for all rows and their ranges together."""
+    if compiled and not kvsink.has_compiler("cpu"):
+        pytest.skip("no compiler on this machine")
+    command = [*tiny, *EVERY_SCHEME]
+    if compiled:
+        command = [*(a for a in command if a != "--no-compile"), "--limit", "1", "--keep", "kvsink"]
+    scratch = ["--scratch", str(tmp_path / "scratch")] if where == "scratch" else []
+    for name, options in (("whole", []), ("streamed", ["--stream", *scratch])):
+        monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / name))
+        torch._dynamo.reset()
+        assert eval_ppl.main([*command, *options, "--json", str(tmp_path / f"{name}.json")]) == 0
+    assert same_results(tmp_path / "whole.json", tmp_path / "streamed.json")
+    assert len(results_of(tmp_path / "streamed.json")) == 1 + 4 * 2 * (1 if compiled else 3)
+    forwards = [1, 2, 3, 4, 5, 6]
+    assert reads == [1] + forwards + forwards[::-1] + forwards
+    a, b = (load_file(next((tmp_path / name / "kvquant").iterdir())) for name in ("whole", "streamed"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    if scratch:
+        assert not list((tmp_path / "scratch").iterdir())  # all of it is removed
+    capsys.readouterr()
+    # What either has written, the other knows again.
+    monkeypatch.setattr(eval_ppl, "perplexity", None)
+    assert eval_ppl.main([*command, "--json", str(tmp_path / "streamed.json")]) == 0
+    assert eval_ppl.main([*command, "--stream", "--json", str(tmp_path / "whole.json")]) == 0
+    assert "streaming" not in capsys.readouterr().err
+
+
+def test_streaming_follows_rope_and_dtype(tiny, tmp_path, sample_calibration):
+    options = "--scheme channel-static --bits 3 --sinks 2 --limit 2 --calib-windows 2 --rope pre --dtype bfloat16".split()
+    for name, how in (("whole", []), ("streamed", ["--stream"]), ("scratch", ["--stream", "--scratch", str(tmp_path)])):
+        assert eval_ppl.main([*tiny, *options, *how, "--json", str(tmp_path / f"{name}.json")]) == 0
+    assert same_results(tmp_path / "whole.json", tmp_path / "streamed.json")
+    assert same_results(tmp_path / "whole.json", tmp_path / "scratch.json")
+    assert sorted(os.listdir(tmp_path)) == ["scratch.json", "streamed.json", "whole.json"]  # of others nothing is touched
+
+
+def test_a_run_says_what_it_will_take(tiny, tmp_path, capsys, sample_calibration):
+    rows = "--scheme token-static --keep none pfn --sinks 2 --bits 4 --limit 3 --calib-windows 2 --stream".split()
+    assert eval_ppl.main([*tiny, *rows]) == 0
+    line = streaming(capsys.readouterr().err)
+    size = (2 + 3 * 3) * 64 * 32 * 4  # calibration, and three rows of three windows; of 64 tokens, 32 channels, fp32
+    assert "11 windows through blocks 1 to 6" in line and f"{size / 2**20:.1f} MiB of hidden states in host memory" in line
+    assert "on cpu; about " in line and "to read" in line and "it starts over" in line
+    assert eval_ppl.main([*tiny, *rows, "--scratch", str(tmp_path)]) == 0
+    line = streaming(capsys.readouterr().err)
+    assert f"{2 * size / 2**20:.1f} MiB of hidden states in {tmp_path}" in line and "the same command goes on" in line
+
+
+def test_memory_on_the_device_is_about_what_a_block_takes():
+    """LLaMA2-70B in fp16: 1.6 GiB a block, 1 GiB outside; with windows of 4,096 tokens far below a card of 24 GB."""
+    config = LlamaConfig.from_dict({
+        **SMALL, "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "num_hidden_layers": 80,
+    })  # fmt: skip
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_dict({**SMALL, "num_hidden_layers": 1}))
+    weights = stream.device_memory(model.config, 0, 4)
+    assert weights == 4 * sum(p.numel() for p in model.parameters()) - 4 * 64  # all but the last norm
+    assert 2.5 < stream.device_memory(config, 0, 2) / 2**30 < 2.8
+    assert 4 < stream.device_memory(config, 4096, 2) / 2**30 < 8
+
+
+class Killed(BaseException):
+    """As little caught by the program as SIGKILL."""
+
+
+def run_killed(command, block, at=5):
+    """Let a run die in the middle of a block (from 1), before the task `at` (from 0)."""
+
+    def put(self, l, s, H, real=stream.States.put):
+        if (l, s) == (block, at):
+            raise Killed
+        real(self, l, s, H)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stream.States, "put", put)
+        eval_ppl.main(command)
+
+
+@pytest.mark.parametrize("block", [2, 3, 5])
+def test_killed_half_way_it_goes_on(
+    tiny, tmp_path, capsys, sample_calibration, quick_codebooks, monkeypatch, reads, block
+):
+    """In the block after which sinks are predicted, right after it, and later: to the last digit as if nothing had
+    happened, and no block that was done is read again."""
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
+    scratch, out = tmp_path / "scratch", tmp_path / "out.json"
+    rows = "--scheme channel-static kvquant --bits 2 --keep pfn kvsink --sinks 2 --outliers 0.1 --calib-windows 2".split()
+    assert eval_ppl.main([*tiny, *rows, "--limit", "3", "--json", str(tmp_path / "whole.json")]) == 0
+    command = [*tiny, *rows, "--limit", "3", "--stream", "--scratch", str(scratch), "--json", str(out)]
+    run_killed(command, block)
+    assert not out.exists() and len(list(scratch.iterdir())) == 1
+    # Another run does not touch it: neither one with another setting nor one on another text.
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in scratch.rglob("*") if path.is_file()}
+    for change in (["--limit", "2"], ["--bits", "4"]):
+        refuse([*command, *change], [str(scratch), "other settings", "left as it is"], capsys)
+    assert before == {path: path.read_bytes() for path in scratch.rglob("*") if path.is_file()}
+    reads.clear()
+    assert eval_ppl.main(command) == 0
+    assert reads == [1, *range(block, 7)]
+    assert f"through blocks {block} to 6" in streaming(capsys.readouterr().err)
+    assert same_results(tmp_path / "whole.json", out) and not list(scratch.iterdir())
+    assert all(result["seconds"] > 0 for result in results_of(out))
+
+
+def test_sigkill(tiny, tmp_path, capsys):
+    """As a process that is killed for good; while it lives no other gets into its folder."""
+    scratch, out = tmp_path / "scratch", tmp_path / "out.json"
+    command = [*tiny, *"--scheme token-dynamic --bits 1 2 3 4 --sinks 1 2 3 4 5 --limit 5".split()]
+    assert eval_ppl.main([*command, "--json", str(tmp_path / "whole.json")]) == 0
+    command += ["--stream", "--scratch", str(scratch), "--json", str(out)]
+    process = subprocess.Popen([sys.executable, "eval_ppl.py", *command], cwd=HERE, stderr=subprocess.PIPE, text=True)
+    progress = scratch / "text.txt-rank-0" / "progress.json"
+    while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["blocks"] >= 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    capsys.readouterr()
+    refuse(command, [str(scratch), "another run is at work"], capsys)
+    process.kill()
+    process.communicate()
+    done = json.loads(progress.read_text())["blocks"]
+    assert process.returncode == -signal.SIGKILL and 2 <= done < 6 and not out.exists()
+    assert eval_ppl.main(command) == 0 and f"through blocks {done + 1} to 6" in streaming(capsys.readouterr().err)
+    assert same_results(tmp_path / "whole.json", out)
+
+
+def test_a_scratch_folder_that_has_lost_a_file_starts_over(tiny, tmp_path, reads):
+    command = [*tiny, *"--scheme token-dynamic --bits 2 --sinks 2 --limit 5 --stream --scratch".split(), str(tmp_path)]
+    run_killed(command, 4)
+    (tmp_path / "text.txt-rank-0" / "H1").unlink()
+    reads.clear()
+    assert eval_ppl.main(command) == 0 and reads == [1, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_scratch_folder_that_is_not_ours_is_left_as_it_is(tiny, tmp_path, capsys):
+    command = [*tiny, *"--scheme token-dynamic --bits 2 --sinks 2 --limit 2 --stream --scratch".split(), str(tmp_path)]
+    folder = tmp_path / "text.txt-rank-0"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert eval_ppl.main(command) == 0 and os.listdir(folder) == ["notes.txt"]
+    capsys.readouterr()
+    (folder / "H0").write_text("mine too")
+    refuse(command, [str(folder), "left as it is"], capsys)
+    (folder / "progress.json").write_text("[not json")
+    refuse(command, [str(folder), "left as it is"], capsys)
+    assert (folder / "H0").read_text() == "mine too" and (folder / "progress.json").read_text() == "[not json"
+
+
+def test_hidden_states_without_room_are_refused_before_the_run(tiny, tmp_path, capsys, monkeypatch, reads):
+    command = [*tiny, *"--scheme token-dynamic --bits 2 --sinks 2 --limit 2 --stream".split()]
+    monkeypatch.setattr(stream, "free_memory", lambda device: 2**15)
+    refuse(command, ["0.1 MiB of host memory", "0.0 MiB are free", "--scratch", "--limit"], capsys)
+    scratch = tmp_path / "scratch"
+    usage = type("Usage", (), {"free": 2**16})
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda folder: usage)
+    refuse([*command, "--scratch", str(scratch)], ["0.1 MiB of", str(scratch), "0.1 MiB are free", "--limit"], capsys)
+    assert not reads and not list(scratch.iterdir())
+    monkeypatch.undo()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    refuse([*command, "--scratch", str(scratch)], ["No space left"], capsys)
+    assert not list(scratch.iterdir())
+
+
+def test_ranks_share_the_memory_of_a_machine(monkeypatch):
+    monkeypatch.setattr(stream, "free_memory", lambda device: 100)
+    assert stream.in_memory((100,), torch.int8).shape == (100,)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--scratch"):
+        stream.in_memory((51,), torch.int8)
+
+
+def test_two_ranks_stream_together(tiny, tmp_path):
+    """torchrun with gloo: each rank with its windows and its folder."""
+    scratch, one, two = tmp_path / "scratch", tmp_path / "one.json", tmp_path / "two.json"
+    arguments = [*tiny, *"--scheme token-dynamic --keep kvsink --sinks 2 --bits 3 --limit 5".split()]
+    assert eval_ppl.main([*arguments, "--json", str(one)]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "eval_ppl.py"]
+    command += [*arguments, "--stream", "--scratch", str(scratch), "--json", str(two)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert streaming(done.stderr) and not list(scratch.iterdir())
+    for a, b in zip(results_of(one), results_of(two), strict=True):
+        assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-12) and a["scheme"] == b["scheme"]
+
+
+def test_the_slower_rank_says_where_both_go_on(tiny, tmp_path, monkeypatch, reads):
+    """Killed when this rank had done block 4 and the other had not: H^3 is still there."""
+    command = [*tiny, *"--scheme token-dynamic --bits 2 --sinks 2 --limit 5".split()]
+    assert eval_ppl.main([*command, "--json", str(tmp_path / "whole.json")]) == 0
+    command += ["--stream", "--scratch", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    run_killed(command, 5, at=0)
+    reads.clear()
+    done = iter([3, 4, 5, 6])
+    monkeypatch.setattr(stream, "done_by_all", lambda l, device: next(done))
+    assert eval_ppl.main(command) == 0 and reads == [1, 4, 5, 6]
+    assert same_results(tmp_path / "whole.json", tmp_path / "out.json")
+
+
+def test_what_is_not_finite_names_its_block_when_streamed(tiny, tmp_path, capsys):
+    write_model(tmp_path, {**PLANTED, "vocab_size": 300})
+    write_bpe(tmp_path, bytes_vocabulary(), DIGITS)
+    weights = load_file(tmp_path / "model.safetensors")
+    command = [*tiny, "--model", str(tmp_path), "--scheme", "token-dynamic", "--limit", "1", "--stream"]
+    for key, where in (("model.layers.3.mlp.down_proj.weight", "block 4 of 6"), ("lm_head.weight", "the output layer")):
+        write_weights(tmp_path, {**weights, key: torch.full_like(weights[key], torch.nan)})
+        assert eval_ppl.main(command) == 2
+        assert f"full precision: NaN or inf first appeared in {where}" in capsys.readouterr().err.splitlines()[-1]
+    write_weights(tmp_path, {**weights, KEY.replace("mlp.up", "self_attn.k"): torch.full((16, 32), torch.nan)})
+    assert eval_ppl.main(command) == 2
+    assert "full precision: NaN or inf first appeared in block 2 of 6" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity"), ["20.00 GiB"]),
+    (MemoryError(), ["more was asked for"]),
+    (MemoryError("Unable to allocate 728. TiB for an array"), ["728. TiB"]),
+    (None, ["2048.0 GiB"]),
+])  # fmt: skip
+def test_short_of_memory_in_one_line(error, words, tiny, capsys, monkeypatch):
+    def run(args):
+        if error:
+            raise error
+        torch.empty(2**41, dtype=torch.int8)  # more than an address space's worth of this machine
+
+    monkeypatch.setattr(stream, "free_memory", lambda device: 3 * 2**30)
+    monkeypatch.setattr(eval_ppl, "run", run)
+    refuse(tiny, ["out of memory", *words, "3.0 GiB of memory are free", "--seq-len", "--stream"], capsys)
+    monkeypatch.setattr(figures, "run", run)
+    refuse(["--table", "3"], ["out of memory", *words, "--prompt"], capsys, figures)
+
+
+def test_free_memory_is_some_of_the_machines():
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < stream.free_memory("cpu") <= whole
+    before = stream.free_memory("cpu")
+    held = torch.ones(2**28, dtype=torch.int8)
+    assert stream.free_memory("cpu") < before - 2**27 and held.any()
+
+
+def test_streaming_the_default_model_changes_no_digit(default_model, tmp_path, capsys, quick_codebooks):
+    """Every scheme, compiled, two windows of 256 tokens."""
+    options = "--scheme token-static token-dynamic channel-static kvquant --bits 4 --keep kvsink --sinks 5".split()
+    options += "--outliers 0.01 --seq-len 256 --limit 2 --calib-windows 2 --calibration".split()
+    whole, streamed = tmp_path / "whole.json", tmp_path / "streamed.json"
+    for out, how in ((whole, []), (streamed, ["--stream"])):
+        assert eval_ppl.main([*options, str(out.with_suffix(".safetensors")), *how, "--json", str(out)]) == 0
+    assert same_results(whole, streamed) and len(results_of(whole)) == 5
+    assert "12 windows through blocks 1 to 30" in streaming(capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
