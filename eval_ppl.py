@@ -261,9 +261,9 @@ def calibrated_caches(args, model, tokenizer, rows, site):
     return caches
 
 
-def kvquant_calibrations(args, model, tokenizer, site, weights, states=None):
-    """recipe -> Calibration for every KVQuant row, from a file where they were made before with the same settings. As
-    in KVQuant, WikiText-2 calibrates for C4 too. `states` are a stream's, whose place is used."""
+def kvquant_file(args, site, weights):
+    """Where the calibration of the KVQuant rows is kept, what it is made with, and its recipes. As in KVQuant,
+    WikiText-2 calibrates for C4 too."""
     text = "wikitext2" if args.data in ("wikitext2", "c4") else "wiki-sample"
     count, n = kvquant_windows(args)
     recipes = list(dict.fromkeys(row.recipe() for row in args.rows if row.scheme == "kvquant"))  # done or not: one file
@@ -278,15 +278,17 @@ def kvquant_calibrations(args, model, tokenizer, site, weights, states=None):
         "bins": kvquant.BINS,
     }
     key = hashlib.sha256(repr((made_with, sorted(recipes))).encode()).hexdigest()[:16]
-    path = args.calibration or hub.cache_directory() / "kvquant" / f"{key}.safetensors"
+    return args.calibration or hub.cache_directory() / "kvquant" / f"{key}.safetensors", made_with, recipes
+
+
+def kvquant_calibrations(args, model, tokenizer, site, weights, room=stream.in_memory):
+    """recipe -> Calibration for every KVQuant row, from a file where they were made before with the same settings."""
+    path, made_with, recipes = kvquant_file(args, site, weights)
     if path.exists():
         return kvquant.load_calibrations(path, made_with, recipes, args.device)
-    tokens = calibration_tokens(tokenizer, text, n, count, args.seed)
+    tokens = calibration_tokens(tokenizer, made_with["text"], made_with["tokens"], made_with["windows"], args.seed)
     on_device = [window[None].to(args.device) for window in tokens]
-    room = functools.partial(states.room, "kvquant") if states else stream.in_memory
     calibrations = kvquant.calibrate(model, on_device, recipes, site, bar_off(), room)
-    if states:
-        states.remove(["kvquant"])
     if rank_and_ranks()[0] == 0:
         kvquant.save_calibrations(path, made_with, calibrations)
     return calibrations
@@ -392,11 +394,14 @@ def streamed(args, model, tokenizer, tokens, rows, known, site):
     folder = args.scratch and args.scratch / f"{Path(args.data).name}-rank-{rank}"
     made_with = hashlib.sha256(repr(([known[row] for row in rows], rank, ranks)).encode()).hexdigest()
     states = stream.States(folder, made_with, S, args.seq_len, model.config.hidden_size, weight.dtype)
+    weights, by_kvquant = known[rows[0]]["weights"], any(row.scheme == "kvquant" for row in rows)
     if rank == 0:
-        stream.announce(model, tokens[0], S, states)
-    if kvquant_rows := [row for row in rows if row.scheme == "kvquant"]:
-        weights = known[kvquant_rows[0]]["weights"]
-        calibrations = kvquant_calibrations(args, model, tokenizer, site, weights, states)
+        calibrated = not by_kvquant or kvquant_file(args, site, weights)[0].exists()
+        stream.announce(model, tokens[0], S, states, (0, 0) if calibrated else kvquant_windows(args))
+    if by_kvquant:
+        room = functools.partial(states.room, "kvquant")
+        calibrations = kvquant_calibrations(args, model, tokenizer, site, weights, room)
+        states.remove(["kvquant"])
     jobs = [
         stream.Job(
             label=str(row),

@@ -58,14 +58,14 @@ def amount(size):
 
 def out_of_memory(error):
     """In words, what was asked for and what there is, where an error says that memory was short; else None."""
-    text = str(error)
-    if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
+    said = re.search(r"out of memory|can(no|')t allocate memory", str(error))  # a GPU's allocator, the host's
+    if not (isinstance(error, MemoryError) or isinstance(error, RuntimeError) and said):
         return None
-    device = "cuda" if isinstance(error, torch.OutOfMemoryError) and torch.cuda.is_available() else "cpu"
-    asked = re.search(r"allocate ([\d.]+) ?([KMGTP]i?B|bytes)", text)
+    gpu = re.search(r"GPU (\d+) has", str(error))
+    free = amount(free_memory(f"cuda:{gpu[1]}" if gpu else "cpu"))
+    asked = re.search(r"allocate ([\d.]+) ?([KMGTP]i?B|bytes)", str(error))
     asked = asked and (amount(int(asked[1])) if asked[2] == "bytes" else f"{asked[1]} {asked[2]}")
-    where = "GPU memory" if device == "cuda" else "memory"
-    return f"out of memory: {asked or 'more'} was asked for, {amount(free_memory(device))} of {where} are free"
+    return f"out of memory: {asked or 'more'} was asked for, {free} are free{f' on GPU {gpu[1]}' if gpu else ''}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,15 +326,20 @@ def trial(model, window):
         return max(first - again, 0.0), again
 
 
-def announce(model, window, S, states):
-    """On stderr: what memory the run will take, and about how long, for S windows as long as `window`."""
-    L, weight = len(model.blocks), model.embedding.weight
-    read, computed = ((L - states.done) * seconds for seconds in trial(model, window))
-    computed, size = computed * S, amount(sum(H.nbytes for H in states.H))
+def announce(model, window, S, states, kvquant):
+    """On stderr: what memory a run will take, and about how long, for S windows as long as `window`. KVQuant is first
+    calibrated on `kvquant` windows, how many of how many tokens: forwards, and backwards at three times the cost."""
+    L, n, weight, (count, n_kvquant) = len(model.blocks), len(window), model.embedding.weight, kvquant
+    read, computed = trial(model, window)
+    windows = (L - states.done) * S + L * 4 * count * n_kvquant / n
+    read, computed = read * (L - states.done), computed * windows
+    where = f"in {states.folder}" if states.folder else "in host memory"
+    first = amount((L + 1) * count * n_kvquant * weight.shape[1] * weight.dtype.itemsize)
     print(
-        f"streaming: {S} windows through blocks {states.done + 1} to {L}, {size} of hidden states "
-        f"{f'in {states.folder}' if states.folder else 'in host memory'}{' a rank' if dist.is_initialized() else ''}, "
-        f"about {amount(device_memory(model.config, len(window), weight.dtype.itemsize))} on {weight.device}; "
+        f"streaming: {S} windows through blocks {states.done + 1} to {L}; {amount(sum(H.nbytes for H in states.H))} of "
+        f"hidden states {where}{' a rank' if dist.is_initialized() else ''}"
+        f"{f', and {first} while KVQuant is calibrated' if count else ''}, about "
+        f"{amount(device_memory(model.config, n, weight.dtype.itemsize))} on {weight.device} for a block and a window; "
         f"about {clock(read + computed)} ({clock(read)} to read, {clock(computed)} to compute); if it is killed, "
         f"{'the same command goes on' if states.folder else 'it starts over (--scratch FOLDER would go on)'}",
         file=sys.stderr,
