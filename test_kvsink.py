@@ -1,6 +1,6 @@
 """The tests, in the order of the paper: Section 2 (the transformer), Appendix C (Equations 10-13), Algorithm 1,
-calibration, Table 3 and the finder, Section 5 (perplexity), Table 2 (KVQuant), Sections 3 and 4 (the figures and Table 1), where weights and texts come from, bad input, and the
-default model end to end.
+calibration, Table 3 and the finder, Section 5 (perplexity), Table 2 (KVQuant), Sections 3 and 4 (the figures and
+Table 1), models larger than the machine, where weights and texts come from, bad input, and the default model end to end.
 
 Every formula is held against something independent: a few lines of NumPy in float64, an example worked by hand, or
 numbers that another implementation printed (each says which). Run with `python -m pytest`; the default model is fetched
