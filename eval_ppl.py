@@ -226,8 +226,8 @@ def average_bits(row, config, n, group_size, l_E=0):
         a_token, once = 2 * d * b + 2 * 16 + outliers, 2 * 16 * d + 2 * 16 * 2**b  # range of V; of K, and two codebooks
     else:
         K, V, static = kvsink.SCHEMES[row.scheme]
-        parameters = sum(32 * (d if granularity == "channel" else d // group_size) for granularity in (K, V))
-        a_token, once = 2 * d * b + (0 if static else parameters), parameters if static else 0
+        groups = sum(d if static and granularity == "channel" else d / group_size for granularity in (K, V))
+        a_token, once = 2 * d * b + (0 if static else 32 * groups), 32 * groups if static else 0  # a scale and a zero
     a_kept_token, L = 2 * d * 16 + 32, config.num_hidden_layers
     kept = row.N * (L - l_E) / L if row.keep == "kvsink" else row.N
     return ((n - kept) * a_token + kept * a_kept_token + once) / (2 * d * n)
@@ -593,7 +593,7 @@ def parse_arguments(argv):
     add("--data", nargs="+", help="wiki-sample, wikitext2, c4, or a UTF-8 text file (default: wiki-sample for the "
         "default model, else wikitext2)")
     add("--scheme", nargs="+", choices=[*kvsink.SCHEMES, "kvquant"], help="per-token K and V with static or dynamic "
-        "ranges, per-channel K and per-token V with static ranges (default: these three), or KVQuant")
+        "ranges, per-channel K and per-token V with static ranges (default: these three) or dynamic ones, or KVQuant")
     add("--bits", nargs="+", type=number(1, 8), help="bits a number, 1 to 8 (default: 4 2)")
     add("--keep", nargs="+", choices=KEEPS, help="which tokens to keep (default: all three)")
     add("--sinks", nargs="+", type=number(0), metavar="N", help="how many of them (default: 0 5 10 15 20; of KVQuant, "
@@ -687,7 +687,7 @@ def complete(args):
     chosen = (args.scheme, args.bits, args.keep, args.sinks)
     args.rows = [FULL_PRECISION, *DEFAULT_ROWS]
     if any(chosen) or args.texts != ["wiki-sample"] or not default_model:
-        schemes, bits = args.scheme or kvsink.SCHEMES, args.bits or (4, 2)
+        schemes, bits = args.scheme or kvsink.PAPER_SCHEMES, args.bits or (4, 2)
         args.rows = [FULL_PRECISION, *all_rows(schemes, bits, args.keep, args.sinks, args.outliers or kvquant.RHOS)]
     if not any(row.scheme == "kvquant" for row in args.rows):
         for option in ("outliers", "q_norm", "calibration"):
@@ -729,6 +729,15 @@ def check_vocabulary(tokens, model, directory):
         raise ValueError(f"{directory}: its tokenizer gives id {tokens.max()}, the model has {model.config.vocab_size}")
 
 
+def site_for(args, model, tokenizer, directory):
+    """Where to look for sinks: what the options say, else what is known or found; nowhere if no row asks."""
+    if args.layer is not None:
+        return kvsink.Site(args.layer + 1, args.channel)
+    if any(row.keep == "kvsink" for row in args.rows):
+        return kvsink.site_of(model, tokenizer, args.model, directory)
+    return kvsink.Site(0, 0)
+
+
 def run(args):
     old_results = read_results(args.json)
     if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
@@ -744,12 +753,7 @@ def run(args):
     for one in runs:
         one.tokens = windows(tokenizer, one.data, "test", one.seq_len, one.limit, one.seed)
         check_vocabulary(one.tokens, model, directory)
-    site = kvsink.Site(0, 0)
-    if args.layer is not None:
-        site = kvsink.Site(args.layer + 1, args.channel)
-    elif any(row.keep == "kvsink" for row in args.rows):
-        site = kvsink.site_of(model, tokenizer, args.model, directory)
-    table = []
+    site, table = site_for(args, model, tokenizer, directory), []
     for one in runs:
         table += run_text(one, model, tokenizer, directory, site, old_results)
     if table and args.plot:

@@ -10,7 +10,7 @@ The idea in eight lines:
   7 the first token is a sink and is kept as it is (PFN-1); KVSink-5 keeps the five predicted ones instead;
   8 whatever is calibrated is calibrated without the tokens that are kept.
 
-Read top to bottom: the codebook; the quantizer; what of it is stored; the calibration; its file; Table 2 as printed.
+Read top to bottom: the codebook; the quantizer; the calibration; its file; Table 2 as printed.
 
 What this file does not do: Algorithm 1 is kvsink.py's, these quantizers take the places of quant.py's in its cache.
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 import hub
 import kvsink
 from llama import rope_table
-from quant import NotFinite, check_finite, pack, unpack
+from quant import NotFinite, check_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The codebook
@@ -114,7 +114,11 @@ class NonUniformQuantizer:
     lo: torch.Tensor | None = None  # Keys: the range of each channel, (h_kv, 1, d_k)
     hi: torch.Tensor | None = None
 
-    def encode(self, X):
+    @property
+    def bits(self):
+        return (len(self.levels) - 1).bit_length()
+
+    def encode(self, X, leave_out=None):
         """X in fp32 -> codes, the middle and half width of the ranges, and a mask of the outliers."""
         lo, hi = token_range(X, self.tail) if self.lo is None else (self.lo, self.hi)
         x, middle, half = normalized(X, lo, hi)
@@ -134,53 +138,6 @@ class NonUniformQuantizer:
         if torch.compiler.is_compiling():
             X_ = X_ + (Xf - Xf)  # NaN where X is not finite, as in quant.py
         return X_.to(X.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is stored
-
-
-class Stored(NamedTuple):
-    """The dense and the sparse part of one tensor, and how to put them together."""
-
-    codes: torch.Tensor  # (ceil(n d b / 8),) uint8
-    middle: torch.Tensor  # fp16, (n, 1) of Values, (1, d) of Keys
-    half: torch.Tensor  # likewise
-    counts: torch.Tensor  # (n,) int16: how many outliers a token has; (0,) where none are stored apart
-    channels: torch.Tensor  # (outliers,) int16, token by token
-    values: torch.Tensor  # (outliers,) fp16
-
-
-def store(quantizer, X):
-    """The Keys or Values X (1, h_kv, n, d_k) of tokens that are not kept, as they lie in memory."""
-    codes, middle, half, outlier = quantizer.encode(X.float())
-    middle, half, outlier = (by_token(part.expand(X.shape)) for part in (middle, half, outlier))
-    shared = (slice(None), slice(1)) if quantizer.lo is None else slice(1)  # one number a token, or one a channel
-    counts = outlier.sum(1) if quantizer.sparse else outlier[:0, 0]
-    bits = (len(quantizer.levels) - 1).bit_length()
-    return Stored(
-        codes=pack(by_token(codes), bits),
-        middle=middle[shared].contiguous(),
-        half=half[shared].contiguous(),
-        counts=counts.to(torch.int16),
-        channels=outlier.nonzero()[:, 1].to(torch.int16),
-        values=by_token(X)[outlier].half(),
-    )
-
-
-def restore(quantizer, stored, shape):
-    """The inverse: what `store` had of a tensor of this shape, after quantization, in fp32."""
-    _, h_kv, n, d_k = shape
-    codes = unpack(stored.codes, (len(quantizer.levels) - 1).bit_length(), (n, h_kv * d_k)).int()
-    X = quantizer.decode(codes, stored.middle, stored.half)  # (n, d)
-    token = torch.repeat_interleave(torch.arange(len(stored.counts), device=X.device), stored.counts.int())
-    X[token, stored.channels.int()] = stored.values.float()
-    return X.unflatten(1, (h_kv, d_k)).transpose(0, 1)[None]
-
-
-def by_token(X):
-    """(1, h_kv, n, d_k) -> (n, d): a row a token."""
-    return X[0].transpose(0, 1).flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -131,13 +131,13 @@ def has_compiler(device):
     return True
 
 
-def compiled(function, device):
-    """`function` under torch.compile where that works. `decoder_block` is compiled at its first call and then serves
-    every block: weights, masks and ranges are inputs of its graph. Another scheme is another graph."""
+def compiled(function, device, **how):
+    """`function` under torch.compile where that works; `how` are its options. `decoder_block` is compiled at its first
+    call and then serves every block: weights, masks and ranges are inputs of its graph. Another scheme has another."""
     if not has_compiler(device):
         return function
     torch._dynamo.config.recompile_limit = 64  # so many graphs before it would quietly go on eager
-    return torch.compile(function)
+    return torch.compile(function, **how)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,9 @@ SCHEMES = {
     "token-static": Scheme("token", "token", True),
     "token-dynamic": Scheme("token", "token", False),
     "channel-static": Scheme("channel", "token", True),
+    "channel-dynamic": Scheme("channel", "token", False),  # not the paper's: KIVI's, for decoding
 }
+PAPER_SCHEMES = tuple(SCHEMES)[:3]
 
 
 def unquantized(X, leave_out):

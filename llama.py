@@ -453,7 +453,13 @@ def tokenizer_from_model(path):
     names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
     special = {name: len(ranks) + i for i, name in enumerate(names)}
     coding = tiktoken.Encoding("llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
-    return coding.encode_ordinary, coding.decode, special["<|begin_of_text|>"], special["<|end_of_text|>"]
+    decode = decoder(coding, {*ranks.values(), *special.values()})
+    return coding.encode_ordinary, decode, special["<|begin_of_text|>"], special["<|end_of_text|>"]
+
+
+def decoder(coding, known):
+    """Ids to text. A model may have more ids than its tokenizer, to make a round number: these have no text."""
+    return lambda ids: coding.decode([i for i in ids if i in known])
 
 
 def check_ranks(ranks):
@@ -506,7 +512,7 @@ def tokenizer_from_json(path):
                     ids += coding._encode_single_piece(left)
         return ids
 
-    return encode, coding.decode, added.get(first), eot
+    return encode, decoder(coding, {*ranks.values(), *added.values()}), added.get(first), eot
 
 
 def word_pattern(raw):

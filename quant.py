@@ -153,6 +153,7 @@ class Quantizer:
     ratio: float = 1.0
     lo: torch.Tensor | None = None  # static only: the range so far
     hi: torch.Tensor | None = None
+    half: bool = False  # dynamic only: scale and zero as a packed cache stores them, in 16 bits
 
     def __post_init__(self):
         if self.bits not in range(1, 9):
@@ -185,7 +186,24 @@ class Quantizer:
         nothing = lo > hi  # every token of the group is left out: its codes are never looked at
         lo, hi = lo.masked_fill(nothing, 0.0), hi.masked_fill(nothing, 0.0)
         s = scale(lo, hi, self.bits)
+        if self.half and not self.static:
+            # No smaller than leaves zero, lo / scale, within fp16: finer than 16 bits tell such numbers apart anyway.
+            s = torch.maximum(s, lo.abs() / 2**15).clamp(2**-24, 65504).half().float()
+            return s, zero(lo, s).half().float()
         return s, zero(lo, s)
+
+    def encode(self, X, leave_out=None):
+        """What a cache stores of X (..., n, d) in fp32: its codes (..., n, d), and scale and zero, each (..., n, d/g)
+        where a group lies within a token, (..., n/g, d) where it lies along the tokens; where static, n is 1."""
+        s, z = self.parameters(X, leave_out)
+        Xg, (axis, *_) = grouped(X, self.granularity, self.group_size)
+        codes = ungrouped(quantize(Xg, s, z, self.bits), self.granularity, X.shape[-2])
+        return codes, s.squeeze(axis), z.squeeze(axis)
+
+    @staticmethod
+    def decode(codes, s, z):
+        """Eq. 11, of codes and of what broadcasts against them."""
+        return dequantize(codes, s.float(), z.float())
 
     def __call__(self, X, leave_out=None):
         """Quantize X (..., n, d) and dequantize it again; `leave_out` masks what must not count for the ranges."""
@@ -206,17 +224,49 @@ class Quantizer:
 # Codes as bytes
 
 
+def planes(bits):
+    """The widths in which codes are stored: those that divide a byte and add up to `bits`, as 2 + 1 do to 3."""
+    return [width for width in (8, 4, 2, 1) if bits & width]
+
+
 def pack(codes, bits):
-    """Codes of any shape to ceil(count * bits / 8) bytes, a flat uint8 tensor, the first code in the lowest bits."""
+    """Codes (..., d) to bytes (..., d bits / 8), uint8; d is a multiple of 8.
+
+    A plane of width w takes d w / 8 bytes. Its byte m holds, the lowest bits first, the codes of channels m, m + d w/8,
+    m + 2 d w/8 and so on: neighbours lie side by side, so that a whole vector of bytes is unpacked by one shift.
+    """
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
-    stream = (codes.flatten().unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1  # (count, bits)
-    stream = F.pad(stream.flatten(), (0, -stream.numel() % 8)).view(-1, 8)
-    return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    return packed(codes, bits)
 
 
-def unpack(packed, bits, shape):
-    """The inverse of `pack`: codes of the given shape, uint8."""
-    stream = (packed.unsqueeze(-1) >> torch.arange(8, device=packed.device)) & 1  # (bytes, 8)
-    stream = stream.flatten()[: torch.Size(shape).numel() * bits].view(-1, bits)
-    return (stream << torch.arange(bits, device=packed.device)).sum(-1).to(torch.uint8).view(shape)
+def packed(codes, bits):
+    """`pack` without its check, which a compiled graph could not make."""
+    parts, codes = [], codes.to(torch.int32)
+    for width in planes(bits):
+        plane = (codes & (2**width - 1)).unflatten(-1, (8 // width, -1)).unbind(-2)  # each (..., d w/8)
+        parts.append(sum(codes_i << (width * i) for i, codes_i in enumerate(plane)))
+        codes = codes >> width
+    return torch.cat(parts, dim=-1).to(torch.uint8)
+
+
+def slices(packed, bits):
+    """Yields the codes of a few neighbouring channels after the other: a slice, and codes (..., d/4 or d/8), int32.
+
+    No more than shifts of bytes: whoever computes with them under torch.compile never has the codes in memory.
+    """
+    d = packed.shape[-1] * 8 // bits
+    step = d * min(planes(bits)[-1], 2) // 8  # 2 bits unpack to quarters of the channels, 1 bit to eighths
+    for first in range(0, d, step):
+        codes, plane, shift = 0, 0, 0
+        for width in planes(bits):
+            part, offset = divmod(first, d * width // 8)
+            byte = packed[..., plane + offset : plane + offset + step].to(torch.int32)
+            codes = codes + (((byte >> (width * part)) & (2**width - 1)) << shift)
+            plane, shift = plane + d * width // 8, shift + width
+        yield slice(first, first + step), codes
+
+
+def unpack(packed, bits):
+    """The inverse of `pack`: codes (..., d), uint8."""
+    return torch.cat([codes for _, codes in slices(packed, bits)], dim=-1).to(torch.uint8)

@@ -1,6 +1,7 @@
 """The tests, in the order of the paper: Section 2 (the transformer), Appendix C (Equations 10-13), Algorithm 1,
-calibration, Table 3 and the finder, Section 5 (perplexity), Table 2 (KVQuant), Sections 3 and 4 (the figures and
-Table 1), models larger than the machine, where weights and texts come from, bad input, and the default model end to end.
+calibration, Table 3 and the finder, Section 5 (perplexity), Table 2 (KVQuant), Equations 5 and 6 (decoding from a packed
+cache), Table 4, Sections 3 and 4 (the figures and Table 1), models larger than the machine, where weights and texts come
+from, bad input, and the default model end to end.
 
 Every formula is held against something independent: a few lines of NumPy in float64, an example worked by hand, or
 numbers that another implementation printed (each says which). Run with `python -m pytest`; the default model is fetched
@@ -13,15 +14,19 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,14 +34,18 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch._inductor.utils import run_and_get_code
 
+import bench
 import eval_ppl
 import figures
+import generate
 import hub
 import kvquant
 import kvsink
 import quant
 import stream
+from kvcache import KVCache, Packed
 from kvsink import Site, full_precision_cache, pfn, prefill, preservation
 from llama import (
     Llama,
@@ -684,14 +693,28 @@ def test_clipped_ranges_against_numpy():
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_packing(bits):
-    """The first code in the lowest bits, as one long number: an oracle of Python's own integers."""
-    for shape in [(0,), (1,), (7,), (3, 5, 8), (1000,)]:
-        codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
-        number = sum(int(code) << (bits * i) for i, code in enumerate(codes.flatten().tolist()))
+    """Byte by byte and bit by bit: a plane of width w has d w/8 bytes, and byte m the codes of m, m + d w/8, ..."""
+    widths = {1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}[bits]
+    for shape in [(8,), (3, 16), (2, 5, 128)]:
+        codes, d = torch.randint(0, 2**bits, shape, dtype=torch.uint8), shape[-1]
+        rows = []
+        for row in codes.view(-1, d).tolist():
+            packed, below = [], 0
+            for w in widths:
+                at = d * w // 8
+                planes = [[code >> below & 2**w - 1 for code in row[m::at]] for m in range(at)]
+                packed += [sum(code << w * i for i, code in enumerate(plane)) for plane in planes]
+                below += w
+            rows.append(packed)
         packed = quant.pack(codes, bits)
-        assert packed.dtype == torch.uint8 and len(packed) == -(-codes.numel() * bits // 8)
-        assert bytes(packed.tolist()) == number.to_bytes(len(packed), "little")
-        assert torch.equal(quant.unpack(packed, bits, shape), codes)
+        assert packed.dtype == torch.uint8 and packed.shape == (*shape[:-1], d * bits // 8)
+        assert packed.view(len(rows), -1).tolist() == rows
+        assert torch.equal(quant.unpack(packed, bits), codes)
+
+
+def test_packing_by_hand():
+    codes = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0], dtype=torch.uint8)
+    assert quant.pack(codes, 2).tolist() == [0b01_11_10_00, 0b00_10_11_01]  # 0, 2, 3, 1 and 1, 3, 2, 0, lowest first
 
 
 def test_packing_refuses_codes_that_do_not_fit():
@@ -1454,35 +1477,6 @@ def test_a_constant_channel_and_what_is_not_finite():
         quantizer(K)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("rho", [0.0, 0.05])
-def test_what_is_stored_comes_back_and_is_what_average_bits_counts(rho, bits):
-    """Codes, ranges and outliers as bytes; from them alone the quantized tensor; and all their bytes, with codebooks and
-    the kept tokens, against the formula."""
-    h_kv, n, kept, d_k = 3, 2005, 5, 16
-    config = LlamaConfig.from_dict({**SMALL, "num_attention_heads": 3, "num_key_value_heads": h_kv, "head_dim": d_k})
-    draw = torch.Generator().manual_seed(0)
-    K, V = (torch.randn(1, h_kv, n - kept, d_k, generator=draw) ** 3 for _ in "KV")
-    levels = torch.linspace(-0.9, 0.9, 2**bits)
-    midpoints = (levels[1:] + levels[:-1]) / 2
-    lo, hi = K[0].quantile(rho / 2, dim=1, keepdim=True), K[0].quantile(1 - rho / 2, dim=1, keepdim=True)
-    tail = kvquant.tail_of(rho, h_kv * d_k)
-    total = 0
-    for X, q in (
-        (K, kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, lo=lo, hi=hi)),
-        (V, kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, tail=tail)),
-    ):
-        stored = kvquant.store(q, X)
-        assert torch.equal(kvquant.restore(q, stored, X.shape), q(X))
-        assert [part.dtype for part in stored] == [torch.uint8] + 2 * [torch.float16] + 2 * [torch.int16] + [torch.float16]
-        total += 8 * sum(part.numel() * part.element_size() for part in stored) + 16 * len(levels)
-        if X is V:
-            assert len(stored.values) == 2 * tail * (n - kept) == int(stored.counts.sum())
-    total += kept * (2 * h_kv * d_k * 16 + 32)
-    row = eval_ppl.Row("kvquant", bits, "kvsink", kept, rho)
-    assert eval_ppl.average_bits(row, config, n, 64) == pytest.approx(total / (2 * h_kv * d_k * n), rel=2e-3)
-
-
 def test_average_bits_of_the_rtn_schemes_count_what_a_quantizer_has():
     config = LlamaConfig.from_dict({**SMALL, "num_key_value_heads": 2})  # 2 heads of 16 channels
     X, n, g = torch.randn(1, 2, 64, 16), 64, 8
@@ -1789,6 +1783,479 @@ def test_the_papers_table_2_stands_beside_its_own_settings():
         assert eval_ppl.paper_ppl({**result, **change}, row) is None
     assert eval_ppl.parse_arguments("--model llama2-7b --table 2".split()).texts == ["wikitext2", "c4"]
     assert eval_ppl.parse_arguments(["--table", "2"]).texts == ["wiki-sample"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equations 5 and 6: decoding from a packed cache
+
+
+def step_by_step(model, tokens, prompt, quantizers, keep, N, pre_rope):
+    """Logits (n - prompt + 1, vocab) after the prompt and each further token of tokens (n,), by quantizing and
+    dequantizing all Keys and Values so far in each step; what is not quantized yet, of groups of tokens, stays."""
+    Ks, Vs, S_sinks, logits = {}, {}, {}, []
+    for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, len(tokens)))]:
+        H, rope = model.embedding(tokens[None, begin:end]), rope_table(model.config, end, "cpu")
+        turn, S_sink = [table[begin:] for table in rope], pfn(H, N if keep == "pfn" else 0)
+        for l, block in enumerate(model.blocks, start=1):
+            S_sinks.setdefault(l, S_sink)  # the prompt's
+            sink = F.pad(S_sinks[l], (0, end - prompt))[:, None, :, None]
+            Q, K, V = block.QKV(block.LN_mhsa(H))
+            Q, K = rotate(Q, turn), K if pre_rope else rotate(K, turn)
+            Ks[l], Vs[l] = (torch.cat((X[l], new), 2) if l in X else new for X, new in ((Ks, K), (Vs, V)))
+            K, V = (torch.where(sink, X, quantize(X, sink)) for X, quantize in zip((Ks[l], Vs[l]), quantizers[l - 1]))
+            if getattr(quantizers[l - 1][0], "granularity", "") == "channel" and not quantizers[l - 1][0].static:
+                whole = end // quantizers[l - 1][0].group_size * quantizers[l - 1][0].group_size
+                K = torch.cat((K[:, :, :whole], Ks[l][:, :, whole:]), 2)
+            K = rotate(K, rope) if pre_rope else K
+            G = Q.shape[1] // K.shape[1]
+            scores = Q @ K.repeat_interleave(G, 1).mT / Q.shape[-1] ** 0.5
+            ahead = torch.arange(end)[None] > torch.arange(begin, end)[:, None]
+            A = scores.masked_fill(ahead, -torch.inf).softmax(-1) @ V.repeat_interleave(G, 1)
+            H = block.W_o(A.transpose(1, 2).flatten(2)) + H
+            H = block.FFN(block.LN_ffn(H)) + H
+            if begin == 0 and l == EMERGENCE and keep == "kvsink":
+                S_sink = torch.zeros(1, end, dtype=torch.bool).index_fill(1, H[0, :, CHANNEL].abs().topk(N).indices, True)
+        logits.append(model.logits(H[:, -1]))
+    return torch.cat(logits)
+
+
+def decoded(model, tokens, prompt, quantizers, keep="none", N=0, pre_rope=False, step=generate.decode_block):
+    """The same from a packed cache."""
+    cache = KVCache(model, quantizers, len(tokens), k=N, pre_rope=pre_rope)
+    logits = [generate.prefill(model, cache, [tokens[:prompt].tolist()], keep, N, SITE)]
+    for token in tokens[prompt:]:
+        logits.append(generate.decode(model, cache, token[None], step))
+    return torch.cat(logits), cache
+
+
+RULES = (("none", 0), ("pfn", 2), ("kvsink", 2))
+
+
+def as_stored(quantizers):
+    """Scale and zero of dynamic quantizers in the 16 bits that a cache gives them."""
+    return [tuple(replace(q, half=True) for q in pair) for pair in quantizers]
+
+
+@pytest.mark.parametrize("pre_rope", [False, True])
+@pytest.mark.parametrize("keep, N", RULES)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("scheme", TABLE_SCHEMES)
+def test_a_packed_cache_gives_the_logits_of_quantizing_and_dequantizing(planted, sequences, scheme, bits, keep, N, pre_rope):
+    """Token by token, from a prompt of 22 tokens to 33, by which two groups of 8 become full; sinks at 6 and 17."""
+    tokens = torch.cat((sequences[0][0], ordinary_tokens(9, 3)))
+    quantizers = cache_of(planted, scheme, bits, tokens[None], keep, N, pre_rope)
+    expected = step_by_step(planted, tokens, 22, as_stored(quantizers), keep, N, pre_rope)
+    logits, _ = decoded(planted, tokens, 22, quantizers, keep, N, pre_rope)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_packed_cache_of_kvquant_gives_the_logits_of_quantizing_and_dequantizing(planted, kvquant_calibrated, bits, recipe):
+    """Codebooks, ranges by channel and by token, and outliers in 16 bits, of which tokens here have many."""
+    tokens = torch.cat((ordinary_tokens(24, 5), ordinary_tokens(10, 3)))
+    tokens[[6, 17]] = torch.tensor([WEAK, STRONG])
+    quantizers = kvquant.kvquant_cache(kvquant_calibrated[0][recipe], recipe.rho, bits)
+    expected = step_by_step(planted, tokens, 19, quantizers, recipe.keep, recipe.N, True)
+    logits, cache = decoded(planted, tokens, 19, quantizers, recipe.keep, recipe.N, True)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    outliers = cache.blocks[3].K.outliers
+    assert (outliers is None) == (recipe.rho == 0)
+    if outliers:
+        _, K, _ = outlying_keys(planted, tokens, 3)
+        lo, hi, kept = quantizers[3][0].lo, quantizers[3][0].hi, cache.blocks[3].kept[0]
+        counts = ((K < lo) | (K > hi)).sum((0, 1, 3)).index_fill(0, kept, 0)  # of full precision: nearly those
+        assert counts.sum() > 200 and (outliers.counts[0] - counts).abs().sum() < 0.2 * counts.sum()
+        assert (outliers.counts[0, kept] == 0).all()
+
+
+def outlying_keys(model, tokens, l):
+    """Q, K, V of block l (from 0) in full precision, before RoPE."""
+    H, rope = model.embedding(tokens[None]), rope_table(model.config, len(tokens), "cpu")
+    for block in model.blocks[:l]:
+        H = block(H, rope)
+    return model.blocks[l].QKV(model.blocks[l].LN_mhsa(H))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_in_full_precision_is_the_model(family, tmp_path):
+    """With GQA, other RoPEs and Mistral's window of 16 tokens, which the text outgrows."""
+    model = Llama.from_pretrained(write_model(tmp_path, {**SMALL, **FAMILIES[family]}))
+    tokens = GOLDEN_TOKENS[0, :40]
+    logits, _ = decoded(model, tokens, 10, full_precision_cache(model))
+    torch.testing.assert_close(logits, model(tokens[None])[0, 9:], rtol=1e-4, atol=1e-4)
+    quantizers = kvsink.rtn_cache(model, "token-dynamic", 8, 16)
+    logits_8, _ = decoded(model, tokens, 10, quantizers)  # Packed sees the same tokens
+    assert 0 < (logits_8 - logits).norm() < 0.02 * logits.norm()
+
+
+def test_16_bit_parameters_against_numpy():
+    """Scale in fp16, zero a whole number within fp16, codes made with both: wide, tiny and far-off groups, constants."""
+    X = torch.randn(1, 1, 6, 8) * torch.tensor([1.0, 1e-3, 300.0, 1.0, 1.0, 0.0])[:, None]
+    X[0, 0, 3], X[0, 0, 4] = X[0, 0, 3] * 1e-4 + 50, -7.25
+    q = Quantizer(8, "token", None, half=True)
+    for row, out in zip(X[0, 0].double().numpy(), q(X)[0, 0].double().numpy()):
+        lo, hi = row.min(), row.max()
+        s = (hi - lo) / 255 if hi > lo else (abs(lo) or 1.0)
+        s = np.float64(np.float16(max(s, abs(lo) / 2**15, 2**-24)))
+        z = np.float64(np.float16(-np.round(lo / s)))
+        expected = s * (np.clip(np.round(row / s) + z, 0, 255) - z)
+        assert abs(out - expected).max() <= s * 1e-4 + 1e-9  # no code is another
+        assert abs(out - row).max() <= 1.01 * s * (0.5 + 255 * 2**-11)
+    codes, s, z = q.encode(X)
+    assert s.shape == z.shape == (1, 1, 6, 1) and torch.equal(s, s.half().float()) and torch.equal(z, z.half().float())
+    assert torch.equal(q.decode(codes, s, z), q(X)) and q(X)[0, 0, 4:].tolist() == [[-7.25] * 8, [0.0] * 8]
+
+
+@pytest.mark.parametrize("scheme", ["channel-static", "channel-dynamic", "kvquant"])
+def test_a_batch_of_unequal_prompts_equals_one_by_one(planted, sequences, kvquant_calibrated, scheme):
+    """Prompts of 20, 11 and 15 tokens in one cache, each with its own sinks, and 12 steps."""
+    pre_rope = scheme == "kvquant"
+    if pre_rope:  # ranges that end between the Keys of block 1, which depend on nothing but the token
+        calibration = kvquant_calibrated[0][RECIPES[-1]]
+        calibration = calibration._replace(lo=1.01 * calibration.lo, hi=1.01 * calibration.hi)
+        quantizers = kvquant.kvquant_cache(calibration, 0.1, 3)
+    else:
+        quantizers = cache_of(planted, scheme, 3, sequences[0], "kvsink", 2)
+    prompts = [sequences[0][0][:20].tolist(), sequences[0][1][:11].tolist(), ordinary_tokens(15, 8).tolist()]
+    more = torch.stack([ordinary_tokens(12, seed) for seed in (1, 2, 3)])
+    cache = KVCache(planted, quantizers, 32, b=3, k=2, pre_rope=pre_rope)
+    together = [generate.prefill(planted, cache, prompts, "kvsink", 2, SITE)]
+    together += [generate.decode(planted, cache, tokens) for tokens in more.T]
+    for i, prompt in enumerate(prompts):
+        tokens = torch.cat((torch.tensor(prompt), more[i]))
+        alone, own = decoded(planted, tokens, len(prompt), quantizers, "kvsink", 2, pre_rope)
+        torch.testing.assert_close(torch.stack(together)[:, i], alone, rtol=1e-3, atol=1e-3)
+        kept, kept_alone = cache.blocks[-1].kept[i], own.blocks[-1].kept[0]
+        assert torch.equal(kept, kept_alone)
+    assert cache.lengths == [32, 23, 27] and cache.at.flatten().tolist() == cache.lengths
+    assert cache.blocks[-1].kept[:2].tolist() == [[6, 17], [3, 9]]
+
+
+def test_the_sinks_of_the_prompt_are_kept_for_the_whole_generation(planted, sequences):
+    """Bit for bit and with their slots, in the blocks after l_E; new tokens are not, whatever they are."""
+    tokens = torch.cat((sequences[0][0], torch.tensor([STRONG, WEAK, 20])))
+    quantizers = kvsink.rtn_cache(planted, "token-dynamic", 2, 8)
+    cache = KVCache(planted, quantizers, 27, k=2)
+    seen = []
+    fillers = [block_cache.fillers(torch.tensor([[0]])) for block_cache in cache.blocks]
+    watched = [tuple(lambda X, S, f=f: (seen.append(X), f(X, S))[1] for f in pair) for pair in fillers]
+    prefill(planted, planted.embedding(tokens[None, :24]), watched, l_E=EMERGENCE, c=CHANNEL, k=2)
+    before = [(c.kept.clone(), c.kept_K.clone(), c.kept_V.clone()) for c in cache.blocks]
+    cache.lengths, cache.at[:] = [24], 24
+    for token in tokens[24:]:
+        generate.decode(planted, cache, token[None])
+    for l, (c, old) in enumerate(zip(cache.blocks, before), start=1):
+        assert all(torch.equal(now, then) for now, then in zip((c.kept, c.kept_K, c.kept_V), old))
+        assert c.kept.tolist() == ([[6, 17]] if l > EMERGENCE else [[27, 27]])  # 27: nothing
+        if l > EMERGENCE:
+            K, V = seen[2 * l - 2 : 2 * l]
+            assert torch.equal(c.kept_K, K[:, :, [6, 17]]) and torch.equal(c.kept_V, V[:, :, [6, 17]])
+
+
+def test_a_cache_that_is_full_or_asked_for_too_much(planted):
+    cache = KVCache(planted, full_precision_cache(planted), 6)
+    with pytest.raises(ValueError, match="the prompt has 7 tokens, and the cache was made for 6"):
+        generate.prefill(planted, cache, [[20] * 7])
+    with pytest.raises(ValueError, match="empty"):
+        generate.prefill(planted, cache, [[]])
+    with pytest.raises(ValueError, match="cannot keep 5 of 4"):
+        generate.prefill(planted, cache, [[20] * 4], "pfn", 5)
+    generate.prefill(planted, cache, [[20] * 5])
+    generate.decode(planted, cache, torch.tensor([21]))
+    with pytest.raises(ValueError, match="made for 6 tokens and is full"):
+        generate.decode(planted, cache, torch.tensor([21]))
+    with pytest.raises(ValueError, match="12 channels"):
+        Packed(Quantizer(2, "token"), 1, 1, 4, 12, torch.float32, "cpu")
+
+
+def shaped(**changes):
+    """What KVCache asks of a model, in the shape of the default one, without its weights."""
+    config = LlamaConfig.from_dict({**SMALL, "hidden_size": 576, "num_hidden_layers": 3, "num_attention_heads": 9,
+                                    "num_key_value_heads": 3, **changes})  # fmt: skip
+    return SimpleNamespace(config=config, embedding=SimpleNamespace(weight=torch.zeros(1, dtype=torch.float16)))
+
+
+@pytest.mark.parametrize("scheme", [*TABLE_SCHEMES, "full"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_the_bytes_of_a_cache_are_those_of_table_4(scheme, bits):
+    """2 L n d_kv b/8 and k 2 L d_kv 2 bytes within 1 %; 32 bits more for each group where ranges are dynamic, and for
+    groups of tokens the one that waits in 16 bits."""
+    model, n, k, g, L, d_kv = shaped(), 4096, 5, 64, 3, 192
+    quantizers, expected, groups = full_precision_cache(SimpleNamespace(blocks=range(L))), 2 * L * n * d_kv * 2, 0
+    if scheme != "full":
+        quantizers = kvsink.rtn_cache(SimpleNamespace(blocks=range(L)), scheme, bits, g)
+        for q in (q for pair in quantizers for q in pair if q.static):
+            q.calibrate(torch.randn(1, 3, 10, 64))
+        expected = 2 * L * n * d_kv * bits / 8 + k * 2 * L * d_kv * 2
+        assert generate.cache_bytes(model.config, n, bits, k) == expected
+        groups = 0 if kvsink.SCHEMES[scheme].static else 2 * L * n * d_kv / g
+    cache = KVCache(model, quantizers, n, k=0 if scheme == "full" else k)
+    waiting = L * g * d_kv * 2 if scheme == "channel-dynamic" else 0
+    assert cache.bytes() == pytest.approx(expected + 4 * groups + waiting, rel=0.01)
+    if scheme != "full":  # and what eval_ppl.py counts as average bits
+        row = eval_ppl.Row(scheme, bits, "pfn", k)
+        counted = eval_ppl.average_bits(row, model.config, n, g) * 2 * L * n * d_kv / 8
+        assert cache.bytes() - waiting == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rho", [0.0, 0.01, 0.05])
+def test_the_bytes_of_a_kvquant_cache_are_what_average_bits_counts(rho, bits):
+    """Codes, ranges, and outliers with their channels, after a prompt that fills it; and they come back as written."""
+    model, n, k, d = shaped(num_hidden_layers=1), 2000, 5, 192
+    draw = torch.Generator().manual_seed(0)
+    K, V = ((torch.randn(1, 3, n, 64, generator=draw) ** 3).half().float() for _ in "KV")
+    levels = torch.linspace(-1, 1, 2**bits)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    ends = [torch.quantile(K[0], level, dim=1, keepdim=True) for level in (rho / 2, 1 - rho / 2)]
+    quantize_K = kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, lo=ends[0], hi=ends[1])
+    quantize_V = kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, tail=kvquant.tail_of(rho, d))
+    cache, rows = KVCache(model, [(quantize_K, quantize_V)], n, k=k, pre_rope=True), torch.tensor([[0]])
+    leave_out = torch.zeros(1, 1, n, 1, dtype=torch.bool)
+    for (store, quantizer, X), filler in zip(((cache.blocks[0].K, quantize_K, K), (cache.blocks[0].V, quantize_V, V)),
+                                             cache.blocks[0].fillers(rows)):  # fmt: skip
+        assert torch.equal(filler(X.half(), leave_out), quantizer(X.half()))
+        back = torch.cat([part.expand(1, 3, n, -1) for _, part in store.dequantized()], -1)
+        if rho:
+            rows_, token, head, channel, off = store.outliers.entries(store)
+            back = back.index_put((rows_, head, token, channel), off, accumulate=True)
+        torch.testing.assert_close(back, quantizer(X), rtol=1e-3, atol=1e-3)
+        if rho and X is V:
+            assert store.outliers.counts.sum() == pytest.approx(2 * kvquant.tail_of(rho, d) * n, rel=0.01)  # fewer: ties
+    counted = eval_ppl.average_bits(eval_ppl.Row("kvquant", bits, "pfn", k, rho), model.config, n, 64) * 2 * n * d / 8
+    assert cache.bytes() == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("scheme", ["channel-static", "channel-dynamic", "token-dynamic", "kvquant"])
+def test_compiled_decoding_is_one_graph_that_never_holds_the_dequantized_cache(planted, kvquant_calibrated, sequences, scheme):
+    """The logits of the eager code; one graph for all blocks and steps; and in the code that Inductor makes, no buffer
+    as large as Keys or Values: what is as long as the cache has one number a token and query."""
+    pre_rope, tokens = scheme == "kvquant", torch.cat((sequences[0][0], ordinary_tokens(10, 3)))
+    quantizers = kvquant.kvquant_cache(kvquant_calibrated[0][RECIPES[0]], 0.0, 2) if pre_rope else cache_of(
+        planted, scheme, 2, tokens[None], "kvsink", 2)  # fmt: skip
+    eager, _ = decoded(planted, tokens, 19, quantizers, "kvsink", 2, pre_rope)
+    torch._dynamo.reset()
+    step = kvsink.compiled(generate.decode_block, "cpu", **generate.FUSE)
+    torch._dynamo.utils.counters.clear()
+    logits, _ = decoded(planted, tokens, 19, quantizers, "kvsink", 2, pre_rope, step)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert (logits - eager).norm() < 5e-3 * eager.norm()  # a sum may be rounded the other way, to another code
+
+    cache = KVCache(planted, quantizers, n := 1024, k=2, pre_rope=pre_rope)
+    block_cache, H = cache.blocks[3], torch.randn(1, 1, 32)
+    _, codes = run_and_get_code(step, planted.blocks[3], H, block_cache, cache.at, cache.rope)
+    sizes = [math.prod(json.loads(f"[{shape.strip(', ')}]")) for code in codes
+             for shape in re.findall(r"= empty_strided_cpu\(\(([^)]*)\)", code)]  # fmt: skip
+    h, h_kv, d_k = 4, 2, 8
+    assert sizes and n <= max(sizes) <= h * (n + 1) < h_kv * n * d_k
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("scheme", TABLE_SCHEMES)
+def test_cuda_decoding_agrees_with_cpu_and_reads_the_packed_bytes_once(planted, sequences, scheme):
+    tokens = torch.cat((sequences[0][0], ordinary_tokens(10, 3)))
+    quantizers = cache_of(planted, scheme, 4, tokens[None], "kvsink", 2)
+    expected, _ = decoded(planted, tokens, 19, quantizers, "kvsink", 2)
+    there = copy_of(planted).to("cuda")
+    quantizers = cache_of(there, scheme, 4, tokens[None].cuda(), "kvsink", 2)
+    step = kvsink.compiled(generate.decode_block, "cuda", **generate.FUSE)
+    logits, _ = decoded(there, tokens.cuda(), 19, quantizers, "kvsink", 2, step=step)
+    assert (logits.cpu() - expected).norm() < 5e-3 * expected.norm()
+    cache = KVCache(there, quantizers, n := 16384, k=2)
+    args = there.blocks[3], torch.randn(1, 1, 32, device="cuda"), cache.blocks[3], cache.at, cache.rope
+    step(*args)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(*args)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 2 * n * 8 * 4  # less than the Keys would take in fp32
+
+
+def test_sampling_by_hand():
+    """Of probabilities 0.5, 0.3, 0.15, 0.05 the first two make up 0.8 and are enough for it; at temperature 0 the first."""
+    logits, draw = torch.tensor([0.15, 0.5, 0.05, 0.3]).log(), torch.Generator().manual_seed(0)
+    assert generate.sample(logits, 0, 0.9, draw) == 1
+    drawn = [generate.sample(logits, 1.0, 0.8, draw) for _ in range(2000)]
+    assert set(drawn) == {1, 3} and drawn.count(1) / 2000 == pytest.approx(0.5 / 0.8, abs=0.04)
+    assert {generate.sample(logits, 1.0, 0.81, draw) for _ in range(500)} == {0, 1, 3}
+    assert {generate.sample(logits, 1.0, 1.0, draw) for _ in range(500)} == {0, 1, 2, 3}
+    cold = [generate.sample(logits, 0.5, 1.0, draw) for _ in range(2000)]  # squares: 0.25 of 0.365
+    assert cold.count(1) / 2000 == pytest.approx(0.25 / 0.365, abs=0.04)
+
+
+def test_kl_divergence_against_numpy(planted, sequences):
+    tokens = sequences[0][0]
+    quantizers = kvsink.rtn_cache(planted, "token-dynamic", 3, 8)
+    full, _ = decoded(planted, tokens, 10, full_precision_cache(planted))
+    other, _ = decoded(planted, tokens, 10, quantizers)
+    p, q = (np.exp(x.double().numpy()) for x in (full[:14], other[:14]))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    cache = KVCache(planted, quantizers, 24)
+    logits = generate.prefill(planted, cache, [tokens[:10].tolist()])
+    kl = generate.kl_divergence(planted, cache, logits, tokens[10:].tolist(), full[:14])
+    assert kl == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-3) and kl > 1e-4
+
+
+def talk(tiny, *options):
+    """The command's options for the tiny model: those of eval_ppl.py that it has, too."""
+    return ["--model", tiny[1], "--layer", "1", "--channel", "5", "--no-compile", "--max-new-tokens", "12", *options]
+
+
+@pytest.fixture
+def long_calibration(monkeypatch):
+    monkeypatch.setattr(hub, "documents", lambda name, split: ["A calibration text of bytes. " * 40])
+
+
+@pytest.mark.parametrize("scheme", [*TABLE_SCHEMES, "kvquant"])
+def test_the_generate_command(tiny, capsys, long_calibration, scheme):
+    options = ["--scheme", scheme, "--bits", "3", "--sinks", "2", "--prompt", "A prompt of bytes."]
+    options += ["--outliers", "0.05"] if scheme == "kvquant" else []
+    outputs = []
+    for _ in range(2):
+        assert generate.main(talk(tiny, *options)) == 0
+        outputs.append(capsys.readouterr().out)
+    text, report = outputs[0].rsplit("\n\n", 1)
+    assert text.startswith("A prompt of bytes.") and text == outputs[1].rsplit("\n\n", 1)[0]  # the seed decides
+    assert "KVSink-2 kept" in report and "tokens per second" in report and "% of the" in report
+    kept = re.findall(r"(\d+) '", report.splitlines()[-1])
+    assert len(kept) == 2 and all(int(slot) < 18 for slot in kept)
+
+
+def test_the_generate_command_compares(tiny, capsys, long_calibration):
+    assert generate.main(talk(tiny, "--compare", "--scheme", "channel-static", "--bits", "2", "--sinks", "2")) == 0
+    out = capsys.readouterr().out
+    assert all(heading in out for heading in ("full precision", "nothing kept", "PFN-2 kept", "KVSink-2 kept"))
+    kl = [float(number) for number in re.findall(r"KL ([\d.]+)", out)]
+    assert len(kl) == 4 and kl[0] == 0 and min(kl[1:]) > 0
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--prompt", "  \n"], ["prompt is empty"]),
+    (["--prompt", "x" * 600], ["600 tokens", "context, 512", "--max-new-tokens"]),
+    (["--max-new-tokens", "600"], ["600 new ones", "512"]),
+    (["--prompt", "abc"], ["3 tokens", "--sinks 5"]),
+    (["--bits", "5"], ["--bits"]),
+    (["--scheme", "kvquant", "--bits", "8"], ["kvquant", "2, 3 and 4"]),
+    (["--outliers", "0.1"], ["--outliers", "kvquant"]),
+    (["--temperature", "-1"], ["--temperature"]),
+    (["--temperature", "nan"], ["--temperature"]),
+    (["--top-p", "0"], ["--top-p"]),
+    (["--channel", "7", "--layer", "99"], ["--layer 99"]),
+    (["--group-size", "3"], ["--group-size 3", "head of 8"]),
+    (["--model", "llama2-7c"], ["llama2-7b"]),
+    (["--device", "abacus"], ["--device abacus"]),
+])  # fmt: skip
+def test_bad_arguments_of_generate(change, words, tiny, capsys):
+    refuse(talk(tiny, *change), words, capsys, generate)
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_the_weights_are_read(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(stream, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(Llama, "from_pretrained", None)
+    refuse(talk(tiny), ["takes", "are free", "--max-new-tokens or --bits"], capsys, generate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix F: Table 4
+
+
+@pytest.mark.parametrize("name, billions", [
+    ("llama2-7b", 6.74), ("llama2-13b", 13.02), ("llama2-70b", 68.98), ("llama2-7b-chat", 6.74), ("mistral-7b", 7.24),
+    ("llama3-8b", 8.03), ("llama3.1-8b-instruct", 8.03), ("llama3.2-1b", 1.24), ("llama3.2-3b", 3.21),
+])  # fmt: skip
+def test_the_papers_models_at_their_true_shape(name, billions):
+    """Known numbers of parameters; every tensor of a checkpoint has its place; Table 3's depth and width; and a forward
+    pass, in shapes."""
+    config = bench.shape(name)
+    with torch.device("meta"):
+        model = Llama(config)
+        assert model(torch.zeros(2, 16, dtype=torch.int64)).shape == (2, 16, config.vocab_size)
+    parameters = dict(model.named_parameters())
+    assert f"{sum(weight.numel() for weight in parameters.values()) / 1e9:.2f}" == f"{billions:.2f}"
+    assert set(checkpoint_names(config).values()) == set(parameters)
+    assert config.head_dim * config.num_attention_heads == config.hidden_size
+    if row := kvsink.TABLE_3.get(name):
+        assert (row.layers, row.hidden_size) == (config.num_hidden_layers, config.hidden_size)
+    assert set(bench.SHAPES) == set(hub.MODELS)
+
+
+# Table 4's memory columns, in the characters of the page
+TABLE_4_MEMORY = {
+    "llama2-7b": ["256", "0.5", "2.5", "10"], "llama2-13b": ["400", "0.78", "3.91", "15.63"],
+    "llama2-70b": ["160", "0.31", "1.56", "6.25"], "mistral-7b": ["64", "0.13", "0.63", "2.5"],
+    "llama3-8b": ["64", "0.13", "0.63", "2.5"], "llama3.2-3b": ["56", "0.11", "0.55", "2.19"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE_4_MEMORY)
+def test_the_memory_columns_of_table_4_to_the_printed_digit(name):
+    assert bench.table_4_memory(bench.shape(name)) == TABLE_4_MEMORY[name]
+    *_, without, added = bench.PAPER_TABLE_4[name]
+    assert [bench.printed(x) for x in (without, *added)] == TABLE_4_MEMORY[name]
+
+
+def test_time_is_the_median_and_warming_up_is_not_counted(monkeypatch):
+    """Two works whose every call takes one unit more than the last; 3 repeats after a round that does not count."""
+    clock, calls = [0.0], []
+
+    def work(name, slow):
+        calls.append(name)
+        clock[0] += slow * calls.count(name) / 1e3
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    times = bench.measure({"a": lambda: work("a", 1), "b": lambda: work("b", 10)}, 3, "cpu")
+    assert calls == ["a", "b"] * 4
+    assert times["a"] == pytest.approx((3, 2, 4)) and times["b"] == pytest.approx((30, 20, 40))
+    assert bench.measure({"a": lambda: work("c", 2)}, 1, "cpu", times=4)["a"] == pytest.approx(((5 + 6 + 7 + 8) * 2 / 4,) * 3)
+
+
+def test_the_bench_command(tiny, capsys, tmp_path):
+    out, n = tmp_path / "bench.json", ["--n", "64", "96", "--bits", "4", "2", "--repeats", "2", "--seq-len", "64"]
+    assert bench.main(["--model", tiny[1], "--no-compile", "--json", str(out), *n]) == 0
+    printed, records = capsys.readouterr().out, json.loads(out.read_text())
+    assert all(f"KVSink-{k}" in printed for k in (1, 5, 20)) and "prefill time" in printed and "tokens/s" in printed
+    decoded = {(r["n"], r["bits"]): r for r in records if r["what"] == "decode"}
+    assert set(decoded) == {(n, bits) for n in (64, 96) for bits in (16, 4, 2)}
+    config = LlamaConfig.from_pretrained(tiny[1])
+    for (n, bits), record in decoded.items():
+        numbers = 2 * 6 * n * 2 * 8
+        assert record["computed"] == (4 * numbers if bits == 16 else numbers * bits / 8 + numbers / n * 5 * 2)
+        assert record["fastest"] <= record["median"] <= record["slowest"]
+    caches = {r["what"]: r for r in records if r["unit"] == "bytes"}
+    assert caches["cache, 2 bits, k = 20"]["computed"] == generate.cache_bytes(config, 64, 2, 20)
+    assert {r["what"] for r in records} >= {f"lines 14-16, k = {k}" for k in (1, 5, 20)}
+
+
+def test_a_shape_has_random_weights_and_runs(capsys, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "llama2-7b", {**PLANTED, "tie_word_embeddings": True})
+    command = ["--shape", "llama2-7b", "--no-compile", "--repeats", "1", "--seq-len", "32", "--n", "32", "--bits", "2"]
+    assert bench.main(command) == 0
+    assert "676.78 + 0.04" in capsys.readouterr().out  # the paper's beside ours
+    model = bench.random_model(bench.shape("llama2-7b"), "cpu", torch.float32)
+    assert model.W_vocab.weight is model.embedding.weight and model.LN_final.weight.eq(1).all()
+    assert model.blocks[0].W_q.weight.std() == pytest.approx(0.02, rel=0.2)
+    monkeypatch.setattr(stream, "free_memory", lambda device: 1000)
+    refuse(command, ["weights take", "are free", "--shape"], capsys, bench)
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--n", "0"], ["--n", "at least"]),
+    (["--bits", "16"], ["--bits"]),
+    (["--model", "x", "--shape", "llama2-7b"], ["--shape", "--model"]),
+    (["--shape", "llama2-8b"], ["--shape"]),
+    (["--json", "nowhere/out.json"], ["nowhere"]),
+    (["--seq-len", "600"], ["--seq-len 600", "context, 512"]),
+])  # fmt: skip
+def test_bad_arguments_of_bench(change, words, tiny, capsys):
+    base = [] if "--shape" in change else ["--model", tiny[1]]
+    refuse([*base, "--no-compile", *change], words, capsys, bench)
+
+
+def test_the_other_implementation_is_asked_for_by_name(tiny, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refuse(["--model", tiny[1], "--no-compile", "--seq-len", "64", "--vs", "transformers"], ["pip install transformers"], capsys, bench)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
