@@ -3598,6 +3598,23 @@ def test_kvquant_on_the_default_model(default_model, tmp_path):
     assert ppl["kvquant", 2, 0.0] < ppl["channel-static", 2, None] / 10
 
 
+def test_the_distance_to_full_precision_of_the_default_model(default_model):
+    """Mean KL divergence along 48 tokens of its own text: at 8 bits less than a hundredth of that at 4, and 0 to itself."""
+    model, tokenizer = Llama.from_pretrained(default_model), Tokenizer.from_pretrained(default_model)
+    prompt = tokenizer.encode("The capital of France is Paris.<|endoftext|>Mount Everest is the highest mountain on Earth")
+    site, n, kl = kvsink.table_site("smollm2-135m"), len(prompt) + 48, {}
+    seen, cache = [], KVCache(model, full_precision_cache(model), n)
+    logits = generate.prefill(model, cache, [prompt])
+    spoken = list(generate.generate(model, cache, logits, 48, lambda logits: seen.append(logits) or int(logits.argmax())))
+    for bits in (16, 8, 4):
+        quantizers = full_precision_cache(model) if bits == 16 else kvsink.rtn_cache(model, "token-dynamic", bits, 64)
+        cache = KVCache(model, quantizers, n, k=2)
+        logits = generate.prefill(model, cache, [prompt], "kvsink" if bits < 16 else "none", 2, site)
+        kl[bits] = generate.kl_divergence(model, cache, logits, spoken, seen)
+    assert cache.blocks[-1].kept.tolist() == [[0, prompt.index(tokenizer.eot)]]
+    assert abs(kl[16]) < 1e-6 and 0 < kl[8] < kl[4] / 100, kl
+
+
 REFERENCE = {  # an independent implementation on a modeling library: fp32, 8 windows of 1,024, 4 calibration windows
     ("full", 16, "none", 0): 19.559,
     ("channel-static", 4, "none", 0): 22.469,
