@@ -8,7 +8,8 @@ Read top to bottom: the paper's models at their true shape; how time is taken; T
 the comparison with another implementation; the command line.
 
 What this file does not do: random weights say nothing of quality, which is eval_ppl.py's business. A time is the median
-of repeats, with the fastest and the slowest; what is compared alternates in one run; warming up is not counted.
+of repeats, with the fastest and the slowest, and warming up is not counted. The two prefills, the k, and the two
+implementations alternate; caches of several widths, which together might not fit, follow one another.
 """
 
 import functools
@@ -120,8 +121,11 @@ def several(work, times):
 def once(work, device):
     """Milliseconds: on a GPU between two of its events, else by the clock."""
     if not device.startswith("cuda"):
+        wait = torch.mps.synchronize if device.startswith("mps") else lambda: None
+        wait()
         start = time.perf_counter()
         work()
+        wait()
         return 1e3 * (time.perf_counter() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
@@ -259,7 +263,7 @@ def peak_memory(device, reset=False):
         if reset:
             return Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
     except OSError:
         return None
 
@@ -287,6 +291,8 @@ def decoding(model, args, step):
                   f"{cache.bytes() / 2**20:>12.1f}{computed / 2**20:>10.1f}"
                   f"{f'{peak / 2**30:.2f}' if peak else '-':>11}")  # fmt: skip
             del cache
+            if args.device.startswith("cuda"):
+                torch.cuda.empty_cache()  # so that what is free is known
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,20 +370,22 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--only", nargs="+", choices=["table4", "cost", "decode"], default=["table4", "cost", "decode"],
         help="parts of it (default: all)")
-    add("--seq-len", type=eval_ppl.number(32), default=4096, help="tokens of the prefill (default: %(default)s)")
-    add("--n", nargs="+", type=eval_ppl.number(32), default=[1024, 4096, 16384, 65536],
+    add("--seq-len", type=eval_ppl.number(32, 2**24), default=4096, help="tokens of the prefill (default: %(default)s)")
+    add("--n", nargs="+", type=eval_ppl.number(32, 2**24), default=[1024, 4096, 16384, 65536],
         help="tokens in the cache when decoding, may be beyond the model's context (default: %(default)s)")
     add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8), default=[8, 4, 3, 2, 1], help="(default: %(default)s)")
-    add("--vs", choices=["transformers"], help="beside another implementation, in one run")
+    add("--vs", choices=["transformers"], help="beside another implementation, and nothing else; decodes "
+        "at --seq-len tokens")
     add("--repeats", type=eval_ppl.number(1), default=5, help="(default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write what was measured")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on cpu, else float16)")
     add("--no-compile", action="store_true", help="run eager, without torch.compile")
     args = parser.parse_args(argv)
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"{args.json}: there is no folder {args.json.absolute().parent}")
+    eval_ppl.check_file(args.json)
     eval_ppl.choose_device(args)
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)  # whose events take the time
     return args
 
 
@@ -391,18 +399,18 @@ def run(args):
             raise ValueError(f"--seq-len {args.seq_len} is above the model's context, {context}")
         model = Llama.from_pretrained(directory, args.device, dtype)
     card = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
-    eager = "eager" if args.no_compile else "compiled"
-    print(f"{name} on {card}, {args.dtype}, {eager}, torch {torch.__version__}; median of {args.repeats} "
-          "(fastest-slowest)")  # fmt: skip
     step, decode_step = kvsink.decoder_block, generate.decode_block
     if not args.no_compile:
         step = kvsink.compiled(step, args.device)
         decode_step = kvsink.compiled(decode_step, args.device, **generate.FUSE)
+    compiled = step is not kvsink.decoder_block  # where there is a compiler
+    print(f"{name} on {card}, {args.dtype}, {'compiled' if compiled else 'eager'}, torch {torch.__version__}; median of "
+          f"{args.repeats} (fastest-slowest)")  # fmt: skip
     parts, here = {
         "table4": lambda: table_4(name, model, args, step),
         "cost": lambda: cost_against_n(model, args),
         "decode": lambda: decoding(model, args, decode_step),
-    }, {"model": name, "device": card, "dtype": args.dtype, "compiled": not args.no_compile}  # fmt: skip
+    }, {"model": name, "device": card, "dtype": args.dtype, "compiled": compiled}  # fmt: skip
     if args.vs:
         parts, args.only = {"vs": lambda: versus_transformers(name, model, directory, args, step, decode_step)}, ["vs"]
     records = []

@@ -629,6 +629,14 @@ def parse_arguments(argv):
     return complete(parser.parse_args(argv))
 
 
+def check_file(path):
+    """Raises ValueError where a file (None: none) could not be written at the end of a run."""
+    if path and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
+        raise ValueError(f"{path}: cannot write in {path.absolute().parent}")
+    if path and path.exists() and not path.is_file():
+        raise ValueError(f"{path} is there and is not a file: name another")
+
+
 def check_folder(option, folder):
     """Raises ValueError where files cannot be written in a folder, or it cannot be made."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -659,12 +667,8 @@ def complete(args):
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     for path in (args.json, args.plot, args.calibration):
-        if path and path == args.calibration and path.is_file():
-            continue  # it is only read
-        if path and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
-            raise ValueError(f"{path}: cannot write in {path.absolute().parent}")
-        if path and path.exists() and not path.is_file():
-            raise ValueError(f"{path} is there and is not a file: name another")
+        if not (path and path == args.calibration and path.is_file()):  # it is only read
+            check_file(path)
     files = [path for path in (args.json, args.plot, args.calibration) if path]
     if len(set(files)) < len(files):
         raise ValueError("two of --json, --plot and --calibration name the same file")

@@ -28,6 +28,7 @@ import kvsink
 import stream
 from kvcache import KVCache, Plain, cache_bytes
 from llama import Llama, LlamaConfig, Tokenizer, rotate
+from quant import NotFinite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Eq. 5: prefill
@@ -38,7 +39,7 @@ def prefill(model, cache, prompts, keep="none", N=0, site=kvsink.Site(0, 0), ste
     length need no padding, which would be up for prediction too. Returns logits (b, vocab) for the token after each.
     `step` is eager or compiled; compiled code is made for one length of prompt.
 
-    Raises ValueError for an empty prompt, one without room, and one of fewer than N tokens.
+    Raises ValueError for an empty prompt, one without room, one of fewer tokens than the cache keeps, and another N.
     """
     logits = []
     for i, prompt in enumerate(prompts):
@@ -46,8 +47,10 @@ def prefill(model, cache, prompts, keep="none", N=0, site=kvsink.Site(0, 0), ste
             raise ValueError("the prompt is empty")
         if len(prompt) > cache.n:
             raise ValueError(f"the prompt has {len(prompt)} tokens, and the cache was made for {cache.n}")
-        if keep != "none" and N > len(prompt):
-            raise ValueError(f"cannot keep {N} of {len(prompt)} tokens")
+        if cache.k > len(prompt):
+            raise ValueError(f"cannot keep {cache.k} of {len(prompt)} tokens")
+        if keep != "none" and N != cache.k:
+            raise ValueError(f"cannot keep {N} tokens in a cache that was made to keep {cache.k}")
         H = model.embedding(torch.tensor([prompt], device=cache.at.device))
         rows = torch.tensor([[i]], device=cache.at.device)
         fillers = [block_cache.fillers(rows) for block_cache in cache.blocks]
@@ -63,8 +66,13 @@ def prefill(model, cache, prompts, keep="none", N=0, site=kvsink.Site(0, 0), ste
 
 
 # For torch.compile: what can be computed where it is read is not to be put into memory first. With Inductor's own
-# limits the unpacked Keys and Values would be, because all G queries read them. And each n has code of its own.
-FUSE = {"dynamic": False, "options": {f"realize_{what}_threshold": 1000 for what in ("opcount", "reads", "acc_reads")}}
+# limits the unpacked Keys and Values would be, because all G queries read them. A number that is stored in 16 bits is
+# to be rounded before codes are made with it, too, which Inductor would skip. And each n has code of its own.
+FUSE = {
+    "dynamic": False,
+    "options": {f"realize_{what}_threshold": 1000 for what in ("opcount", "reads", "acc_reads")}
+    | {"emulate_precision_casts": True},
+}
 
 
 def decode_block(block, H, cache, at, rope):
@@ -119,7 +127,7 @@ def decode(model, cache, tokens, step=decode_block):
     for block, block_cache in zip(model.blocks, cache.blocks):
         for store in (block_cache.K, block_cache.V):
             if store.outliers is not None:
-                store.outliers.make_room(H.shape[2])
+                store.outliers.make_room(store.outliers.d)  # all of a token's numbers may be
         H = step(block, H, block_cache, cache.at, cache.rope)
     cache.at += 1
     cache.lengths = [length + 1 for length in cache.lengths]
@@ -132,32 +140,36 @@ def decode(model, cache, tokens, step=decode_block):
 
 def sample(logits, temperature, top_p, draw):
     """A token id from logits (vocab,): the likeliest at temperature 0, else drawn from the smallest set of tokens whose
-    probabilities add up to `top_p`."""
+    probabilities add up to `top_p`. Raises NotFinite where a logit is not."""
+    if not logits.isfinite().all():
+        raise NotFinite("NaN or inf in the logits: is --dtype wide enough?")
     if temperature == 0:
         return int(logits.argmax())
-    p, tokens = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
+    logits = logits.float().cpu()
+    p, tokens = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # of the likelier ones alone it is enough
     return int(tokens[torch.multinomial(p, 1, generator=draw)])
 
 
-def generate(model, cache, logits, count, choose, eot=None, step=decode_block):
-    """Yields up to `count` token ids of one sequence, from the logits (1, vocab) of `prefill`; ends after `eot`."""
+def generate(model, cache, logits, count, choose, ends=(), step=decode_block):
+    """Yields up to `count` token ids of one sequence, from the logits (1, vocab) of `prefill`, until one of `ends`."""
     for i in range(count):
         token = choose(logits[0])
         yield token
-        if token == eot or i == count - 1:
+        if token in ends or i == count - 1:
             return
         logits = decode(model, cache, torch.tensor([token], device=logits.device), step)
 
 
 def kl_divergence(model, cache, logits, tokens, reference, step=decode_block):
-    """Mean KL divergence in nats to full precision's predictions `reference` (m, vocab) while `tokens` (m,) are fed."""
+    """Mean KL divergence in nats to full precision's predictions `reference`, m of (vocab,), of the m `tokens`."""
     total = 0.0
-    for token, expected in zip(tokens, reference):
+    for i, expected in enumerate(reference):
+        if i:
+            logits = decode(model, cache, torch.tensor([tokens[i - 1]], device=logits.device), step)
         p, q = expected.float().log_softmax(-1), logits[0].float().log_softmax(-1)
         total += F.kl_div(q, p, reduction="sum", log_target=True).item()
-        logits = decode(model, cache, torch.tensor([token], device=logits.device), step)
-    return total / len(tokens)
+    return total / len(reference)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,6 +237,8 @@ def run(args):
     config, tokenizer = LlamaConfig.from_pretrained(directory), Tokenizer.from_pretrained(directory)
     args.seq_len = min(args.seq_len, config.max_position_embeddings)
     prompt = tokenizer.encode(args.prompt)
+    if not prompt:
+        raise ValueError("no character of the prompt is in the model's vocabulary")
     n, context = len(prompt) + args.max_new_tokens, config.max_position_embeddings
     if n > context:
         raise ValueError(f"a prompt of {len(prompt)} tokens and {args.max_new_tokens} new ones are more than the "
@@ -262,6 +276,7 @@ def run(args):
 def quantizers_for(args, model, tokenizer, rows, site, directory):
     """row -> what quantizes its Keys and Values in each block, calibrated where that has to be."""
     static, calibrations = {}, {}
+    args = argparse.Namespace(**vars(args) | {"seed": 0})  # --seed is the text's: every text comes from the same cache
     if any(row.static() for row in rows):
         static = eval_ppl.calibrated_caches(args, model, tokenizer, rows, site)
     if args.scheme == "kvquant":
@@ -271,11 +286,13 @@ def quantizers_for(args, model, tokenizer, rows, site, directory):
 
 def speak(args, model, tokenizer, prompt, row, prefilled, choose, step):
     """Text as it is made; then how fast, in how many bytes, and what was kept."""
+    if not args.no_compile:
+        print("compiling with the second token, up to half a minute the first time", file=sys.stderr)
     start = time.perf_counter()
     cache, logits = prefilled(row)
-    filled = time.perf_counter() - start
-    tokens, times, shown = list(prompt), [], ""
-    for token in generate(model, cache, logits, args.max_new_tokens, choose, tokenizer.eot, step):
+    begin = prompt[:1] == [tokenizer.bos]  # has no text
+    tokens, times, shown = prompt[begin:], [], ""
+    for token in generate(model, cache, logits, args.max_new_tokens, choose, tokenizer.ends, step):
         tokens.append(token)
         times.append(time.perf_counter())
         text = tokenizer.decode(tokens)
@@ -285,13 +302,13 @@ def speak(args, model, tokenizer, prompt, row, prefilled, choose, step):
     print(tokenizer.decode(tokens)[len(shown) :] + "\n")
     # The first step compiles, so it is not counted.
     speed = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens per second" if len(times) > 2 else ""
-    print(f"{row}: prompt of {len(prompt)} tokens in {filled:.2f} s, {len(times)} new ones{speed}")
+    print(f"{row}: prompt of {len(prompt)} tokens in {times[0] - start:.2f} s, {len(times)} new ones{speed}")
     full = cache_bytes(model.config, cache.n, 16)
     size = cache.bytes()
     print(f"cache for {cache.n} tokens: {size:,} bytes, {100 * size / full:.1f} % of the {full:,.0f} of fp16")
     if row.N:
         slots = [slot for slot in cache.blocks[-1].kept[0].tolist() if slot < cache.n]
-        print(f"kept: {', '.join(f'{slot} {tokenizer.decode([prompt[slot]])!r}' for slot in slots)}")
+        print(f"kept: {', '.join(f'{slot} {tokenizer.decode([prompt[slot]])!r}' for slot in slots) or 'nothing'}")
 
 
 def compare(args, model, tokenizer, prompt, rows, prefilled, choose, step):
@@ -304,7 +321,7 @@ def compare(args, model, tokenizer, prompt, rows, prefilled, choose, step):
             seen.append(logits)
             return choose(logits)
 
-        tokens = list(generate(model, cache, logits, args.max_new_tokens, remember_and_choose, tokenizer.eot, step))
+        tokens = list(generate(model, cache, logits, args.max_new_tokens, remember_and_choose, tokenizer.ends, step))
         if row == eval_ppl.FULL_PRECISION:
             spoken, reference, heading = tokens, seen, ["full precision", "KL 0"]
         else:

@@ -4,7 +4,7 @@ Read top to bottom: how Keys and Values are stored, as numbers or as packed code
 block and of a model; what Table 4 counts.
 
 What this file does not do: which tokens are kept, and how a number is quantized, is the business of kvsink.py, quant.py
-and kvquant.py; generate.py fills the cache and reads it. It does not grow: room for all tokens is made at the start.
+and kvquant.py; generate.py fills the cache and reads it. Room for all tokens is made at the start.
 
 Shapes: b sequences, n tokens of room, h query heads, h_kv Key/Value heads, G = h / h_kv, d_k channels a head. The slot
 of a token is its position in its sequence, from 0. rows (r, 1) and slots (r, m) say where m tokens of r sequences go.
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import kvsink
 from llama import rope_table, rotate
-from quant import Quantizer, packed, slices
+from quant import Quantizer, pack, slices
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How the Keys or the Values of one block are stored
@@ -58,7 +58,7 @@ class Packed:
         self.codes = torch.zeros(b, h_kv, n, d_k * quantizer.bits // 8, dtype=torch.uint8, device=device)
         one_group = torch.zeros(1, h_kv, self.g, d_k, device=device)
         self.tail = one_group.to(dtype).repeat(b, 1, 1, 1) if self.g > 1 else None
-        self.undo = self.quantizer.encode(one_group)[1:3]
+        self.undo = list(self.quantizer.encode(one_group)[1:3])
         if not self.static:
             shape = (b, self.undo[0].shape[1], n // self.g, self.undo[0].shape[3])
             self.undo = [torch.zeros(shape, dtype=torch.float16, device=device) for _ in range(2)]
@@ -68,6 +68,8 @@ class Packed:
 
     def fill(self, rows, slots, X, leave_out):
         """The tokens of a prompt, X (r, h_kv, m, d_k) from slot 0 on: stored, and given back as they will be read."""
+        if self.outliers is not None:
+            self.outliers.counts[rows[:, 0]] = 0  # those of an earlier prompt
         self.store(rows, slots, X, leave_out)
         X_ = self.quantizer(X, leave_out)
         if self.tail is None:
@@ -87,7 +89,7 @@ class Packed:
 
     def store(self, rows, slots, X, leave_out):
         codes, *undo = self.quantizer.encode(X.float(), leave_out)
-        self.codes[rows, :, slots] = packed(codes, self.quantizer.bits).transpose(1, 2)
+        self.codes[rows, :, slots] = pack(codes, self.quantizer.bits).transpose(1, 2)
         if not self.static:
             for place, numbers in zip(self.undo, undo):
                 place[rows, :, slots[:, :: self.g] // self.g] = numbers.transpose(1, 2).half()
@@ -134,9 +136,11 @@ class Packed:
 
 class Outliers:
     """KVQuant's sparse part: in every sequence a list of outliers in 16 bits, token by token, with the channel of each,
-    counted through all heads; and how many a token has. Codes of outliers are the lowest or the highest."""
+    counted through all heads; and how many a token has. Codes of outliers are the lowest or the highest. Nobody knows
+    how many there will be, so this alone of the cache grows, rarely."""
 
     def __init__(self, b, n, d, device):
+        self.d = d
         self.counts = torch.zeros(b, n, dtype=torch.int16, device=device)
         self.channels = torch.zeros(b, 1, dtype=torch.int16, device=device)  # the last entry takes what is no outlier
         self.values = torch.zeros(b, 1, dtype=torch.float16, device=device)
@@ -147,6 +151,8 @@ class Outliers:
         if (missing := wanted + 1 - self.values.shape[1]) > 0:
             missing += wanted // 128  # so that it is not made longer with every token
             self.channels, self.values = (F.pad(part, (0, missing)) for part in (self.channels, self.values))
+        for part in (self.channels, self.values):
+            torch._dynamo.mark_dynamic(part, 1)  # or each length, and each block has its own, would be compiled anew
 
     def append(self, rows, slots, X, is_outlier):
         X, is_outlier = (part.transpose(1, 2).flatten(2) for part in (X, is_outlier))  # (r, m, d)
@@ -233,13 +239,13 @@ class KVCache:
         if isinstance(K, Quantizer) and K.granularity == "channel" and not K.static:
             n = -(-n // K.group_size) * K.group_size  # whole groups of tokens
         dtype, device = model.embedding.weight.dtype, model.embedding.weight.device
-        self.n, self.lengths = n, [0] * b
+        self.n, self.k, self.lengths = n, k, [0] * b
         self.at = torch.zeros(b, 1, dtype=torch.int64, device=device)  # the slot of each sequence's next token
         self.rope = rope_table(model.config, n + 1, device)
         self.blocks = [BlockCache(pair, model.config, n, b, k, pre_rope, dtype, device) for pair in quantizers]
 
     def bytes(self):
-        """What all the tensors of the cache take."""
+        """What all the tensors of its blocks take; ranges and codebooks that were calibrated are the quantizers'."""
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(self.blocks))
 
 
@@ -249,7 +255,7 @@ def tensors_of(thing):
     elif isinstance(thing, list):
         for part in thing:
             yield from tensors_of(part)
-    elif hasattr(thing, "__dict__"):
+    elif isinstance(thing, (BlockCache, Packed, Plain, Outliers)):
         yield from tensors_of(list(vars(thing).values()))
 
 

@@ -79,7 +79,7 @@ class LlamaConfig:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_scaling {rope!r} is not supported: it has to be an object or null")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        rope_type = str(rope.get("rope_type", rope.get("type", "default")))
         if rope_type not in ROPE_KEYS:
             raise ValueError(f"rope type {rope_type!r} is not supported: only {', '.join(ROPE_KEYS)} are")
         try:
@@ -94,7 +94,7 @@ class LlamaConfig:
                 num_key_value_heads=raw.get("num_key_value_heads") or h,
                 head_dim=raw.get("head_dim") or d // h,
                 max_position_embeddings=raw["max_position_embeddings"],
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+                rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
                 rope_theta=float(rope.get("rope_theta", raw.get("rope_theta") or 10000.0)),
                 rope_type=rope_type,
                 **rope_numbers,
@@ -108,7 +108,8 @@ class LlamaConfig:
             raise ValueError("one of its numbers is none") from None
         for field in fields(config):
             value = getattr(config, field.name)
-            if field.type is int and not (isinstance(value, int) and value > 0):
+            whole = field.type is int or field.name == "sliding_window" and value is not None
+            if whole and not (isinstance(value, int) and value > 0):
                 raise ValueError(f"{field.name} is {value!r}, which is not a positive whole number")
         if h % config.num_key_value_heads or config.head_dim % 2:
             raise ValueError(f"{h} query heads, {config.num_key_value_heads} Key heads of {config.head_dim} do not fit")
@@ -418,11 +419,12 @@ class Tokenizer:
     tokenizer.json, byte-level BPE    LLaMA-3 family, SmolLM2    special tokens written out in the text are recognised
 
     `bos` is the id that the model's tokenizer puts before every text (None where it puts none, as SmolLM2's), `eot` the
-    id that ends a document, by which documents are packed end to end.
+    id that ends a document, by which documents are packed end to end, `ends` all ids that end what a model says.
     """
 
-    def __init__(self, encode, decode, bos, eot):
+    def __init__(self, encode, decode, bos, eot, turn=None):
         self._encode, self.decode, self.bos, self.eot = encode, decode, bos, eot
+        self.ends = {eot, turn} - {None}
 
     def encode(self, text, bos=True):
         """Token ids, a list of int. With `bos`, the begin-of-sequence id goes first where the model has one."""
@@ -448,7 +450,8 @@ def tokenizer_from_model(path):
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError:  # not that, so it should be SentencePiece's protocol buffer
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        return processor.encode, processor.decode, processor.bos_id(), processor.eos_id()
+        decode = decoder(processor, range(processor.get_piece_size()))
+        return processor.encode, decode, processor.bos_id(), processor.eos_id()
     check_ranks(ranks)
     names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(254))]
     special = {name: len(ranks) + i for i, name in enumerate(names)}
@@ -512,7 +515,8 @@ def tokenizer_from_json(path):
                     ids += coding._encode_single_piece(left)
         return ids
 
-    return encode, decoder(coding, {*ranks.values(), *added.values()}), added.get(first), eot
+    turn = next((added[name] for name in ("<|im_end|>", "<|eot_id|>") if name in added), None)  # of a chat
+    return encode, decoder(coding, {*ranks.values(), *added.values()}), added.get(first), eot, turn
 
 
 def word_pattern(raw):

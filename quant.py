@@ -235,13 +235,6 @@ def pack(codes, bits):
     A plane of width w takes d w / 8 bytes. Its byte m holds, the lowest bits first, the codes of channels m, m + d w/8,
     m + 2 d w/8 and so on: neighbours lie side by side, so that a whole vector of bytes is unpacked by one shift.
     """
-    if codes.numel() and int(codes.max()) >= 2**bits:
-        raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits")
-    return packed(codes, bits)
-
-
-def packed(codes, bits):
-    """`pack` without its check, which a compiled graph could not make."""
     parts, codes = [], codes.to(torch.int32)
     for width in planes(bits):
         plane = (codes & (2**width - 1)).unflatten(-1, (8 // width, -1)).unbind(-2)  # each (..., d w/8)
