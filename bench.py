@@ -75,8 +75,8 @@ def random_model(config, device, dtype):
         model = Llama(config)
     size = torch.finfo(dtype).bits // 8 * sum(weight.numel() for weight in model.parameters())
     if size > (free := stream.free_memory(device)):
-        raise ValueError(f"the weights take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} are free on {device}: take "
-                         "a smaller --shape, or --dtype float16")  # fmt: skip
+        raise ValueError(f"the weights take {stream.amount(size)}, and {stream.amount(free)} are free on {device}: "
+                         "take a smaller --shape, or --dtype float16")  # fmt: skip
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     if config.tie_word_embeddings:
         model.W_vocab.weight = model.embedding.weight
@@ -278,7 +278,7 @@ def decoding(model, args, step):
             width, k = (torch.finfo(model.embedding.weight.dtype).bits, 0) if bits == 16 else (bits, 5)
             computed, free = cache_bytes(model.config, n, width, k), stream.free_memory(args.device)
             if computed * 1.1 > free:
-                print(f"{n:>8}{bits:>8}  not run: it takes {computed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free")
+                print(f"{n:>8}{bits:>8}  not run: it takes {stream.amount(computed)}, of {stream.amount(free)} free")
                 continue
             cache = noise_cache(model, bits, n)
             peak_memory(args.device, reset=True)
@@ -299,7 +299,7 @@ def decoding(model, args, step):
 # The `transformers` package, as its users run it: eager, with scaled_dot_product_attention
 
 
-def versus_transformers(name, model, directory, args, step, decode_step):
+def versus_transformers(name, model, directory, args, step, nll, decode_step):
     """The same prefill, evaluation of a window, and decoding, alternating; its quantized caches beside ours."""
     try:
         import transformers
@@ -313,8 +313,7 @@ def versus_transformers(name, model, directory, args, step, decode_step):
         with torch.device(args.device):
             theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**raw))
     theirs = theirs.to(args.device, getattr(torch, args.dtype)).eval()
-    n, nll = args.seq_len, eval_ppl.negative_log_likelihood
-    nll = nll if args.no_compile else kvsink.compiled(nll, args.device)
+    n = args.seq_len
     tokens = torch.randint(model.config.vocab_size, (1, n), device=args.device)
 
     def our_evaluation(quantizers):
@@ -399,20 +398,18 @@ def run(args):
             raise ValueError(f"--seq-len {args.seq_len} is above the model's context, {context}")
         model = Llama.from_pretrained(directory, args.device, dtype)
     card = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
-    step, decode_step = kvsink.decoder_block, generate.decode_block
-    if not args.no_compile:
-        step = kvsink.compiled(step, args.device)
-        decode_step = kvsink.compiled(decode_step, args.device, **generate.FUSE)
+    (step, nll), decode_step = eval_ppl.compiled(args), generate.compiled(args)
     compiled = step is not kvsink.decoder_block  # where there is a compiler
-    print(f"{name} on {card}, {args.dtype}, {'compiled' if compiled else 'eager'}, torch {torch.__version__}; median of "
-          f"{args.repeats} (fastest-slowest)")  # fmt: skip
+    print(f"{name} on {card}, {args.dtype}, {'compiled' if compiled else 'eager'}, torch {torch.__version__}; median "
+          f"of {args.repeats} (fastest-slowest)")  # fmt: skip
     parts, here = {
         "table4": lambda: table_4(name, model, args, step),
         "cost": lambda: cost_against_n(model, args),
         "decode": lambda: decoding(model, args, decode_step),
+        "vs": lambda: versus_transformers(name, model, directory, args, step, nll, decode_step),
     }, {"model": name, "device": card, "dtype": args.dtype, "compiled": compiled}  # fmt: skip
     if args.vs:
-        parts, args.only = {"vs": lambda: versus_transformers(name, model, directory, args, step, decode_step)}, ["vs"]
+        args.only = ["vs"]
     records = []
     for part in args.only:
         for record in parts[part]():

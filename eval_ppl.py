@@ -676,8 +676,6 @@ def complete(args):
         if not args.stream:
             raise ValueError("--scratch is for --stream")
         check_folder("--scratch", args.scratch)
-    if (args.layer is None) != (args.channel is None):
-        raise ValueError("--layer and --channel belong together: give both")
     choose_device(args)
     default_model = args.model == hub.DEFAULT_MODEL
     texts = ["wiki-sample"] if default_model else ["wikitext2", "c4"] if args.table else ["wikitext2"]
@@ -686,18 +684,25 @@ def complete(args):
         raise ValueError("--table 2 is of --scheme kvquant")
     if args.table:
         args.scheme, args.bits = ["kvquant"], args.bits or [2]
-    if "kvquant" in (args.scheme or ()) and not set(args.bits or (4, 2)) <= {2, 3, 4}:
-        raise ValueError("--scheme kvquant has 2, 3 and 4 bits")
     chosen = (args.scheme, args.bits, args.keep, args.sinks)
     args.rows = [FULL_PRECISION, *DEFAULT_ROWS]
     if any(chosen) or args.texts != ["wiki-sample"] or not default_model:
         schemes, bits = args.scheme or kvsink.PAPER_SCHEMES, args.bits or (4, 2)
         args.rows = [FULL_PRECISION, *all_rows(schemes, bits, args.keep, args.sinks, args.outliers or kvquant.RHOS)]
+    check_rows(args)
     if not any(row.scheme == "kvquant" for row in args.rows):
         for option in ("outliers", "q_norm", "calibration"):
             if getattr(args, option):
                 raise ValueError(f"--{option.replace('_', '-')} is for --scheme kvquant")
     return args
+
+
+def check_rows(args):
+    """Raises ValueError for what no model can do."""
+    if any(row.scheme == "kvquant" and row.bits not in (2, 3, 4) for row in args.rows):
+        raise ValueError("--scheme kvquant has 2, 3 and 4 bits")
+    if (args.layer is None) != (args.channel is None):
+        raise ValueError("--layer and --channel belong together: give both")
 
 
 def for_text(args, text):

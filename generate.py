@@ -134,6 +134,11 @@ def decode(model, cache, tokens, step=decode_block):
     return model.logits(H[:, 0])
 
 
+def compiled(args):
+    """`decode_block`, compiled where it can be."""
+    return decode_block if args.no_compile else kvsink.compiled(decode_block, args.device, **FUSE)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 
@@ -216,15 +221,12 @@ def complete(args):
         raise ValueError("the prompt is empty: give --prompt some text")
     if not (args.temperature >= 0 and 0 < args.top_p <= 1):  # NaN too
         raise ValueError("--temperature is at least 0, and --top-p above 0 and at most 1")
-    if args.scheme == "kvquant" and args.bits not in (2, 3, 4):
-        raise ValueError("--scheme kvquant has 2, 3 and 4 bits")
     if args.outliers and args.scheme != "kvquant":
         raise ValueError("--outliers is for --scheme kvquant")
-    if (args.layer is None) != (args.channel is None):
-        raise ValueError("--layer and --channel belong together: give both")
     eval_ppl.choose_device(args)
     keeps = eval_ppl.KEEPS if args.compare else [args.keep]
     args.rows = eval_ppl.all_rows([args.scheme], [args.bits], keeps, [args.sinks], [args.outliers])
+    eval_ppl.check_rows(args)
     default_model = args.model == hub.DEFAULT_MODEL
     args.data, args.seq_len = ("wiki-sample", 1024) if default_model else ("wikitext2", 4096)
     args.calib_windows = args.calibration = None
@@ -255,7 +257,7 @@ def run(args):
     site = eval_ppl.site_for(args, model, tokenizer, directory)
     rows = [eval_ppl.FULL_PRECISION, *args.rows] if args.compare else args.rows
     quantizers = quantizers_for(args, model, tokenizer, rows, site, directory)
-    step = decode_block if args.no_compile else kvsink.compiled(decode_block, args.device, **FUSE)
+    step = compiled(args)
     # Room in steps of 256 tokens: the code compiled for one prompt serves the next.
     draw, room = torch.Generator(), min(-(-n // 256) * 256, context)
 

@@ -42,7 +42,7 @@ class Plain:
 
 class Packed:
     """Codes of `bits` bits, and two numbers to undo them: scale and zero, or KVQuant's middle and half width. Dynamic,
-    these are stored in 16 bits, for every token or every g tokens; static, they follow from the quantizer's one set.
+    these are stored in 16 bits, for every token or every g tokens; static, they are one set.
 
     Where g tokens share a scale, it is not known before they are complete. Then `tail` has the newest, unfinished group
     in full precision; its codes are made anew with every token and not read before it is full (as in KIVI).
@@ -51,7 +51,7 @@ class Packed:
     def __init__(self, quantizer, b, h_kv, n, d_k, dtype, device):
         if d_k % 8:
             raise ValueError(f"a head of {d_k} channels: codes are packed by eights")
-        rtn = isinstance(quantizer, Quantizer)
+        rtn, self.d_k = isinstance(quantizer, Quantizer), d_k
         self.quantizer = replace(quantizer, half=True) if rtn else quantizer
         self.static = quantizer.static if rtn else quantizer.lo is not None
         self.g = quantizer.group_size if rtn and quantizer.granularity == "channel" and not self.static else 1
@@ -99,11 +99,10 @@ class Packed:
 
     def numbers_to_undo(self):
         """Both as fp32 that broadcast against (b, h_kv, n, d_k)."""
-        d_k = self.codes.shape[3] * 8 // self.quantizer.bits
         for numbers in self.undo:
-            numbers = numbers.float()[..., None].expand(*numbers.shape, d_k // numbers.shape[-1]).flatten(-2)
+            numbers = numbers.float()[..., None].expand(*numbers.shape, self.d_k // numbers.shape[-1]).flatten(-2)
             if self.g > 1:
-                numbers = numbers[..., None, :].expand(*numbers.shape[:3], self.g, d_k).flatten(2, 3)
+                numbers = numbers[..., None, :].expand(*numbers.shape[:3], self.g, self.d_k).flatten(2, 3)
             yield numbers
 
     def dequantized(self):
@@ -168,7 +167,7 @@ class Outliers:
     def entries(self, store):
         """Of every entry (b, e) its row, token, head and channel, and how far it is off what its code decodes to."""
         b, h_kv, n, _ = store.codes.shape
-        d_k, device, ends = store.codes.shape[3] * 8 // store.quantizer.bits, self.values.device, self.counts.cumsum(1)
+        d_k, device, ends = store.d_k, self.values.device, self.counts.cumsum(1)
         entry = torch.arange(self.values.shape[1], device=device).expand(b, -1).contiguous()
         rows, token = torch.arange(b, device=device)[:, None], torch.searchsorted(ends, entry, right=True)
         filled, token = token < n, token.clamp(max=n - 1)
