@@ -367,14 +367,27 @@ def parse_arguments(argv):
     which.add_argument("--model", default=hub.DEFAULT_MODEL, help="as in eval_ppl.py (default: %(default)s)")
     which.add_argument("--shape", choices=SHAPES, help="a paper's model with random weights")
     add = parser.add_argument
-    add("--only", nargs="+", choices=["table4", "cost", "decode"], default=["table4", "cost", "decode"],
-        help="parts of it (default: all)")
+    add(
+        "--only",
+        nargs="+",
+        choices=["table4", "cost", "decode"],
+        default=["table4", "cost", "decode"],
+        help="parts of it (default: all)",
+    )
     add("--seq-len", type=eval_ppl.number(32, 2**24), default=4096, help="tokens of the prefill (default: %(default)s)")
-    add("--n", nargs="+", type=eval_ppl.number(32, 2**24), default=[1024, 4096, 16384, 65536],
-        help="tokens in the cache when decoding, may be beyond the model's context (default: %(default)s)")
+    add(
+        "--n",
+        nargs="+",
+        type=eval_ppl.number(32, 2**24),
+        default=[1024, 4096, 16384, 65536],
+        help="tokens in the cache when decoding, may be beyond the model's context (default: %(default)s)",
+    )
     add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8), default=[8, 4, 3, 2, 1], help="(default: %(default)s)")
-    add("--vs", choices=["transformers"], help="beside another implementation, and nothing else; decodes "
-        "at --seq-len tokens")
+    add(
+        "--vs",
+        choices=["transformers"],
+        help="beside another implementation, and nothing else; decodes at --seq-len tokens",
+    )
     add("--repeats", type=eval_ppl.number(1), default=5, help="(default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write what was measured")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")

@@ -810,8 +810,11 @@ def parse_arguments(argv):
     add("--model", default=hub.DEFAULT_MODEL, help="name, hub id or directory (default: %(default)s)")
     add("--fig", nargs="+", type=figure_number, metavar="N", help="figures to draw (default: all)")
     add("--table", nargs="+", type=int, choices=TABLES, help="tables to print (default: both)")
-    add("--prompt", help="1 or 2, the paper's; packed, Wikipedia articles; or a text (default: 1, and packed for the "
-        "default model)")
+    add(
+        "--prompt",
+        help="1 or 2, the paper's; packed, Wikipedia articles; or a text (default: 1, and packed for the "
+        "default model)",
+    )
     add("--layer", type=eval_ppl.number(0), help="layer to draw, from 0 (default: the second where sinks are stable)")
     add("--format", choices=["png", "svg", "pdf"], default="png", help="of pictures (default: %(default)s)")
     add("--out", type=Path, default=Path("figures"), help="folder for pictures and JSON (default: %(default)s)")

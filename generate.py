@@ -196,14 +196,27 @@ def parse_arguments(argv):
     add("--compare", action="store_true", help="full precision, nothing kept, PFN and KVSink side by side")
     add = parser.add_argument_group("the cache").add_argument
     add("--bits", type=int, choices=(1, 2, 3, 4, 8), default=4, help="bits a number (default: %(default)s)")
-    add("--scheme", choices=[*kvsink.SCHEMES, "kvquant"], default="token-dynamic", help="as in eval_ppl.py; static "
-        "ranges and kvquant calibrate first (default: %(default)s)")
+    add(
+        "--scheme",
+        choices=[*kvsink.SCHEMES, "kvquant"],
+        default="token-dynamic",
+        help="as in eval_ppl.py; static ranges and kvquant calibrate first (default: %(default)s)",
+    )
     add("--keep", choices=eval_ppl.KEEPS, default="kvsink", help="which tokens to keep (default: %(default)s)")
     add("--sinks", type=eval_ppl.number(1), default=5, metavar="N", help="how many of them (default: %(default)s)")
-    add("--outliers", type=eval_ppl.fraction, default=0.0, metavar="RHO", help="KVQuant: the fraction of the numbers "
-        "stored apart in 16 bits (default: %(default)s)")
-    add("--group-size", type=eval_ppl.number(1), default=128, help="channels, or with channel-dynamic tokens, that "
-        "share a scale (default: 128, at most a head)")
+    add(
+        "--outliers",
+        type=eval_ppl.fraction,
+        default=0.0,
+        metavar="RHO",
+        help="KVQuant: the fraction of the numbers stored apart in 16 bits (default: %(default)s)",
+    )
+    add(
+        "--group-size",
+        type=eval_ppl.number(1),
+        default=128,
+        help="channels, or with channel-dynamic tokens, that share a scale (default: 128, at most a head)",
+    )
     add("--rope", choices=["post", "pre"], default="post", help="Keys after or before RoPE; KVQuant: always before")
     add = parser.add_argument_group("how to run it").add_argument
     add("--model", default=hub.DEFAULT_MODEL, help="as in eval_ppl.py (default: %(default)s)")

@@ -1,8 +1,8 @@
 """KVSink: predict the attention sinks from one hidden channel of one block, keep their Keys and Values (Algorithm 1).
 
 Read top to bottom: Table 3 says where the stable outliers of each model emerge; then Algorithm 1, to be laid beside the
-printed one line by line; then the calibration that static quantization needs first; last the finder that locates the
-outliers of a model that Table 3 does not list.
+printed one line by line; then the schemes of Section 5.1 and their calibration, which is Algorithm 1 with quantizers that
+only look; last the finder, which locates the outliers of a model that Table 3 does not list.
 
 What this file does not do: the transformer's parts come from llama.py and the equations of quantization from quant.py.
 It stores no cache: Keys and Values are quantized and dequantized in place, which is what perplexity needs.
@@ -10,16 +10,11 @@ It stores no cache: Keys and Values are quantized and dequantized in place, whic
 Blocks are counted from 1, as Algorithm 1 does; only Table 3, as printed, counts from 0.
 """
 
-import functools
-import json
-import os
-import sys
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-import hub
 from llama import attention, rope_table, rotate
 from quant import NotFinite, Quantizer
 
@@ -118,25 +113,10 @@ def preservation(keep, N, site, H):
     return {"none": {}, "pfn": {"S_sink": pfn(H, N)}, "kvsink": {"l_E": site.l_E, "c": site.c, "k": N}}[keep]
 
 
-@functools.cache
-def has_compiler(device):
-    """Whether torch.compile works here; says so in one line where it does not."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(hub.cache_directory() / "compiled"))  # for the next run too
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))  # takes a second and asks the whole toolchain
-    except Exception as error:  # each thing that can be missing (C++ compiler, headers, Triton) has a type of its own
-        reason = " ".join(str(error).split())[:160]
-        print(f"no working compiler on this machine, running eager ({reason})", file=sys.stderr)
-        return False
-    return True
-
-
-def compiled(function, device, **how):
-    """`function` under torch.compile where that works; `how` are its options. `decoder_block` is compiled at its first
-    call and then serves every block: weights, masks and ranges are inputs of its graph. Another scheme has another."""
-    if not has_compiler(device):
-        return function
-    torch._dynamo.config.recompile_limit = 64  # so many graphs before it would quietly go on eager
+def compiled(function, **how):
+    """`function` under torch.compile; `how` are its options. `decoder_block` is compiled at its first call and then
+    serves every block, because weights, masks and ranges are inputs of its graph. Another scheme makes another graph."""
+    torch._dynamo.config.recompile_limit = 64  # graphs before torch would quietly go on without compiling
     return torch.compile(function, **how)
 
 
@@ -180,44 +160,27 @@ def with_bits(cache, bits):
     return [(replace(K, bits=bits), replace(V, bits=bits)) for K, V in cache]
 
 
-def calibrate(model, windows, caches, site, pre_rope=False):
-    """Calibrate static caches: the full-precision model runs over the windows, every Key and Value widens the ranges.
+def observers(caches):
+    """A cache that looks and does not touch, to calibrate static `caches`: Algorithm 1 with it, on a text, widens their
+    ranges by every Key and Value outside S_sink, and runs the full-precision model. "Sink tokens should also be excluded
+    during quantization parameter calibration" (Appendix G) then needs no code of its own. One pass for each rule of
+    preservation serves all schemes and widths. Raises NotFinite, naming the block, where a Key or Value is NaN or inf."""
 
-    windows   token ids, (1, n) each
-    caches    list of (keep, N, cache). Tokens that a rule preserves are left out by that rule: PFN's first N in every
-              block, KVSink's predicted ones after block l_E and none before (the last sentence of Appendix G).
-    """
-    for tokens in windows:
-        H = model.embedding(tokens)
-        rope = rope_table(model.config, H.shape[1], H.device)
-        S_sinks = [pfn(H, N if keep == "pfn" else 0) for keep, N, _ in caches]
-        for l, block in enumerate(model.blocks, start=1):
-            H = calibrate_block(l, block, H, S_sinks, caches, rope, pre_rope)
-            if l == site.l_E:
-                rules = zip(caches, S_sinks)
-                S_sinks = [predict_sinks(H, site.c, N) if keep == "kvsink" else S for (keep, N, _), S in rules]
+    def observer(l, quantizers):
+        def observe(X, leave_out):
+            for quantizer in quantizers:
+                try:
+                    quantizer.calibrate(X, leave_out)
+                except NotFinite:
+                    raise NotFinite(
+                        f"NaN or inf in the Keys or Values of block {l} (from 1) while calibrating"
+                    ) from None
+            return X
 
+        return observe
 
-def calibrate_block(l, block, H, S_sinks, caches, rope, pre_rope):
-    """The same for block l (from 1) and one window: H^{l-1} -> H^l in full precision, the ranges of block l widen.
-    S_sinks are the tokens to leave out, a mask (1, n) for each of the caches."""
-    K_quantizers, V_quantizers = zip(*(cache[l - 1] for _, _, cache in caches))
-    see_K, see_V = observer(K_quantizers, S_sinks), observer(V_quantizers, S_sinks)
-    try:
-        return decoder_block(block, H, pfn(H, 0), see_K, see_V, rope, pre_rope)
-    except NotFinite:
-        raise NotFinite(f"NaN or inf in the Keys or Values of block {l} (from 1) while calibrating") from None
-
-
-def observer(quantizers, S_sinks):
-    """In the place of a quantizer: calibrates each of these with what it sees, and quantizes nothing."""
-
-    def see(X, _):
-        for quantizer, S_sink in zip(quantizers, S_sinks):
-            quantizer.calibrate(X, S_sink[:, None, :, None])
-        return X
-
-    return see
+    blocks = enumerate(zip(*caches), start=1)  # of each block the pairs of all caches
+    return [tuple(observer(l, quantizers) for quantizers in zip(*pairs)) for l, pairs in blocks]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,6 +205,7 @@ class Outliers(NamedTuple):
 
 
 def check_hidden_state(H, l, L):
+    """Raises NotFinite, naming block l of L, where H^l holds NaN or inf."""
     if not torch.isfinite(H).all():
         raise NotFinite(f"NaN or inf first appeared in block {l} of {L}, counted from 1")
 
@@ -249,15 +213,21 @@ def check_hidden_state(H, l, L):
 def stable_outliers(model, tokens):
     """The stable outliers (Section 3.1) that a prompt (1, n) shows. Raises ValueError where it shows none, NotFinite
     where a hidden state holds NaN or inf."""
-    H, rope = model.embedding(tokens), rope_table(model.config, tokens.shape[1], tokens.device)
-    peak, typical, elsewhere = [], [], []
-    for l, block in enumerate(model.blocks, start=1):
-        H = block(H, rope)
-        check_hidden_state(H, l, len(model.blocks))
+    L, peak, typical, elsewhere = len(model.blocks), [], [], []
+
+    def look(block, inputs, H):  # H^l (1, n, d)
+        check_hidden_state(H, len(peak) + 1, L)
         X = H[0].abs().float()  # (n, d)
         peak.append(X.amax(0))  # (d,): the largest token of each channel
         elsewhere.append(X.median(0).values)  # (d,): an ordinary token of each channel
         typical.append(X.median())
+
+    hooks = [model.blocks[l].register_forward_hook(look) for l in range(L)]
+    try:
+        model(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
     peak, elsewhere, typical = torch.stack(peak), torch.stack(elsewhere), torch.stack(typical)  # (L, d), (L, d), (L,)
     outlying = (peak > OUTLIER * typical[:, None]) & (peak > SPARSE * elsewhere)  # (L, d)
     # The stabilization stage spans most blocks: a channel's median over the blocks is the level at which it is stable.
@@ -281,20 +251,3 @@ def find_site(model, prompts):
         seen = ", ".join(f"block {o.l_E} (from 1) channel {o.channels[0]}" for o in found)
         raise ValueError(f"the prompts disagree where outliers emerge: {seen}; eval_ppl.py has --layer and --channel")
     return Site(found[0].l_E, found[0].channels[0])
-
-
-def site_of(model, tokenizer, name, directory):
-    """The site of a model: Table 3's where it lists the name, else found once and remembered in our own cache."""
-    if row := TABLE_3.get(name):
-        if (row.layers, row.hidden_size) == (model.config.num_hidden_layers, model.config.hidden_size):
-            return table_site(name)
-    memory = hub.cache_directory() / "sites" / f"{hub.fingerprint(directory)}.json"
-    try:
-        l_E, c = json.loads(memory.read_text(encoding="utf-8"))
-        if l_E in range(1, len(model.blocks) + 1) and c in range(model.config.hidden_size):
-            return Site(l_E, c)
-    except (OSError, ValueError, TypeError):
-        pass  # nothing remembered, or nothing legible: find it
-    site = find_site(model, [tokenizer.encode(prompt) for prompt in PROMPTS])
-    hub.write_atomically(memory, json.dumps(site).encode())
-    return site

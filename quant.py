@@ -1,7 +1,7 @@
 """Low-bit integer quantization: Equations 10 to 13 (Appendix C) in every granularity, dynamic and static.
 
 Read top to bottom: the four equations; the groups that share one scale and zero (Figure 10); the range of a group; the
-Quantizer that puts them together; and the packing of codes into bytes.
+Quantizer that puts them together.
 
 What this file does not do: it knows tensors only, no model, no layer, no sink. Which tokens to leave out is told to it
 by a mask; why is kvsink.py's business. It rounds to nearest (RTN) and has no learned or non-uniform levels.
@@ -218,48 +218,3 @@ class Quantizer:
             # so it reaches the logits, where it is found.
             X_ = X_ + (Xf - Xf)
         return X_.to(X.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Codes as bytes
-
-
-def planes(bits):
-    """The widths in which codes are stored: those that divide a byte and add up to `bits`, as 2 + 1 do to 3."""
-    return [width for width in (8, 4, 2, 1) if bits & width]
-
-
-def pack(codes, bits):
-    """Codes (..., d) to bytes (..., d bits / 8), uint8; d is a multiple of 8.
-
-    A plane of width w takes d w / 8 bytes. Its byte m holds, the lowest bits first, the codes of channels m, m + d w/8,
-    m + 2 d w/8 and so on: neighbours lie side by side, so that a whole vector of bytes is unpacked by one shift.
-    """
-    parts, codes = [], codes.to(torch.int32)
-    for width in planes(bits):
-        plane = (codes & (2**width - 1)).unflatten(-1, (8 // width, -1)).unbind(-2)  # each (..., d w/8)
-        parts.append(sum(codes_i << (width * i) for i, codes_i in enumerate(plane)))
-        codes = codes >> width
-    return torch.cat(parts, dim=-1).to(torch.uint8)
-
-
-def slices(packed, bits):
-    """Yields the codes of a few neighbouring channels after the other: a slice, and codes (..., d/4 or d/8), int32.
-
-    No more than shifts of bytes: whoever computes with them under torch.compile never has the codes in memory.
-    """
-    d = packed.shape[-1] * 8 // bits
-    step = d * min(planes(bits)[-1], 2) // 8  # 2 bits unpack to quarters of the channels, 1 bit to eighths
-    for first in range(0, d, step):
-        codes, plane, shift = 0, 0, 0
-        for width in planes(bits):
-            part, offset = divmod(first, d * width // 8)
-            byte = packed[..., plane + offset : plane + offset + step].to(torch.int32)
-            codes = codes + (((byte >> (width * part)) & (2**width - 1)) << shift)
-            plane, shift = plane + d * width // 8, shift + width
-        yield slice(first, first + step), codes
-
-
-def unpack(packed, bits):
-    """The inverse of `pack`: codes (..., d), uint8."""
-    return torch.cat([codes for _, codes in slices(packed, bits)], dim=-1).to(torch.uint8)

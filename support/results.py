@@ -1,0 +1,234 @@
+"""Rows: one perplexity each, in a JSON file, in a table, in Figure 9.
+
+Read top to bottom: a row; its bits; the JSON file; the table, printed line by line; Figure 9.
+
+What this file does not do: which rows there are and how they are measured is the business of eval_ppl.py and of
+paper/table2.py. A result is a dict, as in the JSON file.
+"""
+
+import io
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import kvsink
+from support import hub
+from support.cli import rank_and_ranks
+
+
+class Row(NamedTuple):
+    """One perplexity of Figure 9 or Table 2: a scheme at a width, and the rule by which N tokens are kept."""
+
+    scheme: str
+    bits: int
+    keep: str
+    N: int
+    rho: float = 0.0  # KVQuant's fraction of outliers in 16 bits
+
+    def kept(self):
+        return {"none": "nothing", "pfn": f"PFN-{self.N}", "kvsink": f"KVSink-{self.N}"}[self.keep]
+
+    def name(self):
+        return f"{self.scheme} {100 * self.rho:g} %" if self.rho else self.scheme
+
+    def group(self):
+        return self.name(), self.bits
+
+    def static(self):
+        return self.scheme in kvsink.SCHEMES and kvsink.SCHEMES[self.scheme].static
+
+    def __str__(self):
+        return "full precision" if self == FULL_PRECISION else f"{self.name()} {self.bits} bits, {self.kept()} kept"
+
+
+FULL_PRECISION = Row("full", 16, "none", 0)
+KEEPS = ("none", "pfn", "kvsink")
+
+
+def row_of(result):
+    return Row(*(result[key] for key in ("scheme", "bits", "keep", "sinks")), result.get("outliers", 0.0))
+
+
+def with_rules(groups, keeps, sinks):
+    """Rows for every (scheme, bits, rho) of `groups` and every rule, in the order of the table. Nothing kept and N = 0
+    are the same row."""
+    rows = []
+    for (scheme, bits, rho), keep, N in itertools.product(groups, keeps, sinks):
+        kept = keep != "none" and N > 0
+        rows.append(Row(scheme, bits, keep if kept else "none", N if kept else 0, rho))
+    return list(dict.fromkeys(rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Average bits (Table 2's last column): all that is stored for n tokens, a number of the cache
+
+
+def average_bits(row, config, n, stored, l_E=0):
+    """Codes and what undoes them, and kept tokens in 16 bits with their places, KVSink's in blocks after l_E.
+
+    stored   bits of a token, and bits that are stored once, as `rtn_bits` gives them
+    """
+    d, L, (a_token, once) = config.num_key_value_heads * config.head_dim, config.num_hidden_layers, stored
+    kept = row.N * (L - l_E) / L if row.keep == "kvsink" else row.N
+    return ((n - kept) * a_token + kept * (2 * d * 16 + 32) + once) / (2 * d * n)
+
+
+def rtn_bits(row, config, group_size):
+    """Bits that a token takes in an RTN cache, and bits that are stored once: a scale and a zero of 16 bits a group."""
+    d = config.num_key_value_heads * config.head_dim
+    if row == FULL_PRECISION:
+        return 2 * d * 16, 0
+    K, V, static = kvsink.SCHEMES[row.scheme]
+    groups = sum(d if static and granularity == "channel" else d / group_size for granularity in (K, V))
+    return 2 * d * row.bits + (0 if static else 32 * groups), 32 * groups if static else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The JSON file
+
+FIELDS = {"model": str, "data": str, "scheme": str, "bits": int, "keep": str, "sinks": int}
+FIELDS |= {"ppl": float, "ppl_fp": float, "nll": list}
+
+
+def read_results(path):
+    """The results of an earlier run, [] where there is no such file. Raises ValueError where the file is not ours."""
+    if not path or not path.exists():
+        return []
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(results, list) and all(isinstance(r[key], FIELDS[key]) for r in results for key in FIELDS):
+            return results
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise ValueError(f"{path} does not hold results of this program: it was left as it is, name another file")
+
+
+def add_result(path, result):
+    """Into the file as it is now: another run may have written to it since."""
+    with hub.lock(path):
+        results = read_results(path)
+        if result not in results:
+            hub.write_atomically(path.resolve(), json.dumps([*results, result], indent=1).encode())
+
+
+def done_before(known, old_results):
+    """row -> the old result that has all the settings `known[row]`, where there is one."""
+    return {row: old for row, own in known.items() for old in old_results if own.items() <= old.items()}
+
+
+def evaluate(known, done, measure):
+    """Yields the result of each row of `known`, row -> settings, in order: that of `done`, or what `measure(row)` gives.
+    Only the first rank has results, and what it has done decides what is run."""
+    done, to_run = dict(done), torch.tensor([row not in done for row in known])
+    if dist.is_initialized():
+        to_run = to_run.cuda() if dist.get_backend() == "nccl" else to_run
+        dist.broadcast(to_run, src=0)
+    for row, is_new in zip(known, to_run.tolist()):
+        result = measure(row) if is_new else None
+        if is_new and rank_and_ranks()[0] == 0:
+            full = result if row == FULL_PRECISION else done[FULL_PRECISION]
+            done[row] = {**known[row], **result, "ppl_fp": full["ppl"]}
+        yield done.get(row)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def shown(results, columns=()):
+    """The same results, each printed as it comes: a header first, a line a row, and what compares the rows of a
+    scheme and width when the last of them is there. `columns` are further ones: title, width, and a function from result to text."""
+    header = f"{'scheme':<16}{'bits':>4}   {'kept':<12}{'PPL':>10}{'over full':>12}"
+    print(header + "".join(f"{title:>{width}}" for title, width, _ in columns), flush=True)
+    group = []
+    for result in results:
+        row = row_of(result)
+        if group and row.group() != row_of(group[0]).group():
+            print_comparisons(group)
+            group = []
+        name = "" if group else "full precision" if row == FULL_PRECISION else f"{row.name():<16}{row.bits:>4}"
+        kept, over = row.kept(), f"{result['ppl'] - result['ppl_fp']:+.3f}"
+        if row == FULL_PRECISION:
+            kept = over = ""
+        line = f"{name:<20}   {kept:<12}{result['ppl']:>10.3f}{over:>12}"
+        print((line + "".join(f"{text(result):>{width}}" for _, width, text in columns)).rstrip(), flush=True)
+        group.append(result)
+        yield result
+    print_comparisons(group)
+
+
+def print_comparisons(group):
+    """The best row of a scheme and width, and what each KVSink-N gains over its PFN-N."""
+    rows = {row_of(result): result for result in group}
+    if len(rows) > 1:
+        best = min(rows, key=lambda row: rows[row]["ppl"])
+        print(f"{'':<23}{best.kept()} is the best of these", flush=True)
+    for row, result in rows.items():
+        rival = rows.get(row._replace(keep="pfn"))
+        if row.keep == "kvsink" and rival:
+            print(f"{'':<23}{row.kept()} against PFN-{row.N}: {gain(result['nll'], rival['nll'])}", flush=True)
+
+
+def gain(ours, theirs):
+    """In words, how much lower a perplexity is than another, from the mean negative log-likelihood a token of each
+    window, in nats. Paired over windows: most of what makes a window hard is the same for both."""
+    d = [one - other for one, other in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(d)
+    if len(d) < 2:
+        return f"PPL {100 * abs(1 - math.exp(mean)):.1f} % {'lower' if mean < 0 else 'higher'}, of one window"
+    error = statistics.stdev(d) / math.sqrt(len(d))  # standard error of the mean
+    if abs(mean) < 2 * error:
+        return f"not resolved ({100 * (math.exp(mean) - 1):+.1f} % +- {100 * error:.1f})"
+    return f"PPL {100 * abs(1 - math.exp(mean)):.1f} % {'lower' if mean < 0 else 'higher'}, +- {100 * error:.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figure 9. The paper's colours, in shades that the colour-blind can tell apart (Okabe and Ito)
+
+COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "full": "#E69F00"}
+
+
+def figure_9(results):
+    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel a model, text, scheme and width.
+    Raises ValueError where there is nothing to draw, or where results of unlike runs would meet in one panel."""
+    from matplotlib.figure import Figure
+
+    def panel(result):
+        return result["model"], result["data"], row_of(result).name(), result["bits"]
+
+    panels = list(dict.fromkeys(panel(r) for r in results if r["scheme"] != "full"))
+    if not panels:
+        raise ValueError("there are no results to draw: a Figure 9 needs rows with a scheme")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    N = sorted({r["sinks"] for r in results})
+    figure = Figure(figsize=(4 * columns, 3.1 * lines), layout="constrained")
+    for i, (model, text, scheme, bits) in enumerate(panels, start=1):
+        axis = figure.add_subplot(lines, columns, i)
+        rows = [r for r in results if panel(r) == (model, text, scheme, bits)]
+        alike = ("seq_len", "windows", "group_size", "rope", "dtype", "seed", "calib_windows", "q_norm", "weights")
+        for setting in alike:
+            if len({row.get(setting) for row in rows}) > 1:
+                where = f"{model}, {scheme}, {bits} bits"
+                raise ValueError(f"{where}: results of runs that differ in {setting}: give each run a file of its own")
+        for keep, label, marker in (("pfn", "PFN", "o"), ("kvsink", "KVSink", "s")):
+            points = sorted((r["sinks"], r["ppl"]) for r in rows if r["keep"] in (keep, "none"))
+            axis.plot(*zip(*points), f"{marker}-", color=COLORS[keep], label=label) if points else None
+        axis.axhline(rows[0]["ppl_fp"], color=COLORS["full"], linestyle="--", label="full precision")
+        names = f"{Path(model).name} on {Path(text).name}".replace("$", r"\$")  # $ would begin a formula
+        axis.set(xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, max(N) + 1), xticks=N)
+        axis.set_title(f"{names}\n{scheme}, {bits} bits", fontsize=10)
+        axis.legend()
+    return figure
+
+
+def save_figure(figure, path):
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:], dpi=100)
+    hub.write_atomically(path.resolve(), picture.getvalue())

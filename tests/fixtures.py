@@ -1,0 +1,55 @@
+"""The fixtures of all test files: conftest.py has them for tests/, test_kvsink.py imports them."""
+
+import pytest
+import torch
+
+from support import hub
+from tests import helpers
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def planted():
+    return helpers.planted_model()
+
+
+@pytest.fixture
+def sequences():
+    return helpers.two_sequences()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The options of a command on a tiny planted model and a text of bytes."""
+    return helpers.write_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def sample_calibration(monkeypatch):
+    """Static schemes calibrate on wiki-sample's second part; here on this text instead of the package index's."""
+    real = hub.documents
+
+    def documents(name, split="test"):
+        return ["A calibration text of bytes. " * 10] * 20 if split == "train" else real(name, split)
+
+    monkeypatch.setattr(hub, "documents", documents)
+
+
+@pytest.fixture
+def default_model():
+    """The directory of the default model."""
+    try:
+        return helpers.fetched_default_model()
+    except ConnectionError as error:
+        pytest.skip(f"the default model and its text could not be fetched: {error}")
+
+
+@pytest.fixture
+def default_llama(default_model):
+    """The default model itself, loaded once."""
+    return helpers.loaded(default_model)
