@@ -367,7 +367,7 @@ def settings(recipes, site, made_with):
 
 def own_file(recipes, site, made_with):
     """Where our cache keeps the calibrations of these recipes."""
-    key = repr((settings(recipes, site, made_with), sorted(recipes)))
+    key = repr((settings(recipes, site, made_with), sorted(set(recipes))))
     return cache_directory() / "kvquant" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
@@ -401,8 +401,8 @@ def save_calibrations(path, known, calibrations):
         name = recipe_name(recipe)
         tensors |= {f"{name}.{field}": tensor.cpu().contiguous() for field, tensor in calibration._asdict().items()}
         tensors |= {f"{name}.signposts.{bits}": codebooks(calibration, bits)[0].cpu() for bits in (2, 3, 4)}
-    metadata = {"settings": json.dumps(known), "sha256": digest(tensors)}
-    write_atomically(path.resolve(), save(tensors, metadata=metadata))
+    settings = json.dumps(known | {"sha256": digest(tensors)})
+    write_atomically(path.resolve(), save(tensors, metadata={"settings": settings}))
 
 
 def digest(tensors):
@@ -418,13 +418,12 @@ def load_calibrations(path, known, recipes, device):
     another or a recipe is missing."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, file.keys()
+            saved, names = json.loads((file.metadata() or {}).get("settings", "{}")), file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-        saved = json.loads(metadata.get("settings", "{}"))
         for key, value in known.items():
             if value is not None and saved.get(key) != value:  # None: these recipes do not depend on it
                 raise ValueError(f"it was made with {key} {saved.get(key)}, not {value}")
-        if metadata.get("sha256") != digest(tensors):
+        if saved.get("sha256") != digest(tensors):
             raise ValueError("its numbers are not those that were written, by their SHA-256")
         names = {recipe: recipe_name(recipe) for recipe in recipes}
         if missing := [name for name in names.values() if f"{name}.fisher" not in tensors]:

@@ -97,22 +97,21 @@ def calibration_of(what, site, machine, weights):
 
 
 def rows_of(what, kvquant, model, tokenizer, tokens, calibration, how):
-    """The function that measures a row on windows `tokens` (W, n). The first row that needs it calibrates for all."""
+    """The function that measures a row on windows `tokens` (W, n). The first calibrates for all, or refuses a file."""
     made, (recipes, site, made_with) = {}, calibration
 
     def measure(row):
-        rule, label = (row.keep, row.N, site), f"{what.rows.index(row) + 1}/{len(what.rows)} {row}"
+        if not made:
+            made.update(calibrations(model, tokenizer, recipes, site, made_with, kvquant.calibration))
         if row == FULL_PRECISION:
             cache, stored = kvsink.full_precision_cache(model), results.rtn_bits(row, model.config, what.group_size)
         else:
-            if not made:
-                made.update(calibrations(model, tokenizer, recipes, site, made_with, kvquant.calibration))
-            ready = made[Recipe(row.keep, row.N, row.rho)]
-            cache = kvquant_cache(ready, row.rho, row.bits, kvquant.q_norm)
-            stored = kvquant_bits(row, model.config)
+            own = made[Recipe(row.keep, row.N, row.rho)]
+            cache, stored = kvquant_cache(own, row.rho, row.bits, kvquant.q_norm), kvquant_bits(row, model.config)
         bits = results.average_bits(row, model.config, what.seq_len, stored, site.l_E)
-        own = replace(how, pre_rope=row != FULL_PRECISION)
-        return eval_ppl.measured(model, tokens, cache, rule, own, label, bits)
+        rule, label = (row.keep, row.N, site), f"{what.rows.index(row) + 1}/{len(what.rows)} {row}"
+        how_row = replace(how, pre_rope=row != FULL_PRECISION)
+        return eval_ppl.measured(model, tokens, cache, rule, how_row, label, bits)
 
     return measure
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import kvsink
 from support import hub
+from support.cache import amount
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
@@ -178,10 +179,6 @@ def free_memory(device):
         return 1024 * int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):  # not Linux, which alone says what is free: all there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-
-
-def amount(size):
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def duration(seconds):

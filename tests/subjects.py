@@ -83,6 +83,8 @@ def evidence(default_model):
 def drawable(tiny, monkeypatch, tmp_path):
     """The planted model as a command gets it, with prompts of the paper's form in which it has sinks: options."""
     monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kvsink, "PROMPTS", ("The sinks \x07 are here\x0b, not there.", "Summer \x07is $warm$. Winter"))
+    prompts = ("The sinks \x07 are here\x0b, not there.", "Summer \x07is $warm$. Winter")
+    monkeypatch.setattr(kvsink, "PROMPTS", prompts)
+    monkeypatch.setattr(hub, "PROMPTS", prompts)
     monkeypatch.setattr(command, "calibration_windows", lambda *_: ordinary_tokens(256, 9).view(4, 64))
     return ["--model", tiny[1], "--out", str(tmp_path / "out")]

@@ -358,4 +358,4 @@ def test_where_the_default_model_gains_from_its_sinks(evidence):  # noqa: F811
 def test_the_attention_bias_of_the_default_model_is_one(evidence):  # noqa: F811
     """Figure 6: from the emergence on, the bias points the same way for every token."""
     alike = activations.bias_similarity(evidence)
-    assert alike[12:28].min() > 0.9 and alike[12:28].mean() > 0.97 > 0.9 > alike[:12].mean()
+    assert alike[12:28].min() > 0.9 and alike[12:28].mean() > 0.97 and alike[:12].mean() < 0.9

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import eval_ppl
-from kvsink import full_precision_cache
+from kvsink import Site, full_precision_cache
 from llama import Llama
 from support import cli, run
 from support.run import How
@@ -153,7 +153,7 @@ def test_each_rank_takes_its_share(tiny, monkeypatch):
         monkeypatch.setattr(eval_ppl.dist, "get_backend", lambda: "gloo")
         monkeypatch.setattr(eval_ppl.dist, "all_reduce", lambda total: None)
         how = How(run.kvsink.decoder_block, nll)
-        return eval_ppl.window_losses(model, tokens, full_precision_cache(model), ("none", 0, None), how, "")
+        return eval_ppl.window_losses(model, tokens, full_precision_cache(model), ("none", 0, Site(0, 0)), how, "")
 
     one = losses(0, 1)
     assert len(seen) == 5

@@ -135,7 +135,10 @@ def test_a_run_that_waits_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_what_killed_runs_left_is_removed_by_the_next_that_holds_the_lock(tmp_path, capsys):
-    path, others = tmp_path / "rows.json", ["rows.json", "rows.json.20251125", "other.json." + "0" * 32]
+    path, others = (
+        tmp_path / "rows.json",
+        ["rows.json", "rows.json.20251125", "other.json." + "0" * 32, f"rows.json.{'0' * 32}.txt"],
+    )
     for name in others:
         (tmp_path / name).write_text("mine")
 
@@ -147,7 +150,7 @@ def test_what_killed_runs_left_is_removed_by_the_next_that_holds_the_lock(tmp_pa
         with hub.lock(path):
             hub.write_atomically(path, bytes(1 << 20))
 
-    assert was_killed(in_a_child(write)) and len(files_under(tmp_path)) == 4
+    assert was_killed(in_a_child(write)) and len(files_under(tmp_path)) == 5
     with hub.lock(path):
         assert files_under(tmp_path) == sorted(others)
     assert re.fullmatch(r"removed from \S+ what interrupted runs left: 1 in all, 1.0 MiB\n", capsys.readouterr().err)

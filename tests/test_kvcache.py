@@ -73,8 +73,8 @@ def test_packing_by_hand():
 
 
 def test_16_bit_parameters_against_numpy():
-    """Scale in fp16, zero a whole number within fp16, codes made with both. The rows: ordinary, tiny and wide groups, one
-    that is narrow and far off, constants."""
+    """Scale in fp16, zero a whole number within fp16, codes made with both. The rows: ordinary, tiny and wide groups,
+    one that is narrow and far off, constants."""
     X = torch.randn(1, 1, 6, 8, generator=torch.Generator().manual_seed(0))
     X = X * torch.tensor([1.0, 1e-3, 300.0, 1.0, 1.0, 0.0])[:, None]
     X[0, 0, 3], X[0, 0, 4] = X[0, 0, 3] * 1e-4 + 50, -7.25
@@ -150,8 +150,8 @@ def kvquant_calibrated():
 
 
 def sparse_cache(bits, device="cpu"):
-    """KVQuant with a tenth of the Keys stored apart. Its ranges end between the Keys of block 1: these depend on nothing
-    but the token, and the calibrated quantile is one of them, so that rounding would decide."""
+    """KVQuant with a tenth of the Keys stored apart. Its ranges are wider by 1 %, so that they end between the Keys of
+    block 1. These depend on the token alone: the calibrated quantile is one of them, and rounding would decide."""
     calibration = kvquant.Calibration(*(part.to(device) for part in kvquant_calibrated()[RECIPES[-1]]))
     calibration = calibration._replace(lo=1.01 * calibration.lo, hi=1.01 * calibration.hi)
     return kvquant.kvquant_cache(calibration, 0.1, bits)
@@ -206,8 +206,8 @@ def keys_in_full_precision(model, tokens, l):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_in_full_precision_is_the_model(family, tmp_path):
-    """With GQA, other RoPEs and Mistral's window of 16 tokens, which the text outgrows. Keys that are to be stored before
-    RoPE change nothing."""
+    """With GQA, other RoPEs and Mistral's window of 16 tokens, which the text outgrows. To store Keys before RoPE
+    changes nothing."""
     model = Llama.from_pretrained(write_model(tmp_path / "model", {**SMALL, **FAMILIES[family]}))
     tokens = torch.tensor(np.random.RandomState(1).randint(0, 97, 40))
     for pre_rope in (False, True):
@@ -387,7 +387,7 @@ def test_the_bytes_of_a_kvquant_cache_are_what_average_bits_counts(rho, bits):
 
 
 def largest_buffer(codes, entries=0):
-    """Numbers in the largest buffer that Inductor's code for the CPU makes. Sizes that are names stand for `entries`."""
+    """Numbers in the largest buffer that Inductor's code for the CPU makes; `entries` for a size that is a name."""
     shapes = [shape for code in codes for shape in re.findall(r"= empty_strided_cpu\(\(([^)]*)\)", code)]
     return max(math.prod(eval(f"[{re.sub('[su][0-9]+', str(entries), shape)}]")) for shape in shapes)
 

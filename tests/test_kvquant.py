@@ -25,6 +25,21 @@ from tests.helpers import EMERGENCE, SITE, SMALL, STRONG, WEAK, ordinary_tokens,
 # The codebook
 
 
+@pytest.fixture
+def quick_codebooks(monkeypatch):
+    """Where clusters need not be the best ones: one start, few iterations."""
+    monkeypatch.setattr(
+        kvquant, "weighted_kmeans", functools.partial(kvquant.weighted_kmeans, restarts=1, iterations=9)
+    )
+
+
+@pytest.fixture
+def no_codebooks(monkeypatch):
+    """Where only the calibration counts."""
+    shape = (6, 2)  # blocks; Keys and Values
+    monkeypatch.setattr(kvquant, "codebooks", lambda calibration, bits: [torch.zeros(*shape, 2**bits)] * 2)
+
+
 def clusters_of(kind):
     """Numbers and weights whose clusters are easy, uneven, or hidden under a few heavy weights."""
     draw = np.random.RandomState(7)
@@ -296,7 +311,7 @@ def test_average_bits_are_those_of_table_2():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_kvquant_under_algorithm_1(planted, calibrated, sequences, recipe, monkeypatch):
+def test_kvquant_under_algorithm_1(planted, calibrated, sequences, recipe, quick_codebooks, monkeypatch):
     """Kept tokens are untouched and the others quantized, Keys before RoPE; in a batch as one by one; compiled as eager."""
     calibrations, _ = calibrated
     cache = kvquant.kvquant_cache(calibrations[recipe], recipe.rho, 2)
@@ -322,7 +337,7 @@ def test_kvquant_under_algorithm_1(planted, calibrated, sequences, recipe, monke
 
 
 @pytest.mark.parametrize("recipe", RECIPES[2:])
-def test_kvquant_compiled_is_kvquant_eager(planted, calibrated, sequences, recipe):
+def test_kvquant_compiled_is_kvquant_eager(planted, calibrated, sequences, recipe, quick_codebooks):
     """One graph a block, whatever is kept; with outliers and without."""
     cache, H = kvquant.kvquant_cache(calibrated[0][recipe], recipe.rho, 2), planted.embedding(sequences[0])
     rule, step = preservation(recipe.keep, recipe.N, SITE, H), torch.compile(kvsink.decoder_block, fullgraph=True)
@@ -332,7 +347,7 @@ def test_kvquant_compiled_is_kvquant_eager(planted, calibrated, sequences, recip
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_outliers_are_stored_apart_only_where_rho_says_so(calibrated, recipe):
+def test_outliers_are_stored_apart_only_where_rho_says_so(calibrated, recipe, quick_codebooks):
     """Keys far outside the calibrated range: as they were, in 16 bits, or at the end of the range with rho 0."""
     calibration = calibrated[0][recipe]
     cache = kvquant.kvquant_cache(calibration, recipe.rho, 2)
@@ -344,7 +359,7 @@ def test_outliers_are_stored_apart_only_where_rho_says_so(calibrated, recipe):
         assert np.allclose(quantize_K(torch.tensor(K)).numpy(), expected, rtol=1e-3, atol=1e-3)
         V = torch.zeros(1, 2, 1, 8)
         V[0, 1, 0, 5] = 100.0  # of 16 numbers one at each end is an outlier where rho is a tenth
-        codes, _, half, outliers = quantize_V.encode(V)
+        _, _, half, outliers = quantize_V.encode(V)
         assert outliers.sum() == (1 if recipe.rho else 0) and half.item() == (0 if recipe.rho else 50)
 
 
@@ -375,7 +390,7 @@ def test_kvquant_on_cuda(planted, calibrated, sequences, dtype):
 # Its file
 
 
-def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(calibrated, tmp_path):
+def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(calibrated, tmp_path, quick_codebooks):
     calibrations, _ = calibrated
     path, settings = tmp_path / "some" / "file.safetensors", {"windows": 2, "weights": "abc", "site": [2, 5]}
     kvquant.save_calibrations(path, settings, calibrations)
@@ -402,7 +417,7 @@ def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(calibrated, tm
 
 
 @pytest.mark.parametrize("name", ["pfn-3-0.0.lo", "kvsink-2-0.1.fisher", "pfn-3-0.1.signposts.4"])
-def test_a_file_with_another_number_is_refused(calibrated, tmp_path, name):
+def test_a_file_with_another_number_is_refused(calibrated, tmp_path, no_codebooks, name):
     """One bit of any tensor, also of one that these recipes do not need; a file without its SHA-256; one cut short."""
     path = tmp_path / "file.safetensors"
     kvquant.save_calibrations(path, {"windows": 2}, calibrated[0])
@@ -422,12 +437,9 @@ MADE_WITH = kvquant.MadeWith(weights="abc", text="wiki-sample", windows=2, token
 
 
 @pytest.fixture
-def ask(tiny, tmp_path, monkeypatch, sample_calibration):
+def ask(tiny, tmp_path, monkeypatch, sample_calibration, no_codebooks):
     """The tiny model's calibrations, in an empty cache of ours or in a file; some of MADE_WITH may be another."""
     monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        kvquant, "weighted_kmeans", functools.partial(kvquant.weighted_kmeans, restarts=1, iterations=9)
-    )
     model, tokenizer = Llama.from_pretrained(tiny[1]), Tokenizer.from_pretrained(tiny[1])
 
     def calibrations(recipes=RECIPES[2:3], site=SITE, path=None, **other):

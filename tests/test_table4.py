@@ -1,0 +1,110 @@
+"""Table 4 and `python -m paper.table4`: against the page as printed, and a clock that the test turns."""
+
+import json
+import sys
+
+import pytest
+
+from llama import LlamaConfig
+from paper import shapes, table4
+from paper.kvcache import cache_bytes
+from support import cli
+from tests.helpers import PLANTED, refuse
+
+# Table 4's memory columns, in the characters of the page
+TABLE_4_MEMORY = {
+    "llama2-7b": ["256", "0.5", "2.5", "10"], "llama2-13b": ["400", "0.78", "3.91", "15.63"],
+    "llama2-70b": ["160", "0.31", "1.56", "6.25"], "mistral-7b": ["64", "0.13", "0.63", "2.5"],
+    "llama3-8b": ["64", "0.13", "0.63", "2.5"], "llama3.2-3b": ["56", "0.11", "0.55", "2.19"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE_4_MEMORY)
+def test_the_memory_columns_of_table_4_to_the_printed_digit(name):
+    assert table4.table_4_memory(shapes.shape(name)) == TABLE_4_MEMORY[name]
+    *_, without, added = table4.PAPER_TABLE_4[name]
+    assert [table4.printed(x) for x in (without, *added)] == TABLE_4_MEMORY[name]
+
+
+# Its time columns: prefill in ms, and what KVSink-1, KVSink-5 and KVSink-20 add
+TABLE_4_TIME = {
+    "llama2-7b": "676.78 0.04 0.04 0.05", "llama2-13b": "1090.70 0.04 0.05 0.05",
+    "llama2-70b": "4481.05 0.04 0.05 0.05", "mistral-7b": "686.32 0.04 0.05 0.05",
+    "llama3-8b": "707.95 0.04 0.05 0.05", "llama3.2-3b": "430.74 0.04 0.05 0.05",
+}  # fmt: skip
+
+
+def test_the_time_columns_of_table_4_as_printed():
+    shown = {name: f"{ms:.2f} " + " ".join(map(str, added)) for name, (ms, added, *_) in table4.PAPER_TABLE_4.items()}
+    assert shown == TABLE_4_TIME
+
+
+def test_time_is_the_median_and_warming_up_is_not_counted(monkeypatch):
+    """Two works whose every call takes one unit more than the last; 3 repeats after a round that does not count."""
+    clock, calls = [0.0], []
+
+    def work(name, slow):
+        calls.append(name)
+        clock[0] += slow * calls.count(name) / 1e3
+
+    monkeypatch.setattr(table4.time, "perf_counter", lambda: clock[0])
+    times = table4.measure({"a": lambda: work("a", 1), "b": lambda: work("b", 10)}, 3, "cpu")
+    assert calls == ["a", "b"] * 4
+    assert times["a"] == pytest.approx((3, 2, 4)) and times["b"] == pytest.approx((30, 20, 40))
+    times = table4.measure({"a": lambda: work("c", 2)}, 1, "cpu", times=4)
+    assert times["a"] == pytest.approx(((5 + 6 + 7 + 8) * 2 / 4,) * 3)
+
+
+def test_the_table4_command(tiny, capsys, tmp_path):
+    out, n = tmp_path / "out.json", ["--n", "64", "96", "--bits", "4", "2", "--repeats", "2", "--seq-len", "64"]
+    assert table4.main(["--model", tiny[1], "--no-compile", "--json", str(out), *n]) == 0
+    printed, records = capsys.readouterr().out, json.loads(out.read_text())
+    assert all(f"KVSink-{k}" in printed for k in (1, 5, 20)) and "prefill time" in printed and "tokens/s" in printed
+    decoded = {(r["n"], r["bits"]): r for r in records if r["what"] == "decode"}
+    assert set(decoded) == {(n, bits) for n in (64, 96) for bits in (16, 4, 2)}
+    for (n, bits), record in decoded.items():
+        numbers = 2 * 6 * n * 2 * 8
+        assert record["computed"] == (4 * numbers if bits == 16 else numbers * bits / 8 + numbers / n * 5 * 2)
+        assert record["fastest"] <= record["median"] <= record["slowest"]
+    caches = {r["what"]: r for r in records if r["unit"] == "bytes"}
+    assert caches["cache, 2 bits, k = 20"]["computed"] == cache_bytes(LlamaConfig.from_pretrained(tiny[1]), 64, 2, 20)
+    assert {r["what"] for r in records} >= {f"lines 14-16, k = {k}" for k in (1, 5, 20)}
+
+
+def test_a_shape_has_random_weights_and_runs(capsys, monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "llama2-7b", {**PLANTED, "tie_word_embeddings": True})
+    command = ["--shape", "llama2-7b", "--no-compile", "--repeats", "1", "--seq-len", "32", "--n", "32", "--bits", "2"]
+    assert table4.main(command) == 0
+    assert "676.78 + 0.04" in capsys.readouterr().out  # the paper's beside ours
+    monkeypatch.setattr(cli, "free_memory", lambda device: 1000)
+    refuse(command, ["weights take", "are free", "--shape"], capsys, table4)
+
+
+def test_a_cache_that_does_not_fit_is_not_run(tiny, capsys, monkeypatch):
+    """64 tokens take 49,152 bytes in fp32 and 7,104 in 4 bits, and a tenth is to spare."""
+    command = ["--model", tiny[1], "--no-compile", "--only", "decode", "--repeats", "1", "--n", "64", "--bits", "4"]
+    monkeypatch.setattr(cli, "free_memory", lambda device: 10000)
+    assert table4.main(command) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["64"]]
+    assert ["not run" in line for line in lines] == [True, False] and "nanx" in lines[1]
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--n", "0"], ["--n", "from 32"]),
+    (["--n", "1" + "0" * 400], ["--n", "from 32 to"]),
+    (["--json", "/"], ["is there and is not a file"]),
+    (["--bits", "16"], ["--bits"]),
+    (["--model", "x", "--shape", "llama2-7b"], ["--shape", "--model"]),
+    (["--shape", "llama2-8b"], ["--shape"]),
+    (["--json", "nowhere/out.json"], ["nowhere", "cannot write"]),
+    (["--seq-len", "600"], ["--seq-len 600", "context, 512"]),
+])  # fmt: skip
+def test_bad_arguments_of_table4(change, words, tiny, capsys):
+    base = [] if "--shape" in change else ["--model", tiny[1]]
+    refuse([*base, "--no-compile", *change], words, capsys, table4)
+
+
+def test_the_other_implementation_is_asked_for_by_name(tiny, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    command = ["--model", tiny[1], "--no-compile", "--seq-len", "64", "--vs", "transformers"]
+    refuse(command, ["pip install transformers"], capsys, table4)
