@@ -127,17 +127,18 @@ def extremes(X):
     return X.gather(1, X.abs().argmax(1, keepdim=True))[:, 0]
 
 
-def evolution(model, tokens):
-    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'}, H^l; and the median |H^l|, (L,).
-    Raises NotFinite where a hidden state holds NaN or inf."""
+def evolution(model, tokens, c):
+    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'}, H^l; the median |H^l|, (L,); and the
+    tokens that stand out in channel c of H^l, a mask (L, n). Raises NotFinite where a hidden state holds NaN or inf."""
     names = ("X_d_in", "X_d_out", "H_", "H")
 
     def reduce(a):
         check_hidden_state(a.H, a.l, len(model.blocks))
-        return *(extremes(getattr(a, name)).cpu() for name in names), a.H.abs().median().cpu()
+        found = *(extremes(getattr(a, name)) for name in names), a.H.abs().median(), sink_tokens(a.H, c)
+        return [X.cpu() for X in found]
 
-    *curves, typical = (torch.stack(column) for column in zip(*look(model, tokens, reduce)))
-    return dict(zip(names, curves)), typical
+    *curves, typical, S = (torch.stack(column) for column in zip(*look(model, tokens, reduce)))
+    return dict(zip(names, curves)), typical, S
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,9 +225,8 @@ class Subject:
 def examine(name, text, model, tokenizer, windows, site, layer=None):
     """A Subject. `layer` is the one to draw, from 0; by default the second where sinks are stable, the paper's layer 3
     of LLaMA2-7B. Raises ValueError where no token stands out, or every one."""
-    curves, typical = evolution(model, windows[0])
-    found = stages(curves["H"].abs().amax(1), typical)
-    S = look(model, windows[0], lambda a: sink_tokens(a.H, site.c).cpu())[site.l_E - 1]
+    curves, typical, S = evolution(model, windows[0], site.c)
+    found, S = stages(curves["H"].abs().amax(1), typical), S[site.l_E - 1]
     subject = Subject(name, text, model, tokenizer, windows, site, 0, curves, typical, found, S)
     if not found or not S.any() or not subject.stable_blocks:
         raise ValueError(f"no stable outliers: no token of {text} stands out in {name} after block {site.l_E} (from 1)")

@@ -27,6 +27,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **how):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **how)
 
+    def parse_args(self, argv=None):
+        for word in argv or []:
+            if word.endswith("=--"):  # which argparse takes for no value at all
+                self.error(f"{word}: a value is missing")
+        return super().parse_args(argv)
+
     def error(self, message):  # one line, without the usage
         raise ValueError(f"{message} (--help explains)")
 
@@ -151,8 +157,13 @@ def has_compiler(device):
 
 
 def join_ranks(device):
-    """Under torchrun, meet the other ranks."""
+    """Under torchrun, meet the other ranks. Raises ValueError where the environment is only half torchrun's."""
     if "RANK" in os.environ and not dist.is_initialized():
+        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+            if not os.environ.get(name, "").isdecimal():
+                raise ValueError(
+                    f"RANK is set, but {name} is {os.environ.get(name)!r}: start with torchrun, or unset RANK"
+                )
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -208,16 +219,27 @@ def out_of_memory(error):
 def guarded(program, work, advice):
     """Do the work and give the exit status. What the user can mend is one line on stderr and status 2, no traceback;
     `advice` says what to do where memory is short."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal that lacks a character shows another, and the work goes on
     try:
         with torch.no_grad():
             work()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no memory, a rank that was lost
-        if os.environ.get("RANK", "0") == "0" or not dist.is_initialized():
-            short = out_of_memory(error)
-            print(f"{program}: {f'{short}; {advice}' if short else ' '.join(str(error).split())}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read the output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain while it ends
+        return 141
+    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
+        # RuntimeError: no memory, or a rank that was lost. What the options ask is the same on all ranks, which tell it
+        # one by one until they have met, and then the first alone.
+        rank, short = os.environ.get("RANK", "0"), out_of_memory(error)
+        if rank == "0" or short or not dist.is_initialized():
+            said = f"{short}; {advice}" if short else " ".join(str(error).split())
+            print(f"{program}: {f'rank {rank}: ' if rank != '0' else ''}{said}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():

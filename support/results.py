@@ -92,8 +92,30 @@ def rtn_bits(row, config, group_size):
 # ---------------------------------------------------------------------------------------------------------------------
 # The JSON file
 
-FIELDS = {"model": str, "data": str, "scheme": str, "bits": int, "keep": str, "sinks": int}
-FIELDS |= {"ppl": float, "ppl_fp": float, "nll": list}
+
+def is_name(x):
+    return isinstance(x, str) and x == x.encode(errors="ignore").decode()  # no lone surrogate
+
+
+def is_whole(x):
+    return type(x) is int and 0 <= x < 2**31
+
+
+def is_number(x):
+    return type(x) is int and abs(x) < 2**63 or type(x) is float and math.isfinite(x)
+
+
+FIELDS = {"model": is_name, "data": is_name, "scheme": is_name, "keep": lambda x: x in KEEPS, "bits": is_whole}
+FIELDS |= {"sinks": is_whole, "ppl": is_number, "ppl_fp": is_number}
+
+
+def is_result(x):
+    others = (value for key, value in x.items() if key not in FIELDS and key != "nll")
+    return (
+        all(key in x and fits(x[key]) for key, fits in FIELDS.items())
+        and all(is_number(loss) for loss in x.get("nll", []))
+        and all(value is None or is_name(value) or is_number(value) or value in (True, False) for value in others)
+    )
 
 
 def read_results(path):
@@ -102,9 +124,9 @@ def read_results(path):
         return []
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(results, list) and all(isinstance(r[key], FIELDS[key]) for r in results for key in FIELDS):
+        if isinstance(results, list) and all(map(is_result, results)):
             return results
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{path} does not hold results of this program: it was left as it is, name another file")
 
@@ -171,7 +193,7 @@ def print_comparisons(group):
         print(f"{'':<23}{best.kept()} is the best of these", flush=True)
     for row, result in rows.items():
         rival = rows.get(row._replace(keep="pfn"))
-        if row.keep == "kvsink" and rival:
+        if row.keep == "kvsink" and rival and "nll" in result and "nll" in rival:  # older files lack it
             print(f"{'':<23}{row.kept()} against PFN-{row.N}: {gain(result['nll'], rival['nll'])}", flush=True)
 
 

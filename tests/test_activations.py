@@ -18,6 +18,7 @@ from tests.helpers import CHANNEL, SITE, STRONG, ordinary_tokens, plant
 from tests.subjects import (
     PLACES,
     evidence,  # noqa: F401
+    in_some_blocks,
     keys_and_values,
     planted_subject,
     planted_windows,
@@ -205,12 +206,13 @@ def test_a_subject_is_examined():
 
 def test_evolution_is_of_every_token_the_entry_largest_in_magnitude(planted):
     """By NumPy, from the activations of each block."""
-    curves, typical = activations.evolution(planted, planted_windows()[0])
+    curves, typical, S = activations.evolution(planted, planted_windows()[0], CHANNEL)
     seen = look(planted, planted_windows()[0], lambda a: a)
     for name, curve in curves.items():
         expected = [[row[np.abs(row).argmax()] for row in getattr(a, name).numpy()] for a in seen]
         assert curve.shape == (6, 40) and np.array_equal(curve, expected), name
     assert np.allclose(typical, [np.sort(np.abs(a.H.numpy()), None)[(40 * 32 - 1) // 2] for a in seen])
+    assert [row.nonzero().flatten().tolist() for row in S] == [[], *[PLACES[0]] * 5]  # from the emergence on
 
 
 def test_a_site_after_the_emergence_leaves_fewer_blocks(planted):
@@ -350,7 +352,7 @@ def test_qkv_suppression_of_the_default_model(evidence):  # noqa: F811
 def test_where_the_default_model_gains_from_its_sinks(evidence):  # noqa: F811
     """Not from the ranges of other tokens, but from the sinks' own Keys and Values, and so from the bias of Eq. 9."""
     left = {8: 0.1, 4: 0.2, 3: 0.4, 2: 0.7}  # of the bias's error when the sinks are kept, at most
-    for row in activations.static_damage(evidence):
+    for row in activations.static_damage(in_some_blocks(evidence)):
         assert row["sinks' K"] > 1.4 * row["others' K"] and row["sinks' V"] > 1.1 * row["others' V"]
         assert row["bias, kept"] < left[row["bits"]] * row["bias"] and row["scores, kept"] < 0.9 * row["scores"]
 

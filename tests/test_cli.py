@@ -187,3 +187,33 @@ def test_half_precision_only_where_it_is_safe(monkeypatch):
         monkeypatch.setattr(torch, "zeros", lambda *_, fake=fake, **__: fake)
         assert cli.machine(args).dtype == dtype
     monkeypatch.setattr(torch, "zeros", real)
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"RANK": "1"}, ["RANK is set", "WORLD_SIZE"]),
+    ({"RANK": "abc"}, ["RANK is 'abc'"]),
+    ({"RANK": "1", "WORLD_SIZE": ""}, ["WORLD_SIZE is ''"]),
+    ({"RANK": "0", "WORLD_SIZE": "1"}, ["MASTER_PORT is None"]),
+])  # fmt: skip
+def test_half_of_torchruns_environment(environment, words, tiny, capsys, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refuse([*tiny, "--scheme", "token-dynamic"], words, capsys, eval_ppl)
+
+
+def test_a_reader_that_has_enough_and_a_terminal_without_a_character(tiny, tmp_path):
+    """`| head -1` ends the command quietly; a name that the terminal cannot show is shown as far as it can."""
+    model = tmp_path / "modèle"
+    model.symlink_to(tiny[1])
+    command = [sys.executable, "eval_ppl.py", *tiny, "--model", str(model), "--scheme", "token-dynamic", "--sinks", "1"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "mod?le on" in done.stdout and "KVSink-1" in done.stdout
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(120) == 141
+
+
+def test_an_option_without_its_value(capsys):
+    refuse(["--model=--"], ["--model=--", "value"], capsys, eval_ppl)

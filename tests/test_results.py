@@ -1,5 +1,6 @@
 """Rows: the JSON file, the table, Figure 9."""
 
+import json
 import math
 import os
 import signal
@@ -220,3 +221,26 @@ def test_average_bits_of_the_rtn_schemes_count_what_a_quantizer_has():
     assert average_bits(FULL_PRECISION) == 16
     row = Row("token-dynamic", 4, "kvsink", 6)  # kept in two blocks of three: as four tokens in every block
     assert average_bits(row, l_E=1) == average_bits(row._replace(keep="pfn", N=4))
+
+
+GOOD = {"model": "m", "data": "d", "scheme": "full", "keep": "none", "sinks": 0, "bits": 16, "ppl": 1.0, "ppl_fp": 1.0}
+
+
+@pytest.mark.parametrize("change", [
+    {"sinks": 10**400}, {"sinks": -1}, {"sinks": True}, {"outliers": [1]}, {"seq_len": [4]}, {"seq_len": 10**400}, {"bits": 2.5},
+    {"model": "\ud800"}, {"keep": "some"}, {"keep": ["none"]}, {"ppl": math.nan}, {"ppl": "1"}, {"nll": 3}, {"nll": ["x"]},
+    {"nll": [math.inf]}, {"weights": {}},
+])  # fmt: skip
+def test_results_that_cannot_be_are_not_ours(change, tmp_path):
+    out = tmp_path / "out.json"
+    for row, fine in (
+        (GOOD, True),
+        ({**GOOD, "nll": [0.5], "compiled": True, "weights": "x"}, True),
+        (GOOD | change, False),
+    ):
+        out.write_text(json.dumps([row]))
+        if fine:
+            assert results.read_results(out) == [row]
+        else:
+            with pytest.raises(ValueError, match="left as it is"):
+                results.read_results(out)
