@@ -74,13 +74,6 @@ def default_subject(directory):
     return replace(subject, quantizers=static_quantizers(subject, [window[None] for window in calibration]))
 
 
-def in_some_blocks(subject):
-    """The same on its first window and in every fifth of the blocks where sinks are stable: a claim that holds there
-    takes a fifth of the time."""
-    stages = [found._replace(stabilization=found.stabilization[::5]) for found in subject.stages]
-    return replace(subject, windows=subject.windows[:1], stages=stages)
-
-
 @pytest.fixture
 def evidence(default_model):
     return default_subject(default_model)

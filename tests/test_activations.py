@@ -18,7 +18,6 @@ from tests.helpers import CHANNEL, SITE, STRONG, ordinary_tokens, plant
 from tests.subjects import (
     PLACES,
     evidence,  # noqa: F401
-    in_some_blocks,
     keys_and_values,
     planted_subject,
     planted_windows,
@@ -352,7 +351,8 @@ def test_qkv_suppression_of_the_default_model(evidence):  # noqa: F811
 def test_where_the_default_model_gains_from_its_sinks(evidence):  # noqa: F811
     """Not from the ranges of other tokens, but from the sinks' own Keys and Values, and so from the bias of Eq. 9."""
     left = {8: 0.1, 4: 0.2, 3: 0.4, 2: 0.7}  # of the bias's error when the sinks are kept, at most
-    for row in activations.static_damage(in_some_blocks(evidence)):
+    half = replace(evidence, windows=[evidence.windows[0][:, :512]])  # scores are of all pairs: a quarter of the time
+    for row in activations.static_damage(half):
         assert row["sinks' K"] > 1.4 * row["others' K"] and row["sinks' V"] > 1.1 * row["others' V"]
         assert row["bias, kept"] < left[row["bits"]] * row["bias"] and row["scores, kept"] < 0.9 * row["scores"]
 

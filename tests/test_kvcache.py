@@ -261,13 +261,15 @@ def test_the_sinks_of_the_prompt_are_kept_for_the_whole_generation(planted, sequ
 
 @pytest.mark.parametrize("scheme", ["full", "token-dynamic", "channel-dynamic"])
 def test_a_prompt_may_fill_the_cache(planted, sequences, scheme):
-    """Exactly: 24 tokens of 24. One more is too many, for a prompt and for decoding."""
+    """Exactly: 24 tokens of 24, the last two of them decoded or in the prompt. One more is too many, for either."""
     tokens, keep = sequences[0][0], "none" if scheme == "full" else "kvsink"
     quantizers = full_precision_cache(planted) if scheme == "full" else kvsink.rtn_cache(planted, scheme, 3, 8)
     stored = quantizers if scheme == "full" else as_stored(quantizers)
-    logits, cache = decoded(planted, tokens, 24, quantizers, keep, 2)
-    torch.testing.assert_close(logits, step_by_step(planted, tokens, 24, stored, keep, 2, False), rtol=1e-3, atol=1e-3)
-    assert cache.n == 24 and cache.lengths == [24]
+    for prompt in (22, 24):
+        expected = step_by_step(planted, tokens, prompt, stored, keep, 2, False)
+        logits, cache = decoded(planted, tokens, prompt, quantizers, keep, 2)
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+        assert cache.n == 24 and cache.lengths == [24]
     with pytest.raises(ValueError, match="made for 24 tokens and is full"):
         generate.decode(planted, cache, torch.tensor([20]))
     with pytest.raises(ValueError, match="the prompt has 25 tokens, and the cache was made for 24"):
@@ -284,6 +286,8 @@ def test_a_cache_that_is_full_or_asked_for_too_much(planted):
     for keep in ("pfn", "none"):
         with pytest.raises(ValueError, match="cannot keep 5 of 4"):
             generate.prefill(planted, keeping, [[20] * 4], keep, 5)
+    logits = generate.prefill(planted, keeping, [[20, 21, 22, 23, 24]], "pfn", 5)  # all of a prompt is not too much
+    torch.testing.assert_close(logits, planted(torch.tensor([[20, 21, 22, 23, 24]]))[:, -1])
     with pytest.raises(ValueError, match="cannot keep 6 tokens in a cache that was made to keep 5"):
         generate.prefill(planted, keeping, [[20] * 8], "pfn", 6)
     generate.prefill(planted, cache, [[20] * 5])
