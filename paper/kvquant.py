@@ -1,7 +1,7 @@
 """KVQuant (Hooper et al., NeurIPS 2024, arXiv 2401.18079): the method of Table 2, by itself or with KVSink on top.
 
 The idea in eight lines:
-  1 Keys and Values do not matter alike: by how much the loss feels each of them says its squared gradient (Fisher);
+  1 Keys and Values do not matter alike: the squared gradient of the loss says how much each one does (Fisher);
   2 so levels are not evenly spaced: 2^b signposts in [-1, 1] lie where numbers that matter are (weighted k-means);
   3 Keys have channels that are large in every token, until RoPE turns them: they are quantized before it, by channel;
   4 Values have none: they are quantized by token, all heads together;
@@ -167,11 +167,11 @@ BINS = 4096  # of [-1, 1]: far finer than 16 signposts, and it makes 134 million
 
 
 def key_ranges(model, rule, rhos, site, states, bar):
-    """rho -> lo, hi (2, L, h_kv, 1, d_k): the quantiles rho/2 and 1 - rho/2 of each channel of the Keys before RoPE, over
-    all tokens that the rule (keep, N) does not keep; and S_sink (W, n), the tokens that it keeps.
+    """rho -> lo, hi (2, L, h_kv, 1, d_k): the quantiles rho/2 and 1 - rho/2 of each channel of the Keys before RoPE,
+    over all tokens that the rule (keep, N) does not keep; and S_sink (W, n), the tokens that it keeps.
 
-    Algorithm 1 over the batch of all windows on the host, with an observer of Keys: those of one block are in memory, not
-    of all. `states` (L + 1, W, n, d) begins with H^0 of the windows; H^1 to H^L are left there for the way back.
+    Algorithm 1 over the batch of all windows on the host, with an observer of Keys: the Keys of one block are in
+    memory, not of all. `states` (L + 1, W, n, d) holds H^0 of the windows; H^1 to H^L are left there for the way back.
     """
     keys, ranges = [], {rho: [] for rho in rhos}
 
@@ -215,8 +215,8 @@ def recorder(seen):
 
 
 def fisher_information(model, windows, states):
-    """Yields l, i, K, V, F_K, F_V of every block, from the last to the first, and in it of every window i: K before RoPE
-    and V (1, h_kv, n, d_k), and the diagonal of the Fisher information of each of their numbers, which is the squared
+    """Yields l, i, K, V, F_K, F_V of every block l, from the last to the first, and in it of every window i: K before
+    RoPE and V (1, h_kv, n, d_k), and the Fisher information (its diagonal) of each of their numbers: the squared
     gradient of the loss on the window.
 
     Backwards by hand, block after block from `states` (L + 1, W, n, d), the H^0 to H^L of all windows (W, n): the graph
@@ -260,13 +260,13 @@ def host_bytes(model, windows):
 
 
 def calibrate(model, windows, recipes, site, quiet=None):
-    """recipe -> Calibration, from windows (W, n) of token ids, for all recipes at once: forwards through the blocks once
-    for each rule of preservation, backwards once. Raises ValueError where host memory has no room for the hidden states,
-    NotFinite where a gradient is not finite."""
+    """recipe -> Calibration, from windows (W, n) of token ids, for all recipes at once: forwards through the blocks
+    once for each rule of preservation, backwards once. `quiet` is what tqdm calls `disable`. Raises ValueError where
+    host memory has no room for the hidden states, NotFinite where a gradient is not finite."""
     if (needed := host_bytes(model, windows)) > (free := cli.free_memory("cpu")):
         raise ValueError(
-            f"calibrating KVQuant takes {cli.amount(needed)} of host memory for hidden states, where {cli.amount(free)} "
-            "are free: lower --calib-windows or --seq-len"
+            f"KVQuant's calibration takes {cli.amount(needed)} of host memory for hidden states, where "
+            f"{cli.amount(free)} are free: lower --calib-windows or --seq-len"
         )
     device, L, (W, n) = model.embedding.weight.device, len(model.blocks), windows.shape
     d = model.config.num_key_value_heads * model.config.head_dim
@@ -336,8 +336,9 @@ def kvquant_cache(calibration, rho, bits, q_norm=False):
 
 
 def kvquant_bits(row, config):
-    """Bits that a token takes, and bits that are stored once, as results.average_bits takes them: codes, the range of the
-    token's Values, outliers of 16 bits with their channels and how many; the ranges of Keys and two codebooks."""
+    """Bits that a token takes, and bits that are stored once, as results.average_bits takes them. Of a token: codes,
+    the range of its Values, outliers in 16 bits with their channels, and their number. Once: the ranges of Keys and two
+    codebooks."""
     d = config.num_key_value_heads * config.head_dim
     outliers = 32 * (row.rho * d + 2 * tail_of(row.rho, d)) + 2 * 16 if row.rho else 0
     return 2 * d * row.bits + 2 * 16 + outliers, 2 * 16 * d + 2 * 16 * 2**row.bits
@@ -382,10 +383,8 @@ def calibrations(model, tokenizer, recipes, site, made_with, path=None):
             return load_calibrations(file, known, recipes, model.embedding.weight.device)
         cli.check_folder("the calibration's folder", file.parent)
         ids = text.calibration_windows(tokenizer, made_with.text, made_with.tokens, made_with.windows, made_with.seed)
-        size = cli.amount(host_bytes(model, ids))
-        say(
-            f"calibrating KVQuant on {len(ids)} windows of {ids.shape[1]} tokens: {size} of hidden states in host memory"
-        )
+        (W, n), size = ids.shape, cli.amount(host_bytes(model, ids))
+        say(f"calibrating KVQuant on {W} windows of {n} tokens: {size} of hidden states in host memory")
         made = calibrate(model, ids, recipes, site)
         save_calibrations(file, known, made)
         if not path:
@@ -394,8 +393,8 @@ def calibrations(model, tokenizer, recipes, site, made_with, path=None):
 
 
 def save_calibrations(path, known, calibrations):
-    """All of a run's calibrations, with the codebooks of 2, 3 and 4 bits for others to read. `known` is what they depend
-    on, a dict."""
+    """All of a run's calibrations, with the codebooks of 2, 3 and 4 bits for others to read. `known`, a dict, is what
+    they depend on."""
     tensors = {}
     for recipe, calibration in calibrations.items():
         name = recipe_name(recipe)

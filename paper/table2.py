@@ -5,12 +5,11 @@
 
 Read top to bottom: Table 2 as printed; the rows of a run; the command.
 
-What this file does not do: the method is kvquant.py's, perplexity is eval_ppl.py's. Both commands may write to one --json
-file, where KVQuant's rows then stand beside those of the RTN schemes.
+What this file does not do: the method is kvquant.py's, perplexity is eval_ppl.py's. This command and eval_ppl.py may
+write to one --json file, where KVQuant's rows then stand beside those of the RTN schemes.
 """
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,8 +87,8 @@ def settings(what, kvquant, row, *where):
 
 
 def calibration_of(what, site, machine, weights):
-    """Recipes, site and MadeWith of the rows, done or not: one file has all. As in KVQuant, WikiText-2 calibrates for C4
-    too."""
+    """Recipes, site and MadeWith of the rows, done or not: one file has all. As in KVQuant, WikiText-2 calibrates for
+    C4 too."""
     source = "wikitext2" if what.data in TEXTS else text.PACKED
     tokens = calibration_tokens(what)
     made_with = MadeWith(weights, source, what.calib_windows, tokens, what.seed, machine.dtype)
@@ -173,8 +172,8 @@ def parse_arguments(argv):
     cli.add_site_options(add)
     add("--seed", type=int, default=0, help="of windows at random places: calibration, c4 (default: 0)")
     cli.add_machine_options(add)
-    add("--stream", action="store_true", help="all windows through one block after the other, which come from disk: for "
-        "models larger than the memory")
+    add("--stream", action="store_true", help="all windows through one block after the other, which come from disk: "
+        "for models larger than the memory")
     return parser.parse_args(argv)
 # fmt: on
 
@@ -266,4 +265,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.leave(main(sys.argv[1:]))
+    cli.leave(main())

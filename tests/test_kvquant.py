@@ -312,7 +312,7 @@ def test_average_bits_are_those_of_table_2():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_kvquant_under_algorithm_1(planted, calibrated, sequences, recipe, quick_codebooks, monkeypatch):
-    """Kept tokens are untouched and the others quantized, Keys before RoPE; in a batch as one by one; compiled as eager."""
+    """Kept tokens are untouched and the others quantized, Keys before RoPE; in a batch as one by one."""
     calibrations, _ = calibrated
     cache = kvquant.kvquant_cache(calibrations[recipe], recipe.rho, 2)
     H, used, entered = planted.embedding(sequences[0]), [], []
