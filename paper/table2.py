@@ -10,6 +10,7 @@ write to one --json file, where KVQuant's rows then stand beside those of the RT
 """
 
 import argparse
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def columns(what, kvquant):
     def paper(row):
         return paper_ppl(row, what.model, what.data, what.seq_len, kvquant.q_norm)
 
-    bits = ("avg. bits", 11, lambda result: f"{result['avg_bits']:.3f}")
+    bits = ("avg. bits", 11, lambda result: f"{result.get('avg_bits', math.nan):.3f}")
     printed = ("Table 2 (paper)", 18, lambda result: f"{paper(results.row_of(result)) or '':}")
     return [bits, printed] if any(paper(row) for row in what.rows) else [bits]
 

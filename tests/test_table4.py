@@ -40,19 +40,19 @@ def test_the_time_columns_of_table_4_as_printed():
 
 
 def test_time_is_the_median_and_warming_up_is_not_counted(monkeypatch):
-    """Two works whose every call takes one unit more than the last; 3 repeats after a round that does not count."""
+    """Two works whose i-th call takes i^2 units, so that median and mean differ; 3 repeats after a round that does not count."""
     clock, calls = [0.0], []
 
     def work(name, slow):
         calls.append(name)
-        clock[0] += slow * calls.count(name) / 1e3
+        clock[0] += slow * calls.count(name) ** 2 / 1e3
 
     monkeypatch.setattr(table4.time, "perf_counter", lambda: clock[0])
     times = table4.measure({"a": lambda: work("a", 1), "b": lambda: work("b", 10)}, 3, "cpu")
     assert calls == ["a", "b"] * 4
-    assert times["a"] == pytest.approx((3, 2, 4)) and times["b"] == pytest.approx((30, 20, 40))
+    assert times["a"] == pytest.approx((9, 4, 16)) and times["b"] == pytest.approx((90, 40, 160))
     times = table4.measure({"a": lambda: work("c", 2)}, 1, "cpu", times=4)
-    assert times["a"] == pytest.approx(((5 + 6 + 7 + 8) * 2 / 4,) * 3)
+    assert times["a"] == pytest.approx(((25 + 36 + 49 + 64) * 2 / 4,) * 3)
 
 
 def test_the_table4_command(tiny, capsys, tmp_path):
