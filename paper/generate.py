@@ -26,7 +26,6 @@ import kvsink
 from llama import Llama, LlamaConfig, rotate
 from paper import kvquant
 from paper.kvcache import KVCache, Plain, cache_bytes
-from paper.table2 import fraction
 from quant import NotFinite
 from support import cli, hub, results, text
 from support.results import FULL_PRECISION, Row, with_rules
@@ -310,7 +309,7 @@ def parse_arguments(argv):
         "ranges and kvquant calibrate first (default: %(default)s)")
     add("--keep", choices=results.KEEPS, default="kvsink", help="which tokens to keep (default: %(default)s)")
     add("--sinks", type=cli.number(1), default=5, metavar="N", help="how many of them (default: %(default)s)")
-    add("--outliers", type=fraction, default=0.0, metavar="RHO", help="KVQuant: the fraction of the numbers stored "
+    add("--outliers", type=cli.fraction, default=0.0, metavar="RHO", help="KVQuant: the fraction of the numbers stored "
         "apart in 16 bits (default: %(default)s)")
     add("--group-size", type=cli.number(1), default=128, help="channels, or with channel-dynamic tokens, that share a "
         "scale (default: 128, at most a head)")

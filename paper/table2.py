@@ -9,7 +9,6 @@ What this file does not do: the method is kvquant.py's, perplexity is eval_ppl.p
 write to one --json file, where KVQuant's rows then stand beside those of the RTN schemes.
 """
 
-import argparse
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,16 +130,6 @@ def columns(what, kvquant):
 # The command
 
 
-def fraction(text):
-    """An argparse type: a number from 0 to 0.5."""
-    try:
-        if 0 <= float(text) <= 0.5:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 0.5")
-
-
 # fmt: off
 def parse_arguments(argv):
     parser = cli.Parser(
@@ -155,7 +144,7 @@ def parse_arguments(argv):
     add("--data", nargs="+", help="wiki-sample, wikitext2, c4, or a UTF-8 text file (default: wiki-sample for the "
         "default model, else wikitext2 c4)")
     add("--bits", nargs="+", type=cli.number(2, 4), default=[2], help="bits a number, 2 to 4 (default: 2)")
-    add("--outliers", nargs="+", type=fraction, metavar="RHO", default=RHOS, help="fractions of the numbers stored "
+    add("--outliers", nargs="+", type=cli.fraction, metavar="RHO", default=RHOS, help="fractions of the numbers stored "
         "apart in 16 bits (default: 0 0.001 0.005 0.01)")
     add("--keep", nargs="+", choices=results.KEEPS, default=["pfn", "kvsink"], help="which tokens to keep (default: "
         "pfn kvsink)")

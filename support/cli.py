@@ -52,6 +52,16 @@ def number(low, high=math.inf):
     return parse
 
 
+def fraction(text):
+    """An argparse type: a number from 0 to 0.5."""
+    try:
+        if 0 <= float(text) <= 0.5:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to 0.5")
+
+
 def add_model_options(add):
     add("--model", default=hub.DEFAULT_MODEL, help="a directory, a hub id, or one of "
         f"{', '.join([hub.DEFAULT_MODEL, *hub.MODELS])} (default: %(default)s)")  # fmt: skip

@@ -171,7 +171,13 @@ def test_stages_where_there_are_two_emergences_or_none():
     assert main == (range(1, 9), range(9, 10), range(10, 20), range(20, 22), range(22, 22))
     assert weaker == (range(1, 2), range(2, 4), range(4, 7), range(7, 9), range(9, 9))
     weaker, main = stages(torch.tensor([5.0] + [300] * 12 + [20000] * 6 + [9]), torch.ones(20))
-    assert main == (range(1, 14), range(14, 15), range(15, 20), range(20, 21), range(21, 21))  # few blocks, but stronger
+    assert main == (
+        range(1, 14),
+        range(14, 15),
+        range(15, 20),
+        range(20, 21),
+        range(21, 21),
+    )  # few blocks, but stronger
     assert weaker == (range(1, 2), range(2, 3), range(3, 14), range(14, 14), range(14, 14))
     assert stages(torch.full((12,), 99.0), torch.ones(12)) == []  # it takes a hundred times the median
     assert stages(torch.full((12,), 990.0), torch.full((12,), 10.0)) == []

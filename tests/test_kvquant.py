@@ -480,3 +480,35 @@ def test_a_damaged_calibration_of_our_cache_is_made_again_and_a_named_one_refuse
     with pytest.raises(ValueError, match="mine.safetensors.*SHA-256"):
         ask(path=mine)
     assert mine.read_bytes() == damaged
+
+
+def test_gradients_reach_keys_and_values(tmp_path):
+    """What the Fisher information of KVQuant needs: the gradient of the loss at every K and V, here of a block's."""
+    model = Llama.from_pretrained(write_model(tmp_path, SMALL))
+    tokens, seen = GOLDEN_TOKENS[:1, :12], []
+
+    def keep(module, inputs, output):
+        seen.append(output.requires_grad_())
+
+    hooks = [linear.register_forward_hook(keep) for block in model.blocks for linear in (block.W_k, block.W_v)]
+    with torch.enable_grad():
+        logits = model(tokens)
+        loss = F.cross_entropy(logits[0, :-1], tokens[0, 1:])
+        gradients = torch.autograd.grad(loss, seen)
+    for hook in hooks:
+        hook.remove()
+    assert len(gradients) == 6 and all(g.abs().max() > 1e-6 for g in gradients)
+    # A finite difference at one number of the last block's V.
+    step, at = 1e-2, (0, 3, 5)
+
+    def shifted(by):
+        def add(module, inputs, output):
+            output[at] += by
+
+        hook = model.blocks[-1].W_v.register_forward_hook(add)
+        loss = F.cross_entropy(model(tokens)[0, :-1].double(), tokens[0, 1:])
+        hook.remove()
+        return loss
+
+    difference = (shifted(step) - shifted(-step)) / (2 * step)
+    assert gradients[-1][at].item() == pytest.approx(difference.item(), rel=1e-2, abs=1e-6)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,3 +245,26 @@ def test_results_that_cannot_be_are_not_ours(change, tmp_path):
         else:
             with pytest.raises(ValueError, match="left as it is"):
                 results.read_results(out)
+
+
+def test_several_texts_in_one_run(tiny, tmp_path, capsys):
+    other, out = tmp_path / "other.txt", tmp_path / "out.json"
+    other.write_text("Another text. " * 20)
+    options = [
+        "--data",
+        tiny[3],
+        str(other),
+        "--scheme",
+        "token-dynamic",
+        "--sinks",
+        "1",
+        "--limit",
+        "1",
+        "--json",
+        str(out),
+    ]
+    assert eval_ppl.main([*tiny, *options]) == 0
+    results = results_of(out)
+    assert [Path(r["data"]).name for r in results] == ["text.txt"] * 7 + ["other.txt"] * 7
+    assert results[0]["ppl"] != results[7]["ppl"] == results[7]["ppl_fp"] == results[8]["ppl_fp"]
+    assert capsys.readouterr().out.count("full precision") == 2

@@ -345,15 +345,13 @@ def test_a_folder_where_nothing_can_be_written(tiny, capsys, our_cache, monkeypa
 
 
 def test_kvquant_on_the_default_model(default_model, tmp_path, quick_codebooks):
-    """At 3 bits below the RTN scheme with static ranges by channel, at 2 bits far below, and lower with outliers; at 4
-    bits near full precision: windows of 256 tokens resolve no more (docs/results.md has longer ones)."""
+    """At 3 and 4 bits below the RTN scheme with static ranges by channel, at 2 bits far below, and lower with outliers."""
     out, file = tmp_path / "out.json", tmp_path / "calibration.safetensors"
-    common = "--keep kvsink --sinks 5 --seq-len 256 --limit 4 --calib-windows 4 --no-compile".split()
-    common += ["--json", str(out), "--bits", "2", "3"]
+    common = "--keep kvsink --sinks 5 --limit 2 --calib-windows 4 --no-compile --bits 2 3 4".split()
+    common += ["--json", str(out)]
     assert eval_ppl.main([*common, "--scheme", "channel-static"]) == 0
-    assert table2.main([*common, "4", "--outliers", "0", "0.01", "--calibration", str(file)]) == 0
+    assert table2.main([*common, "--outliers", "0", "0.01", "--calibration", str(file)]) == 0
     ppl = {(r["scheme"], r["bits"], r.get("outliers")): r["ppl"] for r in results_of(out)}
-    for bits in (2, 3):
-        assert ppl["kvquant", bits, 0.01] < ppl["kvquant", bits, 0.0] < ppl["channel-static", bits, None]
-    assert ppl["kvquant", 2, 0.0] < ppl["channel-static", 2, None] / 5
-    assert max(ppl["kvquant", 4, rho] for rho in (0.0, 0.01)) < 1.04 * ppl["full", 16, None]
+    for bits in (2, 3, 4):
+        assert ppl["kvquant", bits, 0.01] < ppl["kvquant", bits, 0.0] < ppl["channel-static", bits, None], ppl
+    assert ppl["kvquant", 2, 0.0] < ppl["channel-static", 2, None] / 10, ppl
