@@ -231,44 +231,47 @@ def check_against_model(what, config):
         raise ValueError(f"--seq-len {what.seq_len} is above the model's context, {config.max_position_embeddings}")
     if (most := max(row.N for row in what.rows)) > what.seq_len:
         raise ValueError(f"--sinks {most} is above the window of {what.seq_len} tokens")
+    cli.fitting_group(what.group_size, config.head_dim)
 
 
-def run(whats, machine, streamed, place, json, plot):
-    """`whats` are of one model on one text or several. Rows are printed and written as they are done."""
-    old_results, shown, name = results.read_results(json), [], whats[0].model
+def opened(whats, machine, streamed, place, check):
+    """All that comes before the first row: model, tokenizer, site, fingerprint of the weights, windows of each text.
+    `whats` are of one model on one text or several. Raises what any of it raises, before anything that takes time."""
     cli.join_ranks(machine.device)
+    name = whats[0].model
     directory = hub.model_directory(name)
     config = LlamaConfig.from_pretrained(directory)
-    group_size, groups = cli.fitting_group(whats[0].group_size, config.head_dim)
     site = cli.chosen_site(*place, config)
     for what in whats:
-        check_against_model(what, config)  # before anything that takes time
+        check(what, config)
     load = stream.from_pretrained if streamed else Llama.from_pretrained
     model, tokenizer = load(directory, machine.device, machine.torch_dtype), Tokenizer.from_pretrained(directory)
     texts = [text.windows(tokenizer, w.data, "test", w.seq_len, w.limit, w.seed) for w in whats]
     text.check_vocabulary(torch.cat([tokens.flatten() for tokens in texts]), config, directory)
     if site is None and any(row.keep == "kvsink" for row in whats[0].rows):
         site = hub.site_of(model, tokenizer, name, directory)
-    site, step, nll = site or kvsink.Site(0, 0), kvsink.decoder_block, negative_log_likelihood
-    step, nll, weights = machine.compiled(step), machine.compiled(nll), hub.fingerprint(directory)
+    return model, tokenizer, site or kvsink.Site(0, 0), hub.fingerprint(directory), texts
+
+
+def run(whats, machine, streamed, place, json, plot):
+    """Rows are printed and written as they are done."""
+    old_results, shown = results.read_results(json), []
+    model, tokenizer, site, weights, texts = opened(whats, machine, streamed, place, check_against_model)
+    step, nll = machine.compiled(kvsink.decoder_block), machine.compiled(negative_log_likelihood)
+    (group_size, groups), first = (
+        cli.fitting_group(whats[0].group_size, model.config.head_dim),
+        rank_and_ranks()[0] == 0,
+    )
     for what, tokens in zip(whats, texts):
         what, how = replace(what, group_size=group_size), How(step, nll, what.rope == "pre", streamed)
         known = {row: settings(what, row, tokens, machine, weights, site) for row in what.rows}
         done = results.done_before(known, old_results)
-        found = results.evaluate(known, done, rows_of(what, model, tokenizer, tokens, site, how))
-        if rank_and_ranks()[0]:
-            list(found)
-            continue
-        print(f"{name} on {what.data}, {len(tokens)} windows of {what.seq_len} tokens, {groups}")
-        if site.l_E:
-            print(f"sinks predicted after block {site.l_E} (counted from 1) in channel {site.c}")
-        if streamed and (rows := [row for row in what.rows if row not in done]):
+        if streamed and first and (rows := [row for row in what.rows if row not in done]):
             rules = {(row.keep, row.N) for row in rows if row.static()}
             stream.announce(model, tokens, [len(tokens)] * len(rows) + [what.calib_windows] * len(rules))
-        for result in results.shown(found):
-            shown.append(result)
-            if json:
-                results.add_result(json, result)
+        found = results.evaluate(known, done, rows_of(what, model, tokenizer, tokens, site, how))
+        heading = f"{what.model} on {what.data}, {len(tokens)} windows of {what.seq_len} tokens, {groups}"
+        shown += results.followed(heading, site, found, json)
     if shown and plot:
         results.save_figure(results.figure_9(shown), plot)
 

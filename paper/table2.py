@@ -13,18 +13,15 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 
 import eval_ppl
 import kvsink
 from eval_ppl import What
-from llama import Llama, LlamaConfig
 from paper.kvquant import MadeWith, Recipe, calibrations, kvquant_bits, kvquant_cache, own_file
 from support import cli, hub, results, stream, text
 from support.cli import rank_and_ranks
 from support.results import FULL_PRECISION, Row, with_rules
 from support.run import How
-from support.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Table 2 as printed: PPL on WikiText-2, then on C4, of the models in this order
@@ -204,39 +201,20 @@ def check_against_model(what, config):
 
 
 def run(whats, kvquant, machine, streamed, place, json):
-    """`whats` are of one model on one text or several. Rows are printed and written as they are done."""
-    old_results, name = results.read_results(json), whats[0].model
-    cli.join_ranks(machine.device)
-    directory = hub.model_directory(name)
-    config = LlamaConfig.from_pretrained(directory)
-    group_size, _ = cli.fitting_group(whats[0].group_size, config.head_dim)
-    site = cli.chosen_site(*place, config)
-    for what in whats:
-        check_against_model(what, config)  # before anything that takes time
-    load = stream.from_pretrained if streamed else Llama.from_pretrained
-    model, tokenizer = load(directory, machine.device, machine.torch_dtype), Tokenizer.from_pretrained(directory)
-    texts = [text.windows(tokenizer, w.data, "test", w.seq_len, w.limit, w.seed) for w in whats]
-    text.check_vocabulary(torch.cat([tokens.flatten() for tokens in texts]), config, directory)
-    if site is None and any(row.keep == "kvsink" for row in whats[0].rows):
-        site = hub.site_of(model, tokenizer, name, directory)
-    site, weights = site or kvsink.Site(0, 0), hub.fingerprint(directory)
+    """Rows are printed and written as they are done."""
+    old_results = results.read_results(json)
+    model, tokenizer, site, weights, texts = eval_ppl.opened(whats, machine, streamed, place, check_against_model)
     step, nll = machine.compiled(kvsink.decoder_block), machine.compiled(eval_ppl.negative_log_likelihood)
+    (group_size, _), first = cli.fitting_group(whats[0].group_size, model.config.head_dim), rank_and_ranks()[0] == 0
     for what, tokens in zip(whats, texts):
         what, how = replace(what, group_size=group_size), How(step, nll, stream=streamed)
         known = {row: settings(what, kvquant, row, tokens, machine, weights, site) for row in what.rows}
         done, calibration = results.done_before(known, old_results), calibration_of(what, site, machine, weights)
-        found = results.evaluate(known, done, rows_of(what, kvquant, model, tokenizer, tokens, calibration, how))
-        if rank_and_ranks()[0]:
-            list(found)
-            continue
-        print(f"{name} on {what.data}, {len(tokens)} windows of {what.seq_len} tokens")
-        if site.l_E:
-            print(f"sinks predicted after block {site.l_E} (counted from 1) in channel {site.c}")
-        if streamed and (rows := [row for row in what.rows if row not in done]):
+        if streamed and first and (rows := [row for row in what.rows if row not in done]):
             stream.announce(model, tokens, [len(tokens)] * len(rows) + calibration_passes(what, kvquant, calibration))
-        for result in results.shown(found, columns(what, kvquant)):
-            if json:
-                results.add_result(json, result)
+        found = results.evaluate(known, done, rows_of(what, kvquant, model, tokenizer, tokens, calibration, how))
+        heading = f"{what.model} on {what.data}, {len(tokens)} windows of {what.seq_len} tokens"
+        results.followed(heading, site, found, json, columns(what, kvquant))
 
 
 def calibration_passes(what, kvquant, calibration):

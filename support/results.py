@@ -185,6 +185,22 @@ def shown(results, columns=()):
     print_comparisons(group)
 
 
+def followed(heading, site, found, json, columns=()):
+    """Prints results as they come, and adds them to the JSON file (None: none). Gives them all; none but on the first
+    rank."""
+    if rank_and_ranks()[0]:
+        return [result for result in found if result]
+    print(heading)
+    if site.l_E:
+        print(f"sinks predicted after block {site.l_E} (counted from 1) in channel {site.c}")
+    results = []
+    for result in shown(found, columns):
+        results.append(result)
+        if json:
+            add_result(json, result)
+    return results
+
+
 def print_comparisons(group):
     """The best row of a scheme and width, and what each KVSink-N gains over its PFN-N."""
     rows = {row_of(result): result for result in group}

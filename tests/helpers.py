@@ -239,3 +239,19 @@ def fetched_default_model():
 @functools.cache
 def loaded(directory):
     return Llama.from_pretrained(directory)
+
+
+@functools.cache
+def default_results():
+    """The JSON file of `python eval_ppl.py --no-compile` in these tests: a row that one has measured, no other does."""
+    return Path(tempfile.mkdtemp()) / "default.json"
+
+
+REFERENCE = {  # an independent implementation on a modeling library: fp32, 8 windows of 1,024, 4 calibration windows
+    ("full", 16, "none", 0): 19.559,
+    ("channel-static", 4, "none", 0): 22.469,
+    ("channel-static", 4, "pfn", 5): 20.988,
+    ("channel-static", 4, "pfn", 20): 20.933,
+    ("channel-static", 4, "kvsink", 5): 20.583,
+    ("channel-static", 4, "kvsink", 20): 20.496,
+}

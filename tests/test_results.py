@@ -1,5 +1,6 @@
 """Rows: the JSON file, the table, Figure 9."""
 
+import functools
 import json
 import math
 import os
@@ -160,7 +161,10 @@ def test_interrupting_keeps_the_rows_done(tiny, tmp_path):
     out = tmp_path / "out.json"
     rows = ["--bits", *map(str, range(1, 9)), "--sinks", *map(str, range(30))]  # minutes of them
     command = [sys.executable, "eval_ppl.py", *tiny, "--scheme", "token-dynamic", *rows, "--json", str(out)]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A job in the background of a shell ignores interrupts, and so would its children.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=HERE, preexec_fn=heed, **pipes)
     while process.poll() is None and (not out.exists() or len(results_of(out)) < 2):
         time.sleep(0.01)
     for _ in range(5):  # Python drops an interrupt that falls into a destructor; one presses again
@@ -268,3 +272,26 @@ def test_several_texts_in_one_run(tiny, tmp_path, capsys):
     assert [Path(r["data"]).name for r in results] == ["text.txt"] * 7 + ["other.txt"] * 7
     assert results[0]["ppl"] != results[7]["ppl"] == results[7]["ppl_fp"] == results[8]["ppl_fp"]
     assert capsys.readouterr().out.count("full precision") == 2
+
+
+def test_figure_9_has_a_panel_for_each_model_scheme_and_width():
+    rows = [
+        {"model": model, "data": "wikitext2", "scheme": scheme, "bits": bits, "keep": keep, "sinks": N, "ppl": ppl, "ppl_fp": 5.0}
+        for model in ("llama2-7b", "some/llama$2")
+        for scheme, bits, keep, N, ppl in [
+            ("full", 16, "none", 0, 5.0), ("token-static", 4, "none", 0, 9.0), ("token-static", 4, "pfn", 5, 8.0),
+            ("token-static", 4, "kvsink", 5, 6.0), ("token-static", 2, "pfn", 5, 80.0), ("token-static", 2, "kvsink", 5, 60.0),
+        ]
+    ]  # fmt: skip
+    drawn = results.figure_9(rows)
+    panels = {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn.axes}
+    names = [f"{m} on wikitext2\ntoken-static, {bits} bits" for m in ("llama2-7b", r"llama\$2") for bits in (4, 2)]
+    assert list(panels) == names
+    lines = panels[names[0]]
+    assert [list(map(float, x)) for x in lines["KVSink"].get_data()] == [[0, 5], [9, 6]]
+    assert [list(map(float, x)) for x in lines["PFN"].get_data()] == [[0, 5], [9, 8]]
+    assert set(lines["full precision"].get_ydata()) == {5.0}
+    with pytest.raises(ValueError, match="no results to draw"):
+        results.figure_9(rows[:1])
+    with pytest.raises(ValueError, match="differ in rope"):
+        results.figure_9([{**rows[1], "rope": "post"}, {**rows[1], "rope": "pre"}])
