@@ -63,7 +63,7 @@ class LlamaConfig:
         if architecture not in ("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral"):
             raise ValueError(f"architecture {architecture!r} is not supported: only LLaMA and Mistral are")
         if quantization := raw.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
             raise ValueError(f"its weights are quantized ({method}): take the checkpoint in fp16, bf16 or fp32")
         for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
             if (raw.get(key) or plain) != plain:
@@ -99,8 +99,8 @@ class LlamaConfig:
             whole = field.type is int or field.name == "sliding_window" and value is not None
             if whole and not (type(value) is int and 0 < value < 2**31):
                 raise ValueError(f"{field.name} is {value!r}, which is not a positive whole number below 2^31")
-            if field.type is float and not (type(value) in (int, float) and 0 < value < math.inf):
-                raise ValueError(f"{field.name} is {value!r}, which is not a positive number")
+            if field.type is float and not (type(value) in (int, float) and 0 < value < 2**63):
+                raise ValueError(f"{field.name} is {value!r}, which is not a positive number below 2^63")
             if field.type is bool and type(value) is not bool:
                 raise ValueError(f"{field.name} is {value!r}, which is neither true nor false")
         if h % config.num_key_value_heads or config.head_dim % 2:

@@ -88,7 +88,7 @@ def test_rope_parameters_of_newer_files_mean_the_same():
     assert old == LlamaConfig.from_dict({**SMALL, "rope_parameters": {**LLAMA31_ROPE, "rope_theta": 5e5}})
 
 
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", [None, 4, 8])
 def test_attention_against_numpy(window):
     """Eq. 3 written out in float64: every query of every head by itself, over the keys that it may see."""
     draw = np.random.RandomState(0)

@@ -449,7 +449,7 @@ def run(what, numbers, ending, json):
 
 def figure_number(text):
     """An argparse type: a figure of the paper's that has data."""
-    if text.isdigit() and int(text) in (*FIGURES, *SAME, 9):
+    if text.isdecimal() and int(text) in (*FIGURES, *SAME, 9):
         return SAME.get(int(text), int(text))
     raise ArgumentTypeError(f"{text!r}: the paper's figures with data are 1, 2, 4-7 and 9-23 (3 and 8 are sketches)")
 

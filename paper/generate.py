@@ -301,7 +301,7 @@ def parse_arguments(argv):
     add("--max-new-tokens", type=cli.number(1), default=100, metavar="N", help="(default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
     add("--top-p", type=float, default=0.9, help="sample from the tokens that make up so much (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=cli.number(0, 2**63 - 1), default=0, help="(default: %(default)s)")
     add("--compare", action="store_true", help="full precision, nothing kept, PFN and KVSink side by side")
     add = parser.add_argument_group("the cache").add_argument
     add("--bits", type=int, choices=(1, 2, 3, 4, 8), default=4, help="bits a number (default: %(default)s)")
@@ -327,8 +327,8 @@ def parse(argv):
     args = parse_arguments(argv)
     if not args.prompt.strip():
         raise ValueError("the prompt is empty: give --prompt some text")
-    if not (args.temperature >= 0 and 0 < args.top_p <= 1):  # NaN too
-        raise ValueError("--temperature is at least 0, and --top-p above 0 and at most 1")
+    if not (args.temperature == 0 or 1e-6 <= args.temperature <= 1e6) or not 1e-6 <= args.top_p <= 1:  # NaN too
+        raise ValueError("--temperature is 0 or from 1e-6 to 1e6, and --top-p from 1e-6 to 1")
     if args.outliers and args.scheme != "kvquant":
         raise ValueError("--outliers is for --scheme kvquant")
     if args.scheme == "kvquant" and args.bits not in (2, 3, 4):

@@ -45,7 +45,7 @@ def print_table_3(row):
     if row["table_3"]:
         channels = ", ".join(map(str, row["table_3"]["channels"]))
         agrees = "agrees" if row["table_3_agrees"] else "DISAGREES"
-        whose = "kvsink.py's row (the paper has none)" if row["model"] == hub.DEFAULT_MODEL else "Table 3"
+        whose = "kvsink.py's row (not the paper's)" if row["model"] == hub.DEFAULT_MODEL else "Table 3"
         print(f"  {whose} {agrees} on them: layer {row['table_3']['emergence']}, channels {channels}", flush=True)
     else:
         print("  Table 3 does not list this model", flush=True)

@@ -80,6 +80,8 @@ def add_machine_options(add):
 
 def check_file(path):
     """Raises ValueError where a file (None: none) could not be written at the end of a run."""
+    if path and len(os.fsencode(path.name)) > 200:  # temporary names beside it are longer
+        raise ValueError(f"the name {path.name[:20]}... is too long: at most 200 bytes")
     if path and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
         raise ValueError(f"{path}: cannot write in {path.absolute().parent}")
     if path and path.exists() and not path.is_file():
@@ -139,7 +141,7 @@ class Machine:
 def machine(args):
     """The Machine that the options ask for. Raises ValueError where that device is not to be had."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = args.device or best
+    name = best if args.device is None else args.device
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

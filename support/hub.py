@@ -52,6 +52,17 @@ OTHER_KINDS = {  # how a file's name ends -> what it and its repository are
 }
 
 
+def is_whole(files):
+    """Whether a directory or a repository has what a model needs."""
+    return "config.json" in files and ("model.safetensors" in files or INDEX in files)
+
+
+def other_kind(name, files):
+    """What a directory or a repository that is not whole is, and what to do, in words; None where it is of no kind."""
+    found = [words for ending, words in OTHER_KINDS.items() if any(file.endswith(ending) for file in files)]
+    return f"{name} {found[0]}".replace("{0}", str(name)) if found else None
+
+
 @contextmanager
 def hub_errors(repository):
     """Whatever huggingface_hub raises becomes an OSError of one line that says what to do."""
@@ -106,10 +117,9 @@ def fetch_snapshot(repository):
     with hub_errors(repository):
         about = HfApi().model_info(repository, files_metadata=True, timeout=30)
     sizes = {file.rfilename: file.size or 0 for file in about.siblings or []}
-    if "config.json" not in sizes or not {"model.safetensors", INDEX} & sizes.keys():
-        kinds = [words for ending, words in OTHER_KINDS.items() if any(name.endswith(ending) for name in sizes)]
-        kinds += ["is no model in Hugging Face's format: it lacks config.json or model.safetensors"]
-        raise ValueError(f"{repository} {kinds[0]}".replace("{0}", repository))
+    if not is_whole(sizes):
+        said = f"{repository} is no model in Hugging Face's format: it lacks config.json or model.safetensors"
+        raise ValueError(other_kind(repository, sizes) or said)
     with hub_errors(repository):
         folder = Path(hf_hub_download(repository, "config.json")).parent
         index = None if "model.safetensors" in sizes else hf_hub_download(repository, INDEX)
@@ -178,6 +188,9 @@ def model_directory(name):
     """A directory of safetensors for a name of the paper's, a hub id, a directory, or the default `smollm2-135m`;
     fetched where it is not on this machine. Raises OSError or ValueError, which say what to do."""
     if name and home_path(name).is_dir():
+        files = os.listdir(home_path(name))
+        if not is_whole(files) and (said := other_kind(home_path(name), files)):
+            raise ValueError(said)
         return home_path(name)
     if name == DEFAULT_MODEL:
         return smollm2.directory()

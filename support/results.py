@@ -131,11 +131,19 @@ def read_results(path):
     raise ValueError(f"{path} does not hold results of this program: it was left as it is, name another file")
 
 
+MEASURED = {"ppl", "ppl_fp", "avg_bits", "seconds", "nll"}
+
+
 def add_result(path, result):
-    """Into the file as it is now: another run may have written to it since."""
+    """Into the file as it is now: another run may have written to it since. A row that it wrote with the same settings
+    stays, and this one is not added."""
+
+    def own(row):
+        return {key: value for key, value in row.items() if key not in MEASURED}
+
     with hub.lock(path):
         results = read_results(path)
-        if result not in results:
+        if own(result) not in map(own, results):
             hub.write_atomically(path.resolve(), json.dumps([*results, result], indent=1).encode())
 
 

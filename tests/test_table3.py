@@ -68,4 +68,4 @@ def test_the_row_of_the_default_model(default_model, default_llama, capsys):
     assert [found["channels"][:2] for found in row["prompts"]] == [(507, 247)] * 2
     assert all(22_000 < found["magnitudes"][0] < 24_000 for found in row["prompts"])
     table3.print_table_3(row)
-    assert "kvsink.py's row (the paper has none) agrees on them: layer 11" in capsys.readouterr().out
+    assert "kvsink.py's row (not the paper's) agrees on them: layer 11" in capsys.readouterr().out
