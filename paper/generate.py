@@ -33,7 +33,7 @@ from support.run import How, calibrated
 from support.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Eq. 5: prefill
+# Prefill
 
 NOWHERE = kvsink.Site(0, 0)  # where nothing is predicted
 
@@ -67,7 +67,7 @@ def prefill(model, cache, prompts, keep="none", N=0, site=NOWHERE, step=kvsink.d
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Eq. 6: decoding
+# Decoding: Eq. 5 makes the Query, Key and Value of the new token, Eq. 6 appends them to the cache
 
 
 # How torch.compile compiles `decode_block`. With its own limits, Inductor would write the unpacked Keys and Values to

@@ -60,7 +60,7 @@ def table_1(subject):
     Of dynamic ranges "overall" is of all groups, "without_sinks" of those that hold no sink, "with_sinks" of those that
     hold one (None where there are none). Of static ranges "overall" is of all tokens, "without_sinks" of all but the
     sinks, with ranges calibrated without them. The paper does not say on how many tokens it measures, nor in which
-    blocks. By its figures sinks are 1/16 of the tokens (overall is 15/16 of without and 1/16 of with): two of 32.
+    blocks. By its per-token figures sinks are two of 32 tokens (overall is 15/16 of without and 1/16 of with).
     """
     sums = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))  # (kind, bits, ranges, part) -> sum, count
 

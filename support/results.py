@@ -173,7 +173,8 @@ def evaluate(known, done, measure):
 
 def shown(results, columns=()):
     """The same results, each printed as it comes: a header first, a line a row, and what compares the rows of a
-    scheme and width when the last of them is there. `columns` are further ones: title, width, and a function from result to text."""
+    scheme and width when the last of them is there. `columns` are further ones: title, width, a function from result to
+    text."""
     header = f"{'scheme':<16}{'bits':>4}   {'kept':<12}{'PPL':>10}{'over full':>12}"
     print(header + "".join(f"{title:>{width}}" for title, width, _ in columns), flush=True)
     group = []
