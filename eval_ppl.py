@@ -177,7 +177,7 @@ def parse_arguments(argv):
         "(default: 128)")
     add("--rope", choices=["post", "pre"], default="post", help="quantize Keys after or before RoPE (default: post)")
     cli.add_site_options(add)
-    add("--seed", type=int, default=0, help="of windows at random places: calibration, c4 (default: 0)")
+    add("--seed", type=cli.number(0, 2**63 - 1), default=0, help="of windows at random places: calibration, c4 (default: 0)")
     cli.add_machine_options(add)
     add("--stream", action="store_true", help="all windows through one block after the other, which come from disk: "
         "for models larger than the memory")

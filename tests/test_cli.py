@@ -49,6 +49,8 @@ from tests.helpers import (
     (["--device", "toaster"], ["toaster"]),
     (["--device", "meta"], ["cpu, cuda and mps"]),
     (["--limit", "0"], ["--limit", "at least 1"]),
+    (["--seed", str(2**63)], ["--seed", "from 0 to"]),
+    (["--seed", "-1"], ["--seed", "from 0 to"]),
     (["--json", "same.png", "--plot", "same.png"], ["same file"]),
     (["--json", "/dev/null/out.json"], ["cannot write"]),
     (["--json", "/dev/zero"], ["/dev/zero", "not a file"]),
