@@ -10,6 +10,7 @@ What this file does not do: the method is kvsink.py's; windows, results and stre
 are quantized and dequantized in place, nothing is cached between windows, and nothing is generated.
 """
 
+import functools
 import hashlib
 import importlib.util
 import math
@@ -122,6 +123,11 @@ def rows_of(what, model, tokenizer, tokens, site, how):
     needs them; one pass serves all schemes and widths of a rule."""
     config, static = model.config, {}  # rule -> scheme -> cache
 
+    @functools.cache  # each rule calibrates on the same windows
+    def calibration_windows():
+        source = what.data if what.data in hub.TEXTS else text.PACKED  # a file has no second split
+        return text.calibration_windows(tokenizer, source, what.seq_len, what.calib_windows, what.seed)
+
     def cache_of(row, rule):
         if row == FULL_PRECISION:
             return kvsink.full_precision_cache(model)
@@ -129,9 +135,7 @@ def rows_of(what, model, tokenizer, tokens, site, how):
             return kvsink.rtn_cache(model, row.scheme, row.bits, what.group_size)
         if rule not in static:
             schemes = dict.fromkeys(r.scheme for r in what.rows if r.static() and (r.keep, r.N) == (row.keep, row.N))
-            source = what.data if what.data in hub.TEXTS else text.PACKED  # a file has no second split
-            windows = text.calibration_windows(tokenizer, source, what.seq_len, what.calib_windows, what.seed)
-            static[rule] = calibrated(model, windows, schemes, what.group_size, rule, how)
+            static[rule] = calibrated(model, calibration_windows(), schemes, what.group_size, rule, how)
         return kvsink.with_bits(static[rule][row.scheme], row.bits)
 
     def measure(row):
@@ -258,10 +262,8 @@ def run(whats, machine, streamed, place, json, plot):
     old_results, shown = results.read_results(json), []
     model, tokenizer, site, weights, texts = opened(whats, machine, streamed, place, check_against_model)
     step, nll = machine.compiled(kvsink.decoder_block), machine.compiled(negative_log_likelihood)
-    (group_size, groups), first = (
-        cli.fitting_group(whats[0].group_size, model.config.head_dim),
-        rank_and_ranks()[0] == 0,
-    )
+    group_size, groups = cli.fitting_group(whats[0].group_size, model.config.head_dim)
+    first = rank_and_ranks()[0] == 0
     for what, tokens in zip(whats, texts):
         what, how = replace(what, group_size=group_size), How(step, nll, what.rope == "pre", streamed)
         known = {row: settings(what, row, tokens, machine, weights, site) for row in what.rows}

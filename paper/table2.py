@@ -205,7 +205,8 @@ def run(whats, kvquant, machine, streamed, place, json):
     old_results = results.read_results(json)
     model, tokenizer, site, weights, texts = eval_ppl.opened(whats, machine, streamed, place, check_against_model)
     step, nll = machine.compiled(kvsink.decoder_block), machine.compiled(eval_ppl.negative_log_likelihood)
-    (group_size, _), first = cli.fitting_group(whats[0].group_size, model.config.head_dim), rank_and_ranks()[0] == 0
+    group_size, _ = cli.fitting_group(whats[0].group_size, model.config.head_dim)
+    first = rank_and_ranks()[0] == 0
     for what, tokens in zip(whats, texts):
         what, how = replace(what, group_size=group_size), How(step, nll, stream=streamed)
         known = {row: settings(what, kvquant, row, tokens, machine, weights, site) for row in what.rows}
