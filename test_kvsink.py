@@ -40,6 +40,7 @@ from tests.helpers import (
     calibrate,
     default_results,
     ordinary_tokens,
+    perplexities,
     results_of,
     write_model,
     write_weights,
@@ -984,7 +985,7 @@ def test_five_predicted_tokens_are_worth_more_than_the_first_five(default_model)
     out = default_results()
     rows = "--scheme channel-static --bits 4 --keep pfn kvsink --sinks 5".split()
     assert eval_ppl.main([*rows, "--no-compile", "--json", str(out)]) == 0
-    ppl = {(r["scheme"], r["bits"], r["keep"], r["sinks"]): r["ppl"] for r in results_of(out)}
+    ppl = perplexities(out)
     assert ppl["full", 16, "none", 0] == pytest.approx(19.559, abs=0.001)
     for row in (("channel-static", 4, "pfn", 5), ("channel-static", 4, "kvsink", 5)):
         assert ppl[row] == pytest.approx(REFERENCE[row], rel=0.005), row

@@ -220,6 +220,10 @@ def results_of(path):
     return json.loads(path.read_text())
 
 
+def perplexities(path):
+    return {(r["scheme"], r["bits"], r["keep"], r["sinks"]): r["ppl"] for r in results_of(path)}
+
+
 def refuse(arguments, words, capsys, command):
     """The command answers with one line on stderr that has all the words, and with exit status 2."""
     assert command.main(arguments) == 2
