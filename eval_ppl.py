@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.util
 import math
+import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -44,15 +45,15 @@ def negative_log_likelihood(model, H, tokens):
 
 
 def window_losses(model, tokens, cache, rule, how, label):
-    """The negative log-likelihood of each window (W, n), summed over its n - 1 predicted tokens: (W,), float64. Under
-    torchrun each rank takes its share, and has all of them in the end. Raises NotFinite where one is not finite, naming
-    the block where that began."""
-    (rank, ranks), losses = rank_and_ranks(), torch.zeros(len(tokens), dtype=torch.float64)
+    """Of each window (W, n) the negative log-likelihood, summed over its n - 1 predicted tokens, and how many tokens are
+    kept after the last block: (2, W), float64. Under torchrun each rank takes its share, and has all of them in the end.
+    Raises NotFinite where a loss is not finite, naming the block where that began."""
+    (rank, ranks), found = rank_and_ranks(), torch.zeros(2, len(tokens), dtype=torch.float64)
     w = rank
     try:
-        for window, H in algorithm_1(model, tokens[rank::ranks], cache, rule, how, label):
-            losses[w] = how.nll(model, H, window)
-            if not losses[w].isfinite():
+        for window, H, S_sink in algorithm_1(model, tokens[rank::ranks], cache, rule, how, label):
+            found[:, w] = torch.stack((how.nll(model, H, window), S_sink.sum()))
+            if not found[0, w].isfinite():
                 raise NotFinite
             w += ranks
     except NotFinite:  # an eager quantizer says so, too
@@ -60,9 +61,9 @@ def window_losses(model, tokens, cache, rule, how, label):
         where = first_non_finite(model, batch, cache, rule, how)
         raise NotFinite(f"{label}: NaN or inf first appeared in {where}; is --dtype wide enough?") from None
     if ranks > 1:
-        losses = losses.to(model.embedding.weight.device) if dist.get_backend() == "nccl" else losses
-        dist.all_reduce(losses)
-    return losses.cpu()
+        found = found.to(model.embedding.weight.device) if dist.get_backend() == "nccl" else found
+        dist.all_reduce(found)
+    return found.cpu()
 
 
 def perplexity(losses, n):
@@ -100,22 +101,25 @@ class What:
     rope: str  # "post" or "pre"
 
 
+STORED_BITS = ("stored bits", 13, lambda result: f"{result['stored_bits']:.2f}" if "stored_bits" in result else "")
+
+
 def settings(what, row, tokens, machine, weights, site):
     """All that the PPL of a row depends on: by these a result is known again."""
     own = {key: getattr(what, key) for key in ("model", "data", "seq_len", "group_size", "rope", "seed")}
     own |= {"windows": len(tokens), "calib_windows": what.calib_windows if row.static() else 0}
     own |= {"scheme": row.scheme, "bits": row.bits, "keep": row.keep, "sinks": row.N}
-    own |= {"l_E": site.l_E, "c": site.c} if row.keep == "kvsink" else {"l_E": 0, "c": 0}
+    own |= {"l_E": site.l_E, "c": site.c} if "kvsink" in row.keep else {"l_E": 0, "c": 0}
     own |= {"dtype": machine.dtype, "compiled": machine.compile, "weights": weights}
     return own | {"tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]}
 
 
-def measured(model, tokens, cache, rule, how, label, avg_bits):
-    """What a result says of its row besides the settings."""
+def measured(model, tokens, cache, rule, how, label):
+    """What a result says of its row besides settings and bits: `nll` and `kept` are lists with a number a window."""
     start, n = time.perf_counter(), tokens.shape[1]
-    losses = window_losses(model, tokens, cache, rule, how, label)
+    losses, kept = window_losses(model, tokens, cache, rule, how, label)
     seconds, nll = time.perf_counter() - start, (losses / (n - 1)).tolist()
-    return {"ppl": perplexity(losses, n), "avg_bits": avg_bits, "seconds": seconds, "nll": nll}
+    return {"ppl": perplexity(losses, n), "seconds": seconds, "nll": nll, "kept": kept.int().tolist()}
 
 
 def rows_of(what, model, tokenizer, tokens, site, how):
@@ -140,8 +144,10 @@ def rows_of(what, model, tokenizer, tokens, site, how):
 
     def measure(row):
         rule, label = (row.keep, row.N, site), f"{what.rows.index(row) + 1}/{len(what.rows)} {row}"
-        bits = results.average_bits(row, config, what.seq_len, results.rtn_bits(row, config, what.group_size), site.l_E)
-        return measured(model, tokens, cache_of(row, rule), rule, how, label, bits)
+        result = measured(model, tokens, cache_of(row, rule), rule, how, label)
+        kept, a_token = statistics.mean(result["kept"]), results.rtn_bits(row, config, what.group_size)
+        result["avg_bits"] = results.average_bits(row, config, what.seq_len, a_token, site.l_E, kept)
+        return result | {"stored_bits": results.stored_bits(row, config, what.seq_len, what.group_size)}
 
     return measure
 
@@ -167,14 +173,16 @@ def parse_arguments(argv):
     add("--scheme", nargs="+", choices=kvsink.SCHEMES, help="per-token K and V with static or dynamic ranges, "
         "per-channel K and per-token V with static ranges (default: these three) or dynamic ones")
     add("--bits", nargs="+", type=cli.number(1, 8), help="bits a number, 1 to 8 (default: 4 2)")
-    add("--keep", nargs="+", choices=results.KEEPS, help="which tokens to keep (default: all three)")
-    add("--sinks", nargs="+", type=cli.number(0), metavar="N", help="how many of them (default: 0 5 10 15 20)")
+    add("--keep", nargs="+", choices=results.KEEPS, help="which tokens to keep: the first N, the N "
+        "predicted sinks, or (not the paper's) token 0 before they are known and then them (default: none pfn kvsink)")
+    add("--sinks", nargs="+", type=cli.number_or_auto(0), metavar="N", help="how many of them, or auto: as many as stand out, "
+        "at most 20 (default: 0 5 10 15 20)")
     add("--json", type=Path, metavar="FILE", help="write the results, row by row; rows already there are not run again")
     add("--plot", type=Path, metavar="FILE", help="draw the results as Figure 9 does: .png, .svg or .pdf")
     add = parser.add_argument_group("how to run it").add_argument
     add("--seq-len", type=cli.number(2), help="tokens a window (default: 1024 on wiki-sample, else 4096)")
-    add("--limit", type=cli.number(1), metavar="WINDOWS", help="the first windows only (default: 8 on wiki-sample, 256 "
-        "on c4, else all)")
+    add("--limit", type=cli.number(1), metavar="WINDOWS", help="the first windows only: four times as many halve "
+        "the error of a comparison (default: 8 on wiki-sample, 256 on c4, else all)")
     add("--calib-windows", type=cli.number(1), metavar="WINDOWS", help="windows of the training split for static "
         "ranges (default: 16 on wikitext2 and c4, else 4; a text file is calibrated on wiki-sample)")
     add("--group-size", type=cli.number(1), default=128, help="channels that share a scale, at most a head "
@@ -211,7 +219,7 @@ def parse(argv):
     if args.scheme or args.bits or args.keep or args.sinks or texts != ["wiki-sample"] or not default_model:
         schemes = args.scheme or kvsink.PAPER_SCHEMES
         groups = [(scheme, bits, 0.0) for scheme in schemes for bits in args.bits or (4, 2)]
-        rows = with_rules(groups, args.keep or results.KEEPS, args.sinks or SINKS)
+        rows = with_rules(groups, args.keep or results.KEEPS[:3], args.sinks or SINKS)
     whats = [
         What(
             model=args.model,
@@ -233,7 +241,7 @@ def check_against_model(what, config):
     """Raises ValueError for what the model cannot do."""
     if what.seq_len > config.max_position_embeddings:
         raise ValueError(f"--seq-len {what.seq_len} is above the model's context, {config.max_position_embeddings}")
-    if (most := max(row.N for row in what.rows)) > what.seq_len:
+    if (most := max(row.most() for row in what.rows)) > what.seq_len:
         raise ValueError(f"--sinks {most} is above the window of {what.seq_len} tokens")
     cli.fitting_group(what.group_size, config.head_dim)
 
@@ -252,7 +260,7 @@ def opened(whats, machine, streamed, place, check):
     model, tokenizer = load(directory, machine.device, machine.torch_dtype), Tokenizer.from_pretrained(directory)
     texts = [text.windows(tokenizer, w.data, "test", w.seq_len, w.limit, w.seed) for w in whats]
     text.check_vocabulary(torch.cat([tokens.flatten() for tokens in texts]), config, directory)
-    if site is None and any(row.keep == "kvsink" for row in whats[0].rows):
+    if site is None and any("kvsink" in row.keep for row in whats[0].rows):
         site = hub.site_of(model, tokenizer, name, directory)
     return model, tokenizer, site or kvsink.Site(0, 0), hub.fingerprint(directory), texts
 
@@ -273,7 +281,7 @@ def run(whats, machine, streamed, place, json, plot):
             stream.announce(model, tokens, [len(tokens)] * len(rows) + [what.calib_windows] * len(rules))
         found = results.evaluate(known, done, rows_of(what, model, tokenizer, tokens, site, how))
         heading = f"{what.model} on {what.data}, {len(tokens)} windows of {what.seq_len} tokens, {groups}"
-        shown += results.followed(heading, site, found, json)
+        shown += results.followed(heading, site, found, json, [STORED_BITS])
     if shown and plot:
         results.save_figure(results.figure_9(shown), plot)
 

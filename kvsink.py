@@ -60,6 +60,9 @@ def table_site(name):
 # which quantizes and dequantizes.
 # The numbers on the right are the printed lines.
 
+AUTO = "auto"  # in the place of k
+AT_MOST = 20  # so many tokens are kept then: the paper's largest N
+
 
 # fmt: off
 def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope=False):
@@ -84,13 +87,22 @@ def predict_sinks(H, c, k):
     return nothing.scatter(1, S_outliers, True)                   # 16  (b, n)
 
 
+def predict_auto(H, c):
+    """Not the paper's, lines 15-16 without k: of the AT_MOST tokens that `predict_sinks` marks, those that reach a tenth
+    of the largest of their sequence. Sinks are some hundred times larger than the rest, so the tenth is not delicate; the
+    bound holds where there is no gap, as in a text of one token again and again."""
+    X = H[:, :, c].abs()                                          #     (b, n)
+    return predict_sinks(H, c, min(AT_MOST, X.shape[1])) & (X >= X.amax(1, keepdim=True) / 10)
+
+
 def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, pre_rope=False, step=decoder_block):
     """Algorithm 1. H is H^0 (b, n, d); returns H^L (b, n, d) and S_sink (b, n), each sequence with its own.
 
-    l_E, c and k make it KVSink-k, S_sink = pfn(H, N) makes it PFN-N, without either nothing is kept. `step` is lines
-    6-13, eager or compiled. Raises ValueError where k exceeds n.
+    l_E, c and k make it KVSink-k, S_sink = pfn(H, N) makes it PFN-N, without either nothing is kept. With both, S_sink
+    is kept up to block l_E. k = AUTO finds the sinks without k. `step` is lines 6-13, eager or compiled. Raises ValueError
+    where k exceeds n.
     """
-    if k > H.shape[1]:
+    if k != AUTO and k > H.shape[1]:
         raise ValueError(f"cannot keep {k} of {H.shape[1]} tokens")
     rope = rope_table(model.config, H.shape[1], H.device)
     S_sink = pfn(H, 0) if S_sink is None else S_sink              # 4   the empty set
@@ -98,7 +110,7 @@ def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, pre_rope=False, step=
         quantize_K, quantize_V = cache[l - 1]
         H = step(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope)  # 6-13
         if l == l_E:                                              # 14
-            S_sink = predict_sinks(H, c, k)                       # 15, 16
+            S_sink = predict_auto(H, c) if k == AUTO else predict_sinks(H, c, k)  # 15, 16
     return H, S_sink                                              # 19
 # fmt: on
 
@@ -110,8 +122,12 @@ def pfn(H, N):
 
 
 def preservation(keep, N, site, H):
-    """The arguments that make `prefill` follow a rule: "none", "pfn" or "kvsink", with N tokens."""
-    return {"none": {}, "pfn": {"S_sink": pfn(H, N)}, "kvsink": {"l_E": site.l_E, "c": site.c, "k": N}}[keep]
+    """The arguments that make `prefill` follow a rule, with N tokens: "none", "pfn" or "kvsink", and one that the paper
+    does not have: "pfn+kvsink" keeps token 0 up to block l_E, and the N predicted tokens after it."""
+    rule = {"l_E": site.l_E, "c": site.c, "k": N} if "kvsink" in keep else {}
+    if "pfn" in keep:
+        rule["S_sink"] = pfn(H, 1 if "kvsink" in keep else N)
+    return rule
 
 
 def compiled(function, **how):

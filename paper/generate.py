@@ -1,7 +1,7 @@
 """Prefill, then decode, from a KV cache that is really small (Equations 5 and 6).
 
-    python -m paper.generate --prompt "The tallest mountain is" --bits 4 --keep kvsink --sinks 5
-    python -m paper.generate --prompt ... --compare      full precision, nothing kept, PFN and KVSink side by side
+    python -m paper.generate --prompt "The tallest mountain is" --bits 4
+    python -m paper.generate --prompt ... --compare      full precision and all rules of preservation side by side
 
 Read top to bottom: prefill, which is Algorithm 1 filling a cache; decoding, which is attention of one query over packed
 codes; sampling; the distance to full precision; the quantizers of a run; what it prints; the command.
@@ -43,8 +43,8 @@ def prefill(model, cache, prompts, keep="none", N=0, site=NOWHERE, step=kvsink.d
     token after each. Prompts run one by one: if they were padded to one length, padding could be predicted as a sink.
     `step` is eager or compiled; compiled code is made for one length of prompt.
 
-    Raises ValueError for an empty prompt, one longer than the cache, one of fewer tokens than the cache keeps, and an N
-    that is not the cache's k.
+    Raises ValueError for an empty prompt, one longer than the cache, one of fewer tokens than the cache keeps, and where
+    the cache's k is not as many tokens as may be kept.
     """
     logits = []
     for i, prompt in enumerate(prompts):
@@ -54,8 +54,8 @@ def prefill(model, cache, prompts, keep="none", N=0, site=NOWHERE, step=kvsink.d
             raise ValueError(f"the prompt has {len(prompt)} tokens, and the cache was made for {cache.n}")
         if cache.k > len(prompt):
             raise ValueError(f"cannot keep {cache.k} of {len(prompt)} tokens")
-        if keep != "none" and N != cache.k:
-            raise ValueError(f"cannot keep {N} tokens in a cache that was made to keep {cache.k}")
+        if keep != "none" and (most := most_kept(N, len(prompt))) != cache.k:
+            raise ValueError(f"cannot keep {most} tokens in a cache that was made to keep {cache.k}")
         H = model.embedding(torch.tensor([prompt], device=cache.at.device))
         rows = torch.tensor([[i]], device=cache.at.device)
         fillers = [block_cache.fillers(rows) for block_cache in cache.blocks]
@@ -64,6 +64,11 @@ def prefill(model, cache, prompts, keep="none", N=0, site=NOWHERE, step=kvsink.d
         logits.append(model.logits(H[:, -1]))
         cache.lengths[i] = cache.at[i] = len(prompt)
     return torch.cat(logits)
+
+
+def most_kept(N, n):
+    """How many of a prompt's n tokens may be kept."""
+    return min(kvsink.AT_MOST, n) if N == kvsink.AUTO else N
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,15 +174,17 @@ def generate(model, cache, logits, count, choose, ends=(), step=decode_block):
 
 
 def kl_divergence(model, cache, logits, tokens, reference, step=decode_block):
-    """The KL divergence of this cache's predictions of m `tokens` from full precision's, in nats, the mean over tokens.
-    `reference` holds full precision's m logits (vocab,), `logits` (1, vocab) are those of `prefill`."""
-    total = 0.0
+    """For each of m `tokens`, the KL divergence of this cache's prediction from full precision's, in nats; and whether
+    both find the same token the likeliest. `reference` holds full precision's m logits (vocab,), `logits` (1, vocab) are
+    those of `prefill`."""
+    kl, same = [], []
     for i, expected in enumerate(reference):
         if i:
             logits = decode(model, cache, torch.tensor([tokens[i - 1]], device=logits.device), step)
         p, q = expected.float().log_softmax(-1), logits[0].float().log_softmax(-1)
-        total += F.kl_div(q, p, reduction="sum", log_target=True).item()
-    return total / len(reference)
+        kl.append(F.kl_div(q, p, reduction="sum", log_target=True).item())
+        same.append(bool(p.argmax() == q.argmax()))
+    return kl, same
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,8 +271,8 @@ def speak(model, tokenizer, prompt, count, row, prefilled, choose, step):
 
 
 def compare(model, tokenizer, count, rows, prefilled, choose, step):
-    """What each row makes of the prompt, side by side, and its KL divergence to full precision along the text that full
-    precision says, which is the first of `rows`."""
+    """What each row makes of the prompt, side by side, and how far its predictions are from full precision's along the
+    text that full precision says, which is the first of `rows`."""
     width, columns = max(20, shutil.get_terminal_size((120, 0)).columns // len(rows) - 2), []
     for row in tqdm(rows, desc="comparing", unit="cache", leave=False, disable=None):
         seen, (cache, logits) = [], prefilled(row)
@@ -276,10 +283,11 @@ def compare(model, tokenizer, count, rows, prefilled, choose, step):
 
         tokens = list(generate(model, cache, logits, count, remember_and_choose, tokenizer.ends, step))
         if row == FULL_PRECISION:
-            spoken, reference, heading = tokens, seen, ["full precision", "KL 0"]
+            spoken, reference, heading = tokens, seen, ["full precision", "KL 0", "same 100 %"]
         else:
-            kl = kl_divergence(model, *prefilled(row), spoken, reference, step)
-            heading = [f"{row.kept()} kept", f"KL {kl:.4f}"]
+            kl, same = kl_divergence(model, *prefilled(row), spoken, reference, step)
+            mean, error = results.mean_and_error(kl)
+            heading = [f"{row.kept()} kept", f"KL {mean:.4f} +- {error:.4f}", f"same {100 * sum(same) / len(same):.0f} %"]
         columns.append([*heading, "", *textwrap.wrap(tokenizer.decode(tokens), width)])
     for line in itertools.zip_longest(*columns, fillvalue=""):
         print("  ".join(f"{cell:<{width}}" for cell in line).rstrip())
@@ -294,7 +302,8 @@ def parse_arguments(argv):
     parser = cli.Parser(
         prog="python -m paper.generate",
         description="Text from a LLaMA-type model with a packed KV cache, of which the first N tokens (PFN) or the N\n"
-        "predicted attention sinks of the prompt (KVSink, Algorithm 1) are kept in full precision.",
+        "predicted attention sinks of the prompt (KVSink, Algorithm 1) are kept in full precision. What it takes without\n"
+        "options is the best that was measured (docs/results.md), not the paper's.",
     )
     add = parser.add_argument_group("what to say").add_argument
     add("--prompt", default="The tallest mountain on Earth is", help="what the text begins with (default: %(default)s)")
@@ -302,13 +311,15 @@ def parse_arguments(argv):
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
     add("--top-p", type=float, default=0.9, help="sample from the tokens that make up so much (default: %(default)s)")
     add("--seed", type=cli.number(0, 2**63 - 1), default=0, help="(default: %(default)s)")
-    add("--compare", action="store_true", help="full precision, nothing kept, PFN and KVSink side by side")
+    add("--compare", action="store_true", help="full precision and all rules of preservation side by side")
     add = parser.add_argument_group("the cache").add_argument
     add("--bits", type=int, choices=(1, 2, 3, 4, 8), default=4, help="bits a number (default: %(default)s)")
-    add("--scheme", choices=[*kvsink.SCHEMES, "kvquant"], default="token-dynamic", help="as in eval_ppl.py; static "
+    add("--scheme", choices=[*kvsink.SCHEMES, "kvquant"], default="channel-dynamic", help="as in eval_ppl.py; static "
         "ranges and kvquant calibrate first (default: %(default)s)")
-    add("--keep", choices=results.KEEPS, default="kvsink", help="which tokens to keep (default: %(default)s)")
-    add("--sinks", type=cli.number(1), default=5, metavar="N", help="how many of them (default: %(default)s)")
+    add("--keep", choices=results.KEEPS, default="pfn+kvsink", help="which tokens to keep, as in eval_ppl.py "
+        "(default: %(default)s)")
+    add("--sinks", type=cli.number_or_auto(1), metavar="N", help="how many of them, or auto: as many as stand out, at most 20 "
+        "(default: auto; 5 of pfn)")
     add("--outliers", type=cli.fraction, default=0.0, metavar="RHO", help="KVQuant: the fraction of the numbers stored "
         "apart in 16 bits (default: %(default)s)")
     add("--group-size", type=cli.number(1), default=128, help="channels, or with channel-dynamic tokens, that share a "
@@ -333,8 +344,12 @@ def parse(argv):
         raise ValueError("--outliers is for --scheme kvquant")
     if args.scheme == "kvquant" and args.bits not in (2, 3, 4):
         raise ValueError("--scheme kvquant has 2, 3 and 4 bits")
-    keeps = results.KEEPS if args.compare else [args.keep]
-    rows = with_rules([(args.scheme, args.bits, args.outliers)], keeps, [args.sinks])
+    rows = []
+    for keep in results.KEEPS if args.compare else [args.keep]:
+        N = args.sinks or kvsink.AUTO
+        if keep == "pfn" and N == kvsink.AUTO and (args.compare or not args.sinks):
+            N = 5  # PFN finds no N itself
+        rows += with_rules([(args.scheme, args.bits, args.outliers)], [keep], [N])
     source, windows, tokens = ("wiki-sample", 4, 1024) if args.model == hub.DEFAULT_MODEL else ("wikitext2", 16, 4096)
     if args.scheme == "kvquant":
         windows, tokens = 16, min(tokens, 2048)  # its paper's
@@ -359,8 +374,8 @@ def fitting(caches, prompt, count, config, machine):
             f"a prompt of {len(prompt)} tokens and {count} new ones are more than the model's context, {context}: "
             "shorten the one or lower --max-new-tokens"
         )
-    N, tokens = max(row.N for row in caches.rows), min(caches.tokens, context)
-    if N > len(prompt):
+    N, tokens = max(row.most() for row in caches.rows), min(caches.tokens, context)
+    if any(most_kept(row.N, len(prompt)) > len(prompt) for row in caches.rows):
         raise ValueError(f"the prompt has {len(prompt)} tokens: lower --sinks {N}, or say more")
     if N > tokens - 2 and any(row.static() or row.scheme == "kvquant" for row in caches.rows):
         raise ValueError(f"--sinks {N}: calibration has windows of {tokens} tokens, too few to keep so many")
@@ -387,7 +402,7 @@ def run(name, machine, speech, caches, place):
     site = cli.chosen_site(*place, config)
     caches, room = fitting(caches, prompt, speech.count, config, machine)
     model = Llama.from_pretrained(directory, machine.device, machine.torch_dtype)
-    if site is None and any(row.keep == "kvsink" for row in caches.rows):
+    if site is None and any("kvsink" in row.keep for row in caches.rows):
         site = hub.site_of(model, tokenizer, name, directory)
     site = site or NOWHERE
     quantizers = quantizers_for(caches, model, tokenizer, site, hub.fingerprint(directory))
@@ -398,7 +413,8 @@ def run(name, machine, speech, caches, place):
 
     def prefilled(row):
         draw.manual_seed(speech.seed)
-        cache = KVCache(model, quantizers[row], room, k=row.N, pre_rope=caches.pre_rope)
+        k = most_kept(row.N, len(prompt))
+        cache = KVCache(model, quantizers[row], room, k=k, pre_rope=caches.pre_rope)
         return cache, prefill(model, cache, [prompt], row.keep, row.N, site)
 
     first, *others = caches.rows
@@ -407,7 +423,8 @@ def run(name, machine, speech, caches, place):
     print(f"{speech.prompt}\n")
     compare(model, tokenizer, speech.count, caches.rows, prefilled, choose, step)
     print(
-        f"\n{others[0].name()}, {others[0].bits} bits; KL: to full precision's predictions along its text, nats a token"
+        f"\n{others[0].name()}, {others[0].bits} bits; along full precision's text: KL divergence to its predictions, nats a "
+        "token, with its standard error over tokens; same: share of tokens whose likeliest next token is its, too"
     )
 
 

@@ -151,7 +151,7 @@ class Recipe(NamedTuple):
     """What one calibration serves: a rule of preservation with its N, and the fraction of outliers."""
 
     keep: str
-    N: int
+    N: int | str  # or AUTO
     rho: float
 
 
@@ -168,7 +168,8 @@ BINS = 4096  # of [-1, 1]: far finer than 16 signposts, and it makes 134 million
 
 def key_ranges(model, rule, rhos, site, states, bar):
     """rho -> lo, hi (2, L, h_kv, 1, d_k): the quantiles rho/2 and 1 - rho/2 of each channel of the Keys before RoPE,
-    over all tokens that the rule (keep, N) does not keep; and S_sink (W, n), the tokens that it keeps.
+    over all tokens that the rule (keep, N) does not keep; and S_sink (2, W, n), the tokens that it keeps up to block l_E
+    and after it.
 
     Algorithm 1 over the batch of all windows on the host, with an observer of Keys: the Keys of one block are in
     memory, not of all. `states` (L + 1, W, n, d) holds H^0 of the windows; H^1 to H^L are left there for the way back.
@@ -194,6 +195,7 @@ def key_ranges(model, rule, rhos, site, states, bar):
     H, observers = states[0].clone(), [(observe, kvsink.unquantized)] * len(model.blocks)
     kept = kvsink.preservation(*rule, site, H)
     _, S_sink = kvsink.prefill(model, H, observers, pre_rope=True, step=step, **kept)
+    S_sink = torch.stack((kept.get("S_sink", kvsink.pfn(H, 0)), S_sink))
     return {rho: torch.stack(ends, dim=1) for rho, ends in ranges.items()}, S_sink
 
 
@@ -284,8 +286,7 @@ def calibrate(model, windows, recipes, site, quiet=None):
     gradients = fisher_information(model, windows, states)
     for l, i, K, V, F_K, F_V in tqdm(gradients, desc="Fisher information", total=L * W, **progress):
         for recipe in recipes:
-            S = S_sinks[recipe[:2]][i, None, None, :, None].to(device)  # (1, 1, n, 1)
-            S = S & (recipe.keep != "kvsink" or l > site.l_E)  # nothing is predicted up to block l_E
+            S = S_sinks[recipe[:2]][int(l > site.l_E), i, None, None, :, None].to(device)  # (1, 1, n, 1)
             fisher[recipe][l - 1, 0] += histogram(K, F_K, *ranges[recipe][:, l - 1], S).cpu()
             in_token = token_range(V.float(), tail_of(recipe.rho, d))
             fisher[recipe][l - 1, 1] += histogram(V, F_V, *in_token, S).cpu()
@@ -362,13 +363,13 @@ class MadeWith:
 
 def settings(recipes, site, made_with):
     """All that the calibrations of these recipes depend on, as their file has it."""
-    of_rule = list(site) if any(recipe.keep == "kvsink" for recipe in recipes) else None
+    of_rule = list(site) if any("kvsink" in recipe.keep for recipe in recipes) else None
     return asdict(made_with) | {"site": of_rule, "bins": BINS}
 
 
 def own_file(recipes, site, made_with):
     """Where our cache keeps the calibrations of these recipes."""
-    key = repr((settings(recipes, site, made_with), sorted(set(recipes))))
+    key = repr((settings(recipes, site, made_with), sorted(set(recipes), key=str)))
     return cache_directory() / "kvquant" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 

@@ -10,9 +10,9 @@ write to one --json file, where KVQuant's rows then stand beside those of the RT
 """
 
 import math
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-
 
 import eval_ppl
 import kvsink
@@ -51,7 +51,7 @@ def paper_ppl(row, model, data, seq_len, q_norm=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
-KEPT = {"none": (0,), "pfn": (1,), "kvsink": (5,)}  # of each rule the N of Table 2
+KEPT = {"none": (0,), "pfn": (1,), "kvsink": (5,), "pfn+kvsink": (kvsink.AUTO,)}  # of each rule the N of Table 2; the last is not its
 
 
 def rows_for(widths, rhos, keeps, sinks):
@@ -104,10 +104,11 @@ def rows_of(what, kvquant, model, tokenizer, tokens, calibration, how):
         else:
             own = made[Recipe(row.keep, row.N, row.rho)]
             cache, stored = kvquant_cache(own, row.rho, row.bits, kvquant.q_norm), kvquant_bits(row, model.config)
-        bits = results.average_bits(row, model.config, what.seq_len, stored, site.l_E)
         rule, label = (row.keep, row.N, site), f"{what.rows.index(row) + 1}/{len(what.rows)} {row}"
         how_row = replace(how, pre_rope=row != FULL_PRECISION)
-        return eval_ppl.measured(model, tokens, cache, rule, how_row, label, bits)
+        result = eval_ppl.measured(model, tokens, cache, rule, how_row, label)
+        kept = statistics.mean(result["kept"])
+        return result | {"avg_bits": results.average_bits(row, model.config, what.seq_len, stored, site.l_E, kept)}
 
     return measure
 
@@ -143,9 +144,10 @@ def parse_arguments(argv):
     add("--bits", nargs="+", type=cli.number(2, 4), default=[2], help="bits a number, 2 to 4 (default: 2)")
     add("--outliers", nargs="+", type=cli.fraction, metavar="RHO", default=RHOS, help="fractions of the numbers stored "
         "apart in 16 bits (default: 0 0.001 0.005 0.01)")
-    add("--keep", nargs="+", choices=results.KEEPS, default=["pfn", "kvsink"], help="which tokens to keep (default: "
-        "pfn kvsink)")
-    add("--sinks", nargs="+", type=cli.number(0), metavar="N", help="how many of them (default: 1 of pfn, 5 of kvsink)")
+    add("--keep", nargs="+", choices=results.KEEPS, default=["pfn", "kvsink"], help="which tokens to keep; "
+        "pfn+kvsink is not Table 2's (default: pfn kvsink)")
+    add("--sinks", nargs="+", type=cli.number_or_auto(0), metavar="N", help="how many of them (default: 1 of pfn, 5 of "
+        "kvsink, auto of pfn+kvsink)")
     add("--q-norm", action="store_true", help="match mean and deviation after quantization")
     add("--json", type=Path, metavar="FILE", help="write the results, row by row; rows already there are not run again")
     add = parser.add_argument_group("how to run it").add_argument
@@ -196,7 +198,7 @@ def check_against_model(what, config):
     """Raises ValueError for what the model cannot do, or KVQuant's windows."""
     eval_ppl.check_against_model(what, config)
     tokens = calibration_tokens(what)
-    if max(row.N for row in what.rows) > tokens - 2:
+    if max(row.most() for row in what.rows) > tokens - 2:
         raise ValueError(f"--sinks: KVQuant calibrates on windows of {tokens} tokens, too few to keep so many")
 
 

@@ -52,6 +52,11 @@ def number(low, high=math.inf):
     return parse
 
 
+def number_or_auto(low):
+    """An argparse type: a whole number of at least `low`, or AUTO."""
+    return lambda text: text if text == kvsink.AUTO else number(low)(text)
+
+
 def fraction(text):
     """An argparse type: a number from 0 to 0.5."""
     try:

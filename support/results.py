@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import kvsink
+from kvsink import AT_MOST, AUTO
 from support import hub
 from support.cli import rank_and_ranks
 
@@ -28,11 +29,16 @@ class Row(NamedTuple):
     scheme: str
     bits: int
     keep: str
-    N: int
+    N: int | str  # or AUTO
     rho: float = 0.0  # KVQuant's fraction of outliers in 16 bits
 
     def kept(self):
-        return {"none": "nothing", "pfn": f"PFN-{self.N}", "kvsink": f"KVSink-{self.N}"}[self.keep]
+        names = {"none": "nothing", "pfn": f"PFN-{self.N}", "kvsink": f"KVSink-{self.N}"}
+        return (names | {"pfn+kvsink": f"PFN-1+KVSink-{self.N}"})[self.keep]
+
+    def most(self):
+        """So many tokens are kept at most."""
+        return AT_MOST if self.N == AUTO else self.N
 
     def name(self):
         return f"{self.scheme} {100 * self.rho:g} %" if self.rho else self.scheme
@@ -48,7 +54,7 @@ class Row(NamedTuple):
 
 
 FULL_PRECISION = Row("full", 16, "none", 0)
-KEEPS = ("none", "pfn", "kvsink")
+KEEPS = ("none", "pfn", "kvsink", "pfn+kvsink")  # the last is not the paper's
 
 
 def row_of(result):
@@ -57,25 +63,31 @@ def row_of(result):
 
 def with_rules(groups, keeps, sinks):
     """Rows for every (scheme, bits, rho) of `groups` and every rule, in the order of the table. Nothing kept and N = 0
-    are the same row."""
+    are the same row. PFN has no AUTO. Raises ValueError where that leaves none."""
     rows = []
     for (scheme, bits, rho), keep, N in itertools.product(groups, keeps, sinks):
-        kept = keep != "none" and N > 0
+        if keep == "pfn" and N == AUTO:
+            continue
+        kept = keep != "none" and N != 0
         rows.append(Row(scheme, bits, keep if kept else "none", N if kept else 0, rho))
+    if not rows:
+        raise ValueError("--sinks auto is for --keep kvsink and pfn+kvsink")
     return list(dict.fromkeys(rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Average bits (Table 2's last column): all that is stored for n tokens, a number of the cache
+# Bits a number of the cache, for n tokens
 
 
-def average_bits(row, config, n, stored, l_E=0):
-    """Codes and what undoes them, and kept tokens in 16 bits with their places, KVSink's in blocks after l_E.
+def average_bits(row, config, n, stored, l_E, N):
+    """Table 2's last column: codes and what undoes them, and kept tokens in 16 bits with their places.
 
     stored   bits of a token, and bits that are stored once, as `rtn_bits` gives them
+    N        how many tokens are kept after block l_E, on average over windows
     """
     d, L, (a_token, once) = config.num_key_value_heads * config.head_dim, config.num_hidden_layers, stored
-    kept = row.N * (L - l_E) / L if row.keep == "kvsink" else row.N
+    before = {"kvsink": 0, "pfn+kvsink": 1}.get(row.keep, N)  # kept up to block l_E
+    kept = (l_E * before + (L - l_E) * N) / L
     return ((n - kept) * a_token + kept * (2 * d * 16 + 32) + once) / (2 * d * n)
 
 
@@ -87,6 +99,17 @@ def rtn_bits(row, config, group_size):
     K, V, static = kvsink.SCHEMES[row.scheme]
     groups = sum(d if static and granularity == "channel" else d / group_size for granularity in (K, V))
     return 2 * d * row.bits + (0 if static else 32 * groups), 32 * groups if static else 0
+
+
+def stored_bits(row, config, n, group_size):
+    """What the packed cache (paper/kvcache.py) takes: it has codes for kept tokens, too, room for as many as are kept at
+    most in every block, and for an unfinished group of tokens in 16 bits."""
+    if row == FULL_PRECISION:
+        return 16.0
+    d, (a_token, once) = config.num_key_value_heads * config.head_dim, rtn_bits(row, config, group_size)
+    g = group_size if row.scheme == "channel-dynamic" else 1  # tokens that share a scale
+    unfinished = g * d * 16 if g > 1 else 0
+    return (-(-n // g) * g * a_token + once + unfinished + row.most() * (2 * d * 16 + 64)) / (2 * d * n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,14 +129,15 @@ def is_number(x):
 
 
 FIELDS = {"model": is_name, "data": is_name, "scheme": is_name, "keep": lambda x: x in KEEPS, "bits": is_whole}
-FIELDS |= {"sinks": is_whole, "ppl": is_number, "ppl_fp": is_number}
+FIELDS |= {"sinks": lambda x: x == AUTO or is_whole(x), "ppl": is_number, "ppl_fp": is_number}
+LISTS = ("nll", "kept")  # a number a window
 
 
 def is_result(x):
-    others = (value for key, value in x.items() if key not in FIELDS and key != "nll")
+    others = (value for key, value in x.items() if key not in FIELDS and key not in LISTS)
     return (
         all(key in x and fits(x[key]) for key, fits in FIELDS.items())
-        and all(is_number(loss) for loss in x.get("nll", []))
+        and all(is_number(number) for key in LISTS for number in x.get(key, []))
         and all(value is None or is_name(value) or is_number(value) or value in (True, False) for value in others)
     )
 
@@ -131,7 +155,7 @@ def read_results(path):
     raise ValueError(f"{path} does not hold results of this program: it was left as it is, name another file")
 
 
-MEASURED = {"ppl", "ppl_fp", "avg_bits", "seconds", "nll"}
+MEASURED = {"ppl", "ppl_fp", "avg_bits", "stored_bits", "seconds", "nll", "kept"}
 
 
 def add_result(path, result):
@@ -175,7 +199,7 @@ def shown(results, columns=()):
     """The same results, each printed as it comes: a header first, a line a row, and what compares the rows of a
     scheme and width when the last of them is there. `columns` are further ones: title, width, a function from result to
     text."""
-    header = f"{'scheme':<16}{'bits':>4}   {'kept':<12}{'PPL':>10}{'over full':>12}"
+    header = f"{'scheme':<16}{'bits':>4}   {'kept':<17}{'PPL':>10}{'over full':>12}"
     print(header + "".join(f"{title:>{width}}" for title, width, _ in columns), flush=True)
     group = []
     for result in results:
@@ -187,8 +211,11 @@ def shown(results, columns=()):
         kept, over = row.kept(), f"{result['ppl'] - result['ppl_fp']:+.3f}"
         if row == FULL_PRECISION:
             kept = over = ""
-        line = f"{name:<20}   {kept:<12}{result['ppl']:>10.3f}{over:>12}"
-        print((line + "".join(f"{text(result):>{width}}" for _, width, text in columns)).rstrip(), flush=True)
+        line = f"{name:<20}   {kept:<17}{result['ppl']:>10.3f}{over:>12}"
+        line += "".join(f"{text(result):>{width}}" for _, width, text in columns)
+        if row.N == AUTO:
+            line += f"   {statistics.mean(result['kept']):.1f} tokens, at most {max(result['kept'])}"
+        print(line.rstrip(), flush=True)
         group.append(result)
         yield result
     print_comparisons(group)
@@ -211,25 +238,35 @@ def followed(heading, site, found, json, columns=()):
 
 
 def print_comparisons(group):
-    """The best row of a scheme and width, and what each KVSink-N gains over its PFN-N."""
+    """The best row of a scheme and width; and what each rule that predicts sinks gains over the first N tokens: over as
+    many, or where the rule finds its N itself, over the best N."""
     rows = {row_of(result): result for result in group}
+    by_ppl = sorted(rows, key=lambda row: rows[row]["ppl"])
     if len(rows) > 1:
-        best = min(rows, key=lambda row: rows[row]["ppl"])
-        print(f"{'':<23}{best.kept()} is the best of these", flush=True)
-    for row, result in rows.items():
-        rival = rows.get(row._replace(keep="pfn"))
-        if row.keep == "kvsink" and rival and "nll" in result and "nll" in rival:  # older files lack it
-            print(f"{'':<23}{row.kept()} against PFN-{row.N}: {gain(result['nll'], rival['nll'])}", flush=True)
+        print(f"{'':<23}{by_ppl[0].kept()} is the best of these", flush=True)
+    for row in (row for row in rows if "kvsink" in row.keep):
+        rival = next((other for other in by_ppl if other.keep == "pfn" and row.N in (other.N, AUTO)), None)
+        if rival and "nll" in rows[row] and "nll" in rows[rival]:  # older files lack it
+            what = gain(rows[row]["nll"], rows[rival]["nll"])
+            print(f"{'':<23}{row.kept()} against {rival.kept()}: {what}", flush=True)
+
+
+def mean_and_error(d):
+    """The mean of a sample, and its standard error (NaN of one number)."""
+    return statistics.mean(d), statistics.stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.nan
+
+
+def differences(ours, theirs):
+    """Window by window, because most of what makes a window hard is the same for both."""
+    return [one - other for one, other in zip(ours, theirs, strict=True)]
 
 
 def gain(ours, theirs):
     """In words, how much lower a perplexity is than another, from the mean negative log-likelihood a token of each
-    window, in nats. Paired over windows: most of what makes a window hard is the same for both."""
-    d = [one - other for one, other in zip(ours, theirs, strict=True)]
-    mean = statistics.mean(d)
-    if len(d) < 2:
+    window, in nats."""
+    mean, error = mean_and_error(differences(ours, theirs))
+    if math.isnan(error):
         return f"PPL {100 * abs(1 - math.exp(mean)):.1f} % {'lower' if mean < 0 else 'higher'}, of one window"
-    error = statistics.stdev(d) / math.sqrt(len(d))  # standard error of the mean
     if abs(mean) < 2 * error:
         return f"not resolved ({100 * (math.exp(mean) - 1):+.1f} % +- {100 * error:.1f})"
     return f"PPL {100 * abs(1 - math.exp(mean)):.1f} % {'lower' if mean < 0 else 'higher'}, +- {100 * error:.1f}"
@@ -238,12 +275,13 @@ def gain(ours, theirs):
 # ---------------------------------------------------------------------------------------------------------------------
 # Figure 9. The paper's colours, in shades that the colour-blind can tell apart (Okabe and Ito)
 
-COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "full": "#E69F00"}
+COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "pfn+kvsink": "#CC79A7", "full": "#E69F00"}
 
 
 def figure_9(results):
-    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel a model, text, scheme and width.
-    Raises ValueError where there is nothing to draw, or where results of unlike runs would meet in one panel."""
+    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel a model, text, scheme and width. A bar
+    is one standard error of the distance to full precision, paired over windows. AUTO stands alone, at the mean number of
+    its tokens. Raises ValueError where there is nothing to draw, or where results of unlike runs would meet in one panel."""
     from matplotlib.figure import Figure
 
     def panel(result):
@@ -254,7 +292,13 @@ def figure_9(results):
         raise ValueError("there are no results to draw: a Figure 9 needs rows with a scheme")
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    N = sorted({r["sinks"] for r in results})
+    N = sorted({r["sinks"] for r in results if r["sinks"] != AUTO})
+    full = {(r["model"], r["data"]): r.get("nll") for r in results if r["scheme"] == "full"}
+
+    def error(result):
+        nll, ours = full.get((result["model"], result["data"])), result.get("nll")
+        return result["ppl"] * mean_and_error(differences(ours, nll))[1] if nll and ours else 0.0
+
     figure = Figure(figsize=(4 * columns, 3.1 * lines), layout="constrained")
     for i, (model, text, scheme, bits) in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, i)
@@ -264,9 +308,16 @@ def figure_9(results):
             if len({row.get(setting) for row in rows}) > 1:
                 where = f"{model}, {scheme}, {bits} bits"
                 raise ValueError(f"{where}: results of runs that differ in {setting}: give each run a file of its own")
-        for keep, label, marker in (("pfn", "PFN", "o"), ("kvsink", "KVSink", "s")):
-            points = sorted((r["sinks"], r["ppl"]) for r in rows if r["keep"] in (keep, "none"))
-            axis.plot(*zip(*points), f"{marker}-", color=COLORS[keep], label=label) if points else None
+        for keep, label, marker in (("pfn", "PFN", "o"), ("kvsink", "KVSink", "s"), ("pfn+kvsink", "PFN-1+KVSink", "^")):
+            own, how = [r for r in rows if r["keep"] == keep], {"color": COLORS[keep], "capsize": 2}
+            points = sorted((r["sinks"], r["ppl"], error(r)) for r in rows if r in own or r["keep"] == "none" if r["sinks"] != AUTO)
+            if points and (own or keep != "pfn+kvsink"):
+                N_, ppl, bar = zip(*points)
+                axis.errorbar(N_, ppl, bar, fmt=f"{marker}-", label=label, **how)
+            for r in own:
+                if r["sinks"] == AUTO:
+                    mean = statistics.mean(r["kept"])
+                    axis.errorbar(mean, r["ppl"], error(r), fmt=marker, markersize=10, fillstyle="none", label=f"{label}-auto", **how)
         axis.axhline(rows[0]["ppl_fp"], color=COLORS["full"], linestyle="--", label="full precision")
         names = f"{Path(model).name} on {Path(text).name}".replace("$", r"\$")  # $ would begin a formula
         axis.set(xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, max(N) + 1), xticks=N)

@@ -27,8 +27,8 @@ class How:
 
 
 def algorithm_1(model, tokens, cache, rule, how, label):
-    """Yields each window (1, n) of `tokens` (W, n) and its H^L (1, n, d). `rule` is keep, N and site, as
-    kvsink.preservation takes them."""
+    """Yields each window (1, n) of `tokens` (W, n), its H^L (1, n, d) and its S_sink (n,). `rule` is keep, N and site,
+    as kvsink.preservation takes them."""
     device = model.embedding.weight.device
     with tqdm(
         total=len(tokens) * len(model.blocks), desc=label, unit="block", leave=False, disable=cli.bar_off()
@@ -43,9 +43,9 @@ def algorithm_1(model, tokens, cache, rule, how, label):
             H = stream.embed(model, batch) if how.stream else model.embedding(batch.to(device))  # H^0
             through = stream.one_at_a_time(step, device) if how.stream else step
             kept = kvsink.preservation(*rule, H)
-            H, _ = kvsink.prefill(model, H, cache, pre_rope=how.pre_rope, step=through, **kept)
-            for window, H_w in zip(batch, H):
-                yield window[None].to(device), H_w[None].to(device)
+            H, S_sink = kvsink.prefill(model, H, cache, pre_rope=how.pre_rope, step=through, **kept)
+            for window, H_w, S_sink_w in zip(batch, H, S_sink):
+                yield window[None].to(device), H_w[None].to(device), S_sink_w
 
 
 def calibrated(model, tokens, schemes, group_size, rule, how):
