@@ -500,12 +500,13 @@ def test_full_precision_prefill_is_the_model(planted, sequences):
     assert torch.equal(planted.logits(H), planted(tokens)) and not S_sink.any()
 
 
+@pytest.mark.parametrize("keep, k", [("kvsink", 2), ("kvsink", "auto"), ("pfn+kvsink", 2), ("pfn+kvsink", "auto")])
 @pytest.mark.parametrize("pre_rope", [False, True])
 @pytest.mark.parametrize("scheme", TABLE_SCHEMES)
-def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(planted, sequences, scheme, pre_rope):
+def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(planted, sequences, scheme, pre_rope, keep, k):
     """Lines 4-16: which tokens are left out block by block, and what becomes of their Keys and Values."""
     tokens, expected = sequences
-    cache, seen = cache_of(planted, scheme, 2, tokens, "kvsink", 2, pre_rope), []
+    cache, seen = cache_of(planted, scheme, 2, tokens, keep, k, pre_rope), []
 
     def watch(quantize):  # what goes into lines 8 and 9
         def watched(X, leave_out):
@@ -523,12 +524,14 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(planted, seq
     watched = [(watch(K), watch(V)) for K, V in cache]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kvsink, "attention", watch_attention)
-        _, S_sink = prefill(planted, planted.embedding(tokens), watched, *SITE, k=2, pre_rope=pre_rope)
+        H = planted.embedding(tokens)
+        _, S_sink = prefill(planted, H, watched, pre_rope=pre_rope, **preservation(keep, k, SITE, H))
     assert torch.equal(S_sink, expected)
-    rope = rope_table(planted.config, 24, "cpu")
+    rope, before = rope_table(planted.config, 24, "cpu"), torch.zeros(2, 24, dtype=torch.bool)
+    before[:, 0] = keep == "pfn+kvsink"  # token 0, up to l_E
     for l in range(1, 7):
         (K, left_out), (V, left_out_V) = seen[2 * l - 2], seen[2 * l - 1]
-        empty_or_sinks = expected[:, None, :, None] if l > EMERGENCE else torch.zeros(2, 1, 24, 1, dtype=torch.bool)
+        empty_or_sinks = (expected if l > EMERGENCE else before)[:, None, :, None]
         assert torch.equal(left_out, empty_or_sinks) and torch.equal(left_out_V, empty_or_sinks), f"block {l}"
         K_quant, V_quant = attended[l - 1]
         K = rotate(K, rope) if pre_rope else K
@@ -613,6 +616,18 @@ def test_prediction_is_the_top_k_of_one_channel():
     assert kvsink.predict_sinks(H, c=1, k=0).sum() == 0 and kvsink.predict_sinks(H, c=1, k=4).all()
 
 
+def test_prediction_without_k():
+    """By hand: those of the largest 20 that reach a tenth of the largest. Where all are alike, 20 are kept."""
+    H = torch.zeros(3, 24, 2)
+    H[0, :, 1], H[0, 5, 1], H[0, 9, 1], H[0, 11, 1] = 90.0, -1000.0, 100.0, 99.9
+    H[1, :, 1] = 21544.0  # one token again and again
+    H[2, :, 1] = torch.linspace(1, 1.5, 24)  # no gap: a model that broke down before l_E
+    S_sink = kvsink.predict_auto(H, c=1)
+    assert S_sink[0].nonzero().flatten().tolist() == [5, 9]
+    assert S_sink[1].sum() == 20 and S_sink[2].nonzero().flatten().tolist() == list(range(4, 24))
+    assert kvsink.predict_auto(H[:, :7], c=1).sum(1).tolist() == [1, 7, 7]
+
+
 def test_more_sinks_than_tokens_are_refused(planted, sequences):
     with pytest.raises(ValueError, match="cannot keep 25 of 24"):
         prefill(planted, planted.embedding(sequences[0]), full_precision_cache(planted), *SITE, k=25)
@@ -646,7 +661,7 @@ def test_keeping_the_sinks_brings_the_output_nearer(planted, sequences):
 
 
 @pytest.mark.parametrize("pre_rope", [False, True])
-@pytest.mark.parametrize("keep", ["none", "pfn", "kvsink"])
+@pytest.mark.parametrize("keep", ["none", "pfn", "kvsink", "pfn+kvsink"])
 def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, keep, pre_rope):
     """Ranges of every block against NumPy on the Keys and Values of the plain model; PFN leaves out its tokens in every
     block, KVSink its own after l_E and none before."""
@@ -664,7 +679,9 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
     rope = rope_table(planted.config, 24, "cpu")
     for l in range(1, 7):
         first_two = torch.arange(24).expand(2, 24) < 2
-        left_out = {"none": S_sink & False, "pfn": first_two, "kvsink": S_sink & (l > EMERGENCE)}[keep]
+        left_out = {"none": S_sink & False, "pfn": first_two, "kvsink": S_sink & (l > EMERGENCE)}
+        left_out["pfn+kvsink"] = S_sink if l > EMERGENCE else torch.arange(24).expand(2, 24) < 1
+        left_out = left_out[keep]
         K, V = (X.unflatten(-1, (2, 8)).transpose(1, 2) for X in projected[2 * l - 2 : 2 * l])  # (2, 2, 24, 8)
         K = K if pre_rope else rotate(K, rope)
         K, V = (X.transpose(1, 2)[~left_out].numpy() for X in (K, V))  # (tokens that count, 2, 8)
@@ -960,10 +977,8 @@ def test_the_finder_agrees_with_the_table_on_the_default_model(default_model):
     model, tokenizer = Llama.from_pretrained(default_model), Tokenizer.from_pretrained(default_model)
     prompts = [tokenizer.encode(prompt) for prompt in kvsink.PROMPTS]
     assert kvsink.find_site(model, prompts) == kvsink.table_site(hub.DEFAULT_MODEL)
-    found = kvsink.stable_outliers(model, torch.tensor(prompts[:1]))
-    assert (
-        found.channels[: len(kvsink.TABLE_3[hub.DEFAULT_MODEL].channels)] == kvsink.TABLE_3[hub.DEFAULT_MODEL].channels
-    )
+    found, row = kvsink.stable_outliers(model, torch.tensor(prompts[:1])), kvsink.TABLE_3[hub.DEFAULT_MODEL]
+    assert found.channels[: len(row.channels)] == row.channels
 
 
 def test_the_sinks_of_the_default_model_are_where_documents_end(default_model):

@@ -287,7 +287,11 @@ def compare(model, tokenizer, count, rows, prefilled, choose, step):
         else:
             kl, same = kl_divergence(model, *prefilled(row), spoken, reference, step)
             mean, error = results.mean_and_error(kl)
-            heading = [f"{row.kept()} kept", f"KL {mean:.4f} +- {error:.4f}", f"same {100 * sum(same) / len(same):.0f} %"]
+            heading = [
+                f"{row.kept()} kept",
+                f"KL {mean:.4f} +- {error:.4f}",
+                f"same {100 * sum(same) / len(same):.0f} %",
+            ]
         columns.append([*heading, "", *textwrap.wrap(tokenizer.decode(tokens), width)])
     for line in itertools.zip_longest(*columns, fillvalue=""):
         print("  ".join(f"{cell:<{width}}" for cell in line).rstrip())
@@ -375,8 +379,8 @@ def fitting(caches, prompt, count, config, machine):
             "shorten the one or lower --max-new-tokens"
         )
     N, tokens = max(row.most() for row in caches.rows), min(caches.tokens, context)
-    if any(most_kept(row.N, len(prompt)) > len(prompt) for row in caches.rows):
-        raise ValueError(f"the prompt has {len(prompt)} tokens: lower --sinks {N}, or say more")
+    if (most := max(most_kept(row.N, len(prompt)) for row in caches.rows)) > len(prompt):
+        raise ValueError(f"the prompt has {len(prompt)} tokens: lower --sinks {most}, or say more")
     if N > tokens - 2 and any(row.static() or row.scheme == "kvquant" for row in caches.rows):
         raise ValueError(f"--sinks {N}: calibration has windows of {tokens} tokens, too few to keep so many")
     group_size, _ = cli.fitting_group(caches.group_size, config.head_dim)

@@ -51,7 +51,12 @@ def paper_ppl(row, model, data, seq_len, q_norm=False):
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
-KEPT = {"none": (0,), "pfn": (1,), "kvsink": (5,), "pfn+kvsink": (kvsink.AUTO,)}  # of each rule the N of Table 2; the last is not its
+KEPT = {
+    "none": (0,),
+    "pfn": (1,),
+    "kvsink": (5,),
+    "pfn+kvsink": (kvsink.AUTO,),
+}  # of each rule the N of Table 2; the last is not its
 
 
 def rows_for(widths, rhos, keeps, sinks):

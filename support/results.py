@@ -213,7 +213,7 @@ def shown(results, columns=()):
             kept = over = ""
         line = f"{name:<20}   {kept:<17}{result['ppl']:>10.3f}{over:>12}"
         line += "".join(f"{text(result):>{width}}" for _, width, text in columns)
-        if row.N == AUTO:
+        if row.N == AUTO and "kept" in result:
             line += f"   {statistics.mean(result['kept']):.1f} tokens, at most {max(result['kept'])}"
         print(line.rstrip(), flush=True)
         group.append(result)
@@ -276,6 +276,8 @@ def gain(ours, theirs):
 # Figure 9. The paper's colours, in shades that the colour-blind can tell apart (Okabe and Ito)
 
 COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "pfn+kvsink": "#CC79A7", "full": "#E69F00"}
+RULES = (("pfn", "PFN", "o"), ("kvsink", "KVSink", "s"), ("pfn+kvsink", "PFN-1+KVSink", "^"))
+ALIKE = ("seq_len", "windows", "group_size", "rope", "dtype", "seed", "calib_windows", "q_norm", "weights")
 
 
 def figure_9(results):
@@ -290,40 +292,54 @@ def figure_9(results):
     panels = list(dict.fromkeys(panel(r) for r in results if r["scheme"] != "full"))
     if not panels:
         raise ValueError("there are no results to draw: a Figure 9 needs rows with a scheme")
+    full = {(r["model"], r["data"]): r for r in results if r["scheme"] == "full"}
     columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    N = sorted({r["sinks"] for r in results if r["sinks"] != AUTO})
-    full = {(r["model"], r["data"]): r.get("nll") for r in results if r["scheme"] == "full"}
-
-    def error(result):
-        nll, ours = full.get((result["model"], result["data"])), result.get("nll")
-        return result["ppl"] * mean_and_error(differences(ours, nll))[1] if nll and ours else 0.0
-
+    lines, ticks = -(-len(panels) // columns), sorted({r["sinks"] for r in results} - {AUTO})
     figure = Figure(figsize=(4 * columns, 3.1 * lines), layout="constrained")
     for i, (model, text, scheme, bits) in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, i)
         rows = [r for r in results if panel(r) == (model, text, scheme, bits)]
-        alike = ("seq_len", "windows", "group_size", "rope", "dtype", "seed", "calib_windows", "q_norm", "weights")
-        for setting in alike:
+        for setting in ALIKE:
             if len({row.get(setting) for row in rows}) > 1:
                 where = f"{model}, {scheme}, {bits} bits"
                 raise ValueError(f"{where}: results of runs that differ in {setting}: give each run a file of its own")
-        for keep, label, marker in (("pfn", "PFN", "o"), ("kvsink", "KVSink", "s"), ("pfn+kvsink", "PFN-1+KVSink", "^")):
-            own, how = [r for r in rows if r["keep"] == keep], {"color": COLORS[keep], "capsize": 2}
-            points = sorted((r["sinks"], r["ppl"], error(r)) for r in rows if r in own or r["keep"] == "none" if r["sinks"] != AUTO)
-            if points and (own or keep != "pfn+kvsink"):
-                N_, ppl, bar = zip(*points)
-                axis.errorbar(N_, ppl, bar, fmt=f"{marker}-", label=label, **how)
-            for r in own:
-                if r["sinks"] == AUTO:
-                    mean = statistics.mean(r["kept"])
-                    axis.errorbar(mean, r["ppl"], error(r), fmt=marker, markersize=10, fillstyle="none", label=f"{label}-auto", **how)
+        draw_rules(axis, rows, full.get((model, text)))
         axis.axhline(rows[0]["ppl_fp"], color=COLORS["full"], linestyle="--", label="full precision")
         names = f"{Path(model).name} on {Path(text).name}".replace("$", r"\$")  # $ would begin a formula
-        axis.set(xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, max(N) + 1), xticks=N)
+        right = max(map(tokens_kept, results)) + 1
+        axis.set(xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, right), xticks=ticks)
         axis.set_title(f"{names}\n{scheme}, {bits} bits", fontsize=10)
-        axis.legend()
+        axis.legend(fontsize=8)
     return figure
+
+
+def draw_rules(axis, rows, full):
+    """A line a rule, through what its N tokens give; and a point where it finds N itself. `full` is full precision's
+    result, or None: no error without it."""
+    for keep, label, marker in RULES:
+        own = [r for r in rows if r["keep"] == keep]
+        auto = [r for r in own if r["sinks"] == AUTO]
+        of_N = [r for r in rows if r["keep"] in (keep, "none") and r not in auto]
+        if not own and keep not in KEEPS[:3]:  # the paper's two rules show at least where nothing is kept
+            of_N = []
+        for points, name, style in ((of_N, label, f"{marker}-"), (auto, f"{label}-auto", marker)):
+            if points:
+                points = sorted(points, key=tokens_kept)
+                N, ppl, bars = zip(*((tokens_kept(r), r["ppl"], error_bar(r, full)) for r in points))
+                axis.plot(N, ppl, style, color=COLORS[keep], label=name)
+                axis.errorbar(N, ppl, bars, fmt="none", ecolor=COLORS[keep], capsize=2)
+
+
+def tokens_kept(result):
+    return statistics.mean(result["kept"]) if result["sinks"] == AUTO else result["sinks"]
+
+
+def error_bar(result, full):
+    """One standard error of a PPL's distance to full precision's, in PPL; NaN where it is not known."""
+    ours, theirs = result.get("nll", []), full.get("nll", []) if full else []
+    if not ours or len(ours) != len(theirs):
+        return math.nan
+    return result["ppl"] * mean_and_error(differences(ours, theirs))[1]
 
 
 def save_figure(figure, path):

@@ -161,8 +161,10 @@ def test_each_rank_takes_its_share(tiny, monkeypatch):
     assert len(seen) == 5
     seen.clear()
     second = losses(1, 2)
-    assert second[[0, 2, 4]].eq(0).all() and len(seen) == 2
+    assert second[:, [0, 2, 4]].eq(0).all() and len(seen) == 2
     assert torch.equal(losses(0, 2) + second, one) and len(seen) == 5
+    one, kept = one
+    assert kept.eq(0).all()
     assert eval_ppl.perplexity(one, 64) == pytest.approx((one.sum() / (5 * 63)).exp().item(), rel=1e-12)
 
 
@@ -177,6 +179,7 @@ def test_two_ranks_give_the_perplexity_of_one(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     for a, b in zip(results_of(one), results_of(two), strict=True):
         assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-12) and a["scheme"] == b["scheme"]
+        assert a["nll"] == pytest.approx(b["nll"], rel=1e-12) and a["kept"] == b["kept"] and len(a["nll"]) == 5
 
 
 def test_half_precision_only_where_it_is_safe(monkeypatch):

@@ -1,9 +1,17 @@
 """The main command as it stands on the README, on the default model."""
 
+import itertools
+
+import numpy as np
 import pytest
+import torch
 
 import eval_ppl
-from tests.helpers import REFERENCE, default_results, perplexities
+import kvsink
+from llama import Llama
+from support import hub, results
+from support.tokenizer import Tokenizer
+from tests.helpers import REFERENCE, default_results, perplexities, results_of
 
 
 def test_the_values_of_an_independent_implementation(default_model):
@@ -16,6 +24,31 @@ def test_the_values_of_an_independent_implementation(default_model):
         assert ppl[row] == pytest.approx(expected, rel=0.005), row
     assert ppl["full", 16, "none", 0] == pytest.approx(19.559, abs=0.001)
     assert ppl["channel-static", 4, "kvsink", 5] < ppl["channel-static", 4, "pfn", 20]
+    nll = {(r["keep"], r["sinks"]): r["nll"] for r in results_of(out)}
+    d = np.subtract(nll["kvsink", 5], nll["pfn", 5])
+    # A permutation test: if the rules were alike, each window's difference could as well have the other sign.
+    signs = np.array(list(itertools.product((1, -1), repeat=len(d))))
+    p = (abs(signs @ d) >= abs(d.sum()) - 1e-12).mean()
+    assert p < 0.05 and "lower" in results.gain(nll["kvsink", 5], nll["pfn", 5])
+    nothing = signs[signs.sum(1) == 0][0] * abs(d)  # four windows better, four worse
+    assert "not resolved" in results.gain(nothing, np.zeros(8))
+
+
+def test_one_token_again_and_again_keeps_twenty(default_model):
+    """Each has the massive number of a sink, so a tenth of the largest is no bound; a short text keeps all it has."""
+    model, tokenizer = Llama.from_pretrained(default_model), Tokenizer.from_pretrained(default_model)
+    site, massive = kvsink.table_site(hub.DEFAULT_MODEL), []
+
+    def step(block, H, *rest):
+        H = kvsink.decoder_block(block, H, *rest)
+        if block is model.blocks[site.l_E - 1]:
+            massive.append((H[..., site.c].abs() > 10_000).sum().item())
+        return H
+
+    for n, kept in ((100, 20), (7, 7)):
+        H = model.embedding(torch.full((1, n), tokenizer.eot))
+        _, S_sink = kvsink.prefill(model, H, kvsink.full_precision_cache(model), *site, k=kvsink.AUTO, step=step)
+        assert massive.pop() == n and S_sink.sum() == kept
 
 
 def test_the_default_command(default_model, tmp_path):

@@ -63,9 +63,11 @@ def test_kl_divergence_against_numpy(planted, sequences):
     p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
     cache = KVCache(planted, quantizers, 24)
     logits = generate.prefill(planted, cache, [tokens[:10].tolist()])
-    kl = generate.kl_divergence(planted, cache, logits, tokens[10:].tolist(), full[:14])
+    kl, same = generate.kl_divergence(planted, cache, logits, tokens[10:].tolist(), full[:14])
+    assert same == (p.argmax(1) == q.argmax(1)).tolist() and 0 < sum(same) < 14
     assert cache.lengths == [23]  # the last token's successor is not asked for
-    assert kl == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-3) and kl > 1e-4
+    np.testing.assert_allclose(kl, (p * np.log(p / q)).sum(1), rtol=1e-2, atol=1e-6)
+    assert max(kl) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def talk(tiny, *options):
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "kvquant"])
 def test_the_generate_command(tiny, capsys, long_calibration, scheme):
-    options = ["--scheme", scheme, "--bits", "3", "--sinks", "2", "--prompt", "A prompt of bytes."]
+    options = ["--scheme", scheme, "--bits", "3", "--keep", "kvsink", "--sinks", "2", "--prompt", "A prompt of bytes."]
     options += ["--outliers", "0.05"] if scheme == "kvquant" else []
     outputs = []
     for _ in range(2):
@@ -133,9 +135,11 @@ def test_the_generate_command_compares(tiny, capsys, long_calibration, rope):
     options = ["--compare", "--scheme", "channel-static", "--bits", "2", "--sinks", "2", "--rope", rope]
     assert generate.main(talk(tiny, *options)) == 0
     out = capsys.readouterr().out
-    assert all(heading in out for heading in ("full precision", "nothing kept", "PFN-2 kept", "KVSink-2 kept"))
+    headings = ("full precision", "nothing kept", "PFN-2 kept", "KVSink-2 kept", "PFN-1+KVSink-2 kept")
+    assert all(heading in out for heading in headings)
     kl = [float(number) for number in re.findall(r"KL ([\d.]+)", out)]
-    assert len(kl) == 4 and kl[0] == 0 and min(kl[1:]) > 0
+    assert len(kl) == 5 and kl[0] == 0 and min(kl[1:]) > 0
+    assert len(re.findall(r"KL [\d.]+ \+- [\d.]+", out)) == 4 and len(re.findall(r"same \d+ %", out)) == 5
 
 
 def test_prompt_and_new_tokens_may_fill_the_context(tiny, capsys):
@@ -149,8 +153,11 @@ def test_prompt_and_new_tokens_may_fill_the_context(tiny, capsys):
     (["--prompt", "  \n"], ["prompt is empty"]),
     (["--prompt", "x" * 600], ["600 tokens", "context, 512", "--max-new-tokens"]),
     (["--max-new-tokens", "600"], ["600 new ones", "512"]),
-    (["--prompt", "abc"], ["3 tokens", "--sinks 5"]),
+    (["--prompt", "abc", "--keep", "pfn"], ["3 tokens", "--sinks 5"]),
     (["--prompt", "abc", "--compare"], ["3 tokens", "--sinks 5"]),
+    (["--prompt", "abc", "--sinks", "4"], ["3 tokens", "--sinks 4"]),
+    (["--keep", "pfn", "--sinks", "auto"], ["--sinks auto", "kvsink"]),
+    (["--sinks", "0"], ["--sinks", "at least 1"]),
     (["--bits", "5"], ["--bits"]),
     (["--scheme", "kvquant", "--bits", "8"], ["kvquant", "2, 3 and 4"]),
     (["--outliers", "0.1"], ["--outliers", "kvquant"]),
@@ -206,6 +213,8 @@ def test_the_distance_to_full_precision_of_the_default_model(default_model):
         quantizers = full_precision_cache(model) if bits == 16 else kvsink.rtn_cache(model, "token-dynamic", bits, 64)
         cache = KVCache(model, quantizers, n, k=2)
         logits = generate.prefill(model, cache, [prompt], "kvsink" if bits < 16 else "none", 2, site)
-        kl[bits] = generate.kl_divergence(model, cache, logits, spoken, seen)
+        each, same = generate.kl_divergence(model, cache, logits, spoken, seen)
+        kl[bits] = sum(each) / len(each)
+        assert len(each) == 24 and (bits == 4 or all(same))
     assert cache.blocks[-1].kept.tolist() == [[0, prompt.index(tokenizer.eot)]]
     assert abs(kl[16]) < 1e-6 and 0 < kl[8] < kl[4] / 100, kl

@@ -23,7 +23,7 @@ from llama import Llama, LlamaConfig, rope_table, rotate
 from paper import generate, kvquant
 from paper.kvcache import KVCache, Packed, cache_bytes, pack, unpack
 from quant import Quantizer
-from support.results import Row, average_bits, rtn_bits
+from support.results import Row, average_bits, rtn_bits, stored_bits
 from tests.helpers import (
     CHANNEL,
     EMERGENCE,
@@ -350,8 +350,23 @@ def test_the_bytes_of_a_cache_are_those_of_table_4(scheme, bits):
     assert cache.bytes() == sum(part.numel() * part.element_size() for part in own)
     if scheme != "full":  # and what eval_ppl.py counts as average bits
         row = Row(scheme, bits, "pfn", k)
-        counted = average_bits(row, model.config, n, rtn_bits(row, model.config, g)) * 2 * L * n * d_kv / 8
+        counted = average_bits(row, model.config, n, rtn_bits(row, model.config, g), 0, k) * 2 * L * n * d_kv / 8
         assert cache.bytes() - waiting == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("N", [0, 5, "auto"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_stored_bits_are_the_bytes_of_the_cache(scheme, N):
+    """100 tokens: a whole group and an unfinished one. Static parameters are in fp32 here, and count in 16 bits."""
+    model, row = shaped(), Row(scheme, 3, "kvsink" if N else "none", N)
+    quantizers = kvsink.rtn_cache(SimpleNamespace(blocks=range(3)), scheme, 3, 64)
+    for q in (q for pair in quantizers for q in pair if q.static):
+        q.calibrate(torch.randn(1, 3, 10, 64))
+    cache = KVCache(model, quantizers, 100, k=row.most())
+    parameters = [X for c in cache.blocks for store in (c.K, c.V) for X in store.parameters if X.dtype == torch.float32]
+    assert len(parameters) == (12 if kvsink.SCHEMES[scheme].static else 0)
+    bits = 8 * cache.bytes() - 16 * sum(X.numel() for X in parameters)
+    assert stored_bits(row, model.config, 100, 64) * (2 * 3 * 100 * 192) == pytest.approx(bits, rel=1e-12)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -382,7 +397,7 @@ def test_the_bytes_of_a_kvquant_cache_are_what_average_bits_counts(rho, bits):
         if rho and X is V:  # there are fewer where numbers are equal
             assert store.outliers.counts.sum() == pytest.approx(2 * kvquant.tail_of(rho, d) * n, rel=0.01)
     row = Row("kvquant", bits, "pfn", k, rho)
-    counted = average_bits(row, model.config, n, kvquant.kvquant_bits(row, model.config)) * 2 * n * d / 8
+    counted = average_bits(row, model.config, n, kvquant.kvquant_bits(row, model.config), 0, k) * 2 * n * d / 8
     assert cache.bytes() == pytest.approx(counted, rel=0.01)
 
 

@@ -302,7 +302,7 @@ def test_average_bits_are_those_of_table_2():
     config = LlamaConfig.from_dict({**SMALL, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32})
     for rho, low, high in ((0.0, 2, 2.02), (0.001, 2.04, 2.06), (0.005, 2.16, 2.19), (0.01, 2.32, 2.35)):
         rows = [results.Row("kvquant", 2, keep, N, rho) for keep, N in (("pfn", 1), ("kvsink", 5))]
-        bits = [results.average_bits(row, config, 4096, kvquant.kvquant_bits(row, config), l_E=2) for row in rows]
+        bits = [results.average_bits(row, config, 4096, kvquant.kvquant_bits(row, config), 2, row.N) for row in rows]
         assert low - 0.005 <= bits[0] < bits[1] <= high + 0.005, bits
 
 

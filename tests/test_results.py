@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import eval_ppl
-from kvsink import SCHEMES
-from llama import LlamaConfig
+from kvsink import SCHEMES, prefill, rtn_cache
+from llama import Llama, LlamaConfig
 from quant import Quantizer
-from support import results
+from support import results, text
 from support.results import FULL_PRECISION, Row
+from support.tokenizer import Tokenizer
 from tests.helpers import HERE, SMALL, refuse, results_of
 
 
@@ -213,7 +214,7 @@ def test_average_bits_of_the_rtn_schemes_count_what_a_quantizer_has():
     X, n, g = torch.randn(1, 2, 64, 16), 64, 8
 
     def average_bits(row, l_E=0):
-        return results.average_bits(row, config, n, results.rtn_bits(row, config, g), l_E)
+        return results.average_bits(row, config, n, results.rtn_bits(row, config, g), l_E, row.N)
 
     for scheme, (K, V, static) in SCHEMES.items():
         parameters = 0
@@ -226,6 +227,40 @@ def test_average_bits_of_the_rtn_schemes_count_what_a_quantizer_has():
     assert average_bits(FULL_PRECISION) == 16
     row = Row("token-dynamic", 4, "kvsink", 6)  # kept in two blocks of three: as four tokens in every block
     assert average_bits(row, l_E=1) == average_bits(row._replace(keep="pfn", N=4))
+    both = Row("token-dynamic", 4, "pfn+kvsink", 7)  # 1, 7 and 7: as five
+    assert average_bits(both, l_E=1) == average_bits(row._replace(keep="pfn", N=5))
+
+
+def test_rules_beyond_the_paper_in_words():
+    rows = results.with_rules([("token-dynamic", 4, 0.0)], results.KEEPS, [0, 5, "auto"])
+    names = "nothing PFN-5 KVSink-5 KVSink-auto PFN-1+KVSink-5 PFN-1+KVSink-auto"
+    assert " ".join(row.kept() for row in rows) == names and [row.most() for row in rows] == [0, 5, 5, 20, 5, 20]
+    with pytest.raises(ValueError, match="--sinks auto is for --keep kvsink"):
+        results.with_rules([("token-dynamic", 4, 0.0)], ["pfn"], ["auto"])
+
+
+def test_the_table_says_how_many_tokens_auto_kept_and_compares_it_with_the_best_pfn(tiny, tmp_path, capsys):
+    """Five windows of text, the strong token in none, one or two places of each; prediction marks what stands out."""
+    out = tmp_path / "out.json"
+    options = "--scheme token-dynamic --bits 3 --keep pfn kvsink pfn+kvsink --sinks 1 3 auto --limit 3 --json".split()
+    assert eval_ppl.main([*tiny, *options, str(out)]) == 0
+    table, rows = capsys.readouterr().out, results_of(out)
+    assert [r["kept"] for r in rows[:4]] == [[0] * 3, [1] * 3, [3] * 3, [1] * 3]
+    auto = [r for r in rows if r["sinks"] == "auto"]
+    assert [r["keep"] for r in auto] == ["kvsink", "pfn+kvsink"] and auto[0]["kept"] == auto[1]["kept"]
+    kept = auto[0]["kept"]
+    assert table.count(f"{sum(kept) / 3:.1f} tokens, at most {max(kept)}") == 2
+    best = min(rows[1:3], key=lambda r: r["ppl"])
+    assert f"KVSink-auto against PFN-{best['sinks']}: " in table and "PFN-1+KVSink-3 against PFN-3: " in table
+    site = {(r["l_E"], r["c"]) for r in auto}
+    assert site == {(2, 5)} and rows[1]["l_E"] == 0
+    stored = [r["stored_bits"] for r in auto]
+    assert stored[0] == stored[1] > rows[2]["stored_bits"] and f"{stored[0]:.2f}" in table
+    model, tokenizer = Llama.from_pretrained(tiny[1]), Tokenizer.from_pretrained(tiny[1])
+    for window, k in zip(text.windows(tokenizer, tiny[3], "test", 64, 3, 0), kept):
+        H = model.embedding(window[None])
+        _, S_sink = prefill(model, H, rtn_cache(model, "token-dynamic", 3, 8), 2, 5, "auto")
+        assert S_sink.sum() == k
 
 
 GOOD = {"model": "m", "data": "d", "scheme": "full", "keep": "none", "sinks": 0, "bits": 16, "ppl": 1.0, "ppl_fp": 1.0}
@@ -291,6 +326,17 @@ def test_figure_9_has_a_panel_for_each_model_scheme_and_width():
     assert [list(map(float, x)) for x in lines["KVSink"].get_data()] == [[0, 5], [9, 6]]
     assert [list(map(float, x)) for x in lines["PFN"].get_data()] == [[0, 5], [9, 8]]
     assert set(lines["full precision"].get_ydata()) == {5.0}
+    with_nll = [{**row, "nll": [math.log(row["ppl"]) + x for x in (0.1, -0.1)]} for row in rows[:4]]
+    with_nll[3] |= {"keep": "pfn+kvsink", "sinks": "auto", "kept": [3, 5], "nll": [math.log(6) + 0.2, math.log(6)]}
+    axis = results.figure_9(with_nll).axes[0]
+    line = next(line for line in axis.lines if line.get_label() == "PFN-1+KVSink-auto")
+    assert [list(map(float, x)) for x in line.get_data()] == [[4], [6]]
+    ends = [bars.get_segments()[0][:, 1].tolist() for bars in axis.collections]
+    # PFN's differ from full precision's by the same in both windows; the last by 0.1 and 0.1 more: mean +- 0
+    assert ends[0] == pytest.approx([9, 9]) and ends[-1] == pytest.approx([6, 6])
+    with_nll[3]["nll"][0] += 0.2  # differences 0.2 apart: deviation 0.1414, error 0.1
+    bars = results.figure_9(with_nll).axes[0].collections[-1]
+    assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([6 * 0.9, 6 * 1.1])
     with pytest.raises(ValueError, match="no results to draw"):
         results.figure_9(rows[:1])
     with pytest.raises(ValueError, match="differ in rope"):

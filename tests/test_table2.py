@@ -152,7 +152,7 @@ def test_rows_of_the_command(tiny, tmp_path, capsys, our_cache, even_codebooks, 
     config = LlamaConfig.from_pretrained(tiny[1])
     for row, result in zip(rows[1:], first[1:]):
         stored = kvquant.kvquant_bits(row, config)
-        assert result["avg_bits"] == results.average_bits(row, config, 64, stored, l_E=2)
+        assert result["avg_bits"] == results.average_bits(row, config, 64, stored, 2, row.N)
     assert first[0]["avg_bits"] == 16
     made = list(our_cache.glob("kvquant/*.safetensors")) + list(tmp_path.glob("mine.safetensors"))
     assert len(made) == 1
