@@ -17,7 +17,7 @@ from quant import NotFinite
 from support import cli, hub, text
 from support.results import FULL_PRECISION, Row
 from support.tokenizer import Tokenizer
-from tests.helpers import SITE, calibrate, loaded, refuse
+from tests.helpers import SITE, STRONG, calibrate, loaded, refuse
 from tests.test_kvcache import SCHEMES, decoded
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,6 +97,23 @@ def test_the_generate_command(tiny, capsys, long_calibration, scheme):
     assert "KVSink-2 kept" in report and "tokens per second" in report and "% of the" in report
     kept = re.findall(r"(\d+) '", report.splitlines()[-1])
     assert len(kept) == 2 and all(int(slot) < 18 for slot in kept)
+
+
+def test_what_generate_does_without_options(tiny, capsys):
+    """4 bits by channel, dynamic; token 0 up to l_E, the tokens that stand out after it: here the strong one and no
+    other, though there is room for 20; a prompt shorter than that has room for all of itself."""
+    for filler, room in ((" bytes" * 5, 20), ("", 3)):
+        assert generate.main(talk(tiny, "--prompt", f"a{chr(STRONG)}b{filler}")) == 0
+        report = capsys.readouterr().out.splitlines()
+        assert any(line.startswith("channel-dynamic 4 bits, PFN-1+KVSink-auto kept: prompt of") for line in report)
+        assert re.findall(r"(\d+) '", report[-1]) == ["1"]
+    model, prompt = Llama.from_pretrained(tiny[1]), [65, STRONG, *range(70, 90)]
+    cache = KVCache(model, kvsink.rtn_cache(model, "channel-dynamic", 4, 8), 32, k=20)
+    generate.prefill(model, cache, [prompt], "pfn+kvsink", "auto", SITE)
+    slots = [[slot for slot in block.kept[0].tolist() if slot < cache.n] for block in cache.blocks]
+    assert slots == [[0]] * SITE.l_E + [[1]] * (6 - SITE.l_E)
+    with pytest.raises(ValueError, match="cannot keep 20 tokens in a cache that was made to keep 5"):
+        generate.prefill(model, KVCache(model, full_precision_cache(model), 32, k=5), [prompt], "kvsink", "auto", SITE)
 
 
 def test_static_caches_are_calibrated_by_their_own_rule(tiny, long_calibration):
