@@ -12,7 +12,6 @@ are quantized and dequantized in place, nothing is cached between windows, and n
 
 import functools
 import hashlib
-import importlib.util
 import math
 import statistics
 import sys
@@ -205,14 +204,7 @@ def parse_arguments(argv):
 def parse(argv):
     """What `run` takes: a What for each text, the Machine, and so on. Raises ValueError for options that cannot be."""
     args = parse_arguments(argv)
-    if args.plot and args.plot.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {args.plot}: the name has to end in .png, .svg or .pdf")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    for path in (args.json, args.plot):
-        cli.check_file(path)
-    if args.json and args.json == args.plot:
-        raise ValueError("--json and --plot name the same file")
+    cli.check_outputs(args.json, args.plot)
     default_model = args.model == hub.DEFAULT_MODEL
     texts = args.data or (["wiki-sample"] if default_model else ["wikitext2"])
     rows = DEFAULT_ROWS
@@ -266,13 +258,13 @@ def opened(whats, machine, streamed, place, check):
 
 
 def run(whats, machine, streamed, place, json, plot):
-    """Rows are printed and written as they are done."""
+    """Rows are printed and written as they are done. Returns the results of all `whats`."""
     old_results, shown = results.read_results(json), []
     model, tokenizer, site, weights, texts = opened(whats, machine, streamed, place, check_against_model)
     step, nll = machine.compiled(kvsink.decoder_block), machine.compiled(negative_log_likelihood)
-    group_size, groups = cli.fitting_group(whats[0].group_size, model.config.head_dim)
     first = rank_and_ranks()[0] == 0
     for what, tokens in zip(whats, texts):
+        group_size, groups = cli.fitting_group(what.group_size, model.config.head_dim)
         what, how = replace(what, group_size=group_size), How(step, nll, what.rope == "pre", streamed)
         known = {row: settings(what, row, tokens, machine, weights, site) for row in what.rows}
         done = results.done_before(known, old_results)
@@ -284,6 +276,7 @@ def run(whats, machine, streamed, place, json, plot):
         shown += results.followed(heading, site, found, json, [STORED_BITS])
     if shown and plot:
         results.save_figure(results.figure_9(shown), plot)
+    return shown
 
 
 def main(argv=None):

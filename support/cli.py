@@ -5,6 +5,7 @@ Read top to bottom: options; the machine; memory and time in words; a command's 
 
 import argparse
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -91,6 +92,18 @@ def check_file(path):
         raise ValueError(f"{path}: cannot write in {path.absolute().parent}")
     if path and path.exists() and not path.is_file():
         raise ValueError(f"{path} is there and is not a file: name another")
+
+
+def check_outputs(json, plot):
+    """Raises ValueError where --json or --plot (None: not given) names a file that could not be written."""
+    if plot and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {plot}: the name has to end in .png, .svg or .pdf")
+    if plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    for path in (json, plot):
+        check_file(path)
+    if json and json == plot:
+        raise ValueError("--json and --plot name the same file")
 
 
 def check_folder(option, folder):

@@ -18,7 +18,7 @@ import eval_ppl
 from kvsink import SCHEMES, prefill, rtn_cache
 from llama import Llama, LlamaConfig
 from quant import Quantizer
-from support import results, text
+from support import cli, results, text
 from support.results import FULL_PRECISION, Row
 from support.tokenizer import Tokenizer
 from tests.helpers import HERE, SMALL, refuse, results_of
@@ -205,7 +205,7 @@ def test_a_full_disk_keeps_the_rows_that_were_written(tiny, capsys, tmp_path, mo
 
 
 def test_matplotlib_is_asked_for_by_name(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(eval_ppl.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     refuse([*tiny, "--plot", "fig9.png"], ["pip install matplotlib"], capsys, eval_ppl)
 
 
