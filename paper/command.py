@@ -20,6 +20,7 @@ import kvsink
 from llama import Llama, LlamaConfig
 from paper import activations
 from support import cli, hub, text
+from support.cache import save
 from support.tokenizer import Tokenizer
 
 ADVICE = "give a shorter --prompt, or --device cpu"  # where memory is short
@@ -160,4 +161,4 @@ def whereabouts(subject):
 def save_json(path, subject, rows):
     about = {"model": subject.name, "text": subject.text, "windows": len(subject.windows)}
     about |= {"group_size": activations.GROUP, "blocks": subject.stable_blocks}
-    hub.write_atomically(path, json.dumps(about | {"rows": rows}, indent=1, allow_nan=False).encode())
+    save(path, json.dumps(about | {"rows": rows}, indent=1, allow_nan=False).encode())

@@ -31,6 +31,7 @@ from paper import generate
 from paper.kvcache import KVCache, cache_bytes
 from paper.shapes import SHAPES, random_model, shape
 from support import cli, hub
+from support.cache import save
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Time
@@ -408,7 +409,7 @@ def run(name, random, machine, sizes, parts, json_file):
         for record in measured[part]():
             records.append(here | record)
             if json_file:
-                hub.write_atomically(json_file.resolve(), json.dumps(records, indent=1).encode())
+                save(json_file, json.dumps(records, indent=1).encode())
 
 
 def main(argv=None):

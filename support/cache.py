@@ -113,6 +113,12 @@ def write_atomically(path, data):
         raise
 
 
+def save(path, data):
+    """Write bytes, all or nothing, where no other run has to read them before."""
+    with lock(path):
+        write_atomically(path.resolve(), data)
+
+
 def check_room(folder, size, what, setting):
     """OSError where `size` bytes do not fit in a folder, which need not be there yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import kvsink
 from kvsink import AT_MOST, AUTO
 from support import hub
+from support.cache import save
 from support.cli import rank_and_ranks
 
 
@@ -345,4 +346,4 @@ def error_bar(result, full):
 def save_figure(figure, path):
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:], dpi=100)
-    hub.write_atomically(path.resolve(), picture.getvalue())
+    save(path, picture.getvalue())

@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 import eval_ppl
 from llama import Llama, LlamaConfig
 from paper import __main__ as whole_paper
-from paper import figures, generate, kvquant, table1, table2, table3, table4
+from paper import activations, figures, generate, kvquant, table1, table2, table3, table4
 from support import hub, results
 from support.tokenizer import Tokenizer
 from tests.helpers import (
     DIGITS,
     HERE,
     SMALL,
+    STRONG,
     bytes_vocabulary,
     refuse,
     results_of,
@@ -399,19 +400,23 @@ def run_and_be_killed(program, file, moment, arguments):
 
     Path.write_bytes, os.replace = writing, replacing
     if moment == "at the first row":
-        eval_ppl.window_losses = lambda *_: die()
+        eval_ppl.window_losses = activations.examine = lambda *_: die()
     program.main(arguments)
 
 
 def killed_runs(name, file, folder, *arguments):
     """In a process of its own: a run for each moment, in a folder of its own. Prints how each ended."""
     torch.set_num_threads(1)  # a forked process has no other thread
-    program = {"eval_ppl": eval_ppl, "table2": table2}[name]
-    kvquant.weighted_kmeans, hub.documents = even_codebooks, sample_documents
+    program = {"eval_ppl": eval_ppl, "table2": table2, "table1": table1, "figures": figures}[name]
+    kvquant.weighted_kmeans, hub.documents, hub.PROMPTS = even_codebooks, sample_documents, SITE_PROMPTS
     for i, moment in enumerate(MOMENTS):
         os.environ["KVSINK_CACHE"] = f"{folder}/{i}/cache"
-        options = [*arguments, "--json", f"{folder}/{i}/out.json"]
+        output = ["--json", f"{folder}/{i}/out.json"] if name in ("eval_ppl", "table2") else ["--out", f"{folder}/{i}"]
+        options = [*arguments, *output]
         print(os.waitpid(fork(lambda m=moment, o=options: run_and_be_killed(program, file, m, o)), 0)[1])
+
+
+SITE_PROMPTS = (f"ab{chr(STRONG)}", f"cde{chr(STRONG)}f")  # which show the tiny model's outliers
 
 
 def even_codebooks(x, w, k):
@@ -420,13 +425,11 @@ def even_codebooks(x, w, k):
 
 
 def sample_documents(name, split="test", real=hub.documents):
-    return ["A calibration text of bytes. " * 10] * 20 if split == "train" else real(name, split)
+    return ["A calibration text of bytes. " * 400] * 2 if split == "train" else real(name, split)
 
 
-def kill_and_run_again(program, name, file, arguments, tmp_path, monkeypatch, capsys):
-    """Yields moment, folder, how many rows were there, and what the next run said, whose rows are the undisturbed."""
-    monkeypatch.setattr(kvquant, "weighted_kmeans", even_codebooks)
-    monkeypatch.setattr(hub, "documents", sample_documents)
+def be_killed(name, file, arguments, tmp_path):
+    """A run of the command for each moment; returns their folders. There is one for an undisturbed run, too."""
     folders = [tmp_path / str(i) for i in range(len(MOMENTS))]
     for folder in (tmp_path / "undisturbed", *folders):
         folder.mkdir()
@@ -440,6 +443,14 @@ def kill_and_run_again(program, name, file, arguments, tmp_path, monkeypatch, ca
     )
     ends = [line for line in done.stdout.splitlines() if line.isdecimal()]
     assert ends == [str(int(signal.SIGKILL))] * len(MOMENTS), done.stderr
+    return folders
+
+
+def kill_and_run_again(program, name, file, arguments, tmp_path, monkeypatch, capsys):
+    """Yields moment, folder, how many rows were there, and what the next run said, whose rows are the undisturbed."""
+    monkeypatch.setattr(kvquant, "weighted_kmeans", even_codebooks)
+    monkeypatch.setattr(hub, "documents", sample_documents)
+    folders = be_killed(name, file, arguments, tmp_path)
 
     def run(folder):
         monkeypatch.setenv("KVSINK_CACHE", str(folder / "cache"))
@@ -480,3 +491,28 @@ def test_killed_while_it_keeps_a_calibration_a_run_spoils_nothing(tiny, tmp_path
         assert ("no record of its SHA-256: it is made again" in said) == (moment == "in its place"), moment
         told = "what interrupted runs left: 1 in all" in said
         assert told == (moment in ("half of it is written", "not in its place")), moment
+
+
+@pytest.mark.parametrize("program, name", [(table1, "table1"), (figures, "figures")])
+def test_killed_while_it_writes_a_table_or_a_picture_a_run_spoils_nothing(program, name, tiny, tmp_path, monkeypatch):
+    """kill -9 while it is written, and while the site that the finder found is; the next run gives the same bytes, and
+    leaves no more than the undisturbed."""
+    monkeypatch.setattr(hub, "documents", sample_documents)
+    monkeypatch.setattr(hub, "PROMPTS", SITE_PROMPTS)
+    prompt = ["--prompt", f"Some text{chr(STRONG)} and more of it"]
+    arguments = [*tiny[:2], *prompt, *(["--fig", "2"] if name == "figures" else [])]
+
+    def run(folder):
+        monkeypatch.setenv("KVSINK_CACHE", str(folder / "cache"))
+        assert program.main([*arguments, "--out", str(folder)]) == 0
+        there = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        return {name: path.read_bytes() for name, path in there.items() if "sha256" not in name}, set(there)
+
+    patterns = [rf"{name[:3]}.*\.[0-9a-f]{{32}}", r"[0-9a-f]+.*\.json\.[0-9a-f]{32}"]  # the last is the site's
+    for pattern in patterns if name == "table1" else patterns[:1]:
+        place = tmp_path / pattern[:3]
+        place.mkdir()
+        folders = be_killed(name, pattern, arguments, place)
+        expected = run(place / "undisturbed")
+        for moment, folder in zip(MOMENTS, folders):
+            assert run(folder) == expected, moment
