@@ -27,24 +27,9 @@ from support.results import FULL_PRECISION, Row
 from support.tokenizer import Tokenizer
 from tests.fixtures import *  # noqa: F403
 from tests.helpers import (
-    CHANNEL,
-    EMERGENCE,
-    FAMILIES,
-    LLAMA31_ROPE,
-    PLANTED,
-    REFERENCE,
-    SITE,
-    SMALL,
-    STRONG,
-    cache_of,
-    calibrate,
-    default_results,
-    ordinary_tokens,
-    perplexities,
-    results_of,
-    write_model,
-    write_weights,
-)
+    CHANNEL, EMERGENCE, FAMILIES, LLAMA31_ROPE, PLANTED, REFERENCE, SITE, SMALL, STRONG, cache_of, calibrate,
+    default_results, ordinary_tokens, perplexities, results_of, write_model, write_weights,
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Section 2: the transformer
