@@ -93,8 +93,8 @@ def decode_block(block, H, cache, at, rope):
     turn = [table[at][:, None] for table in rope]  # (b, 1, 1, d_k)
     Q, K = rotate(Q, turn), K if cache.pre_rope else rotate(K, turn)
     rows = torch.arange(len(H), device=H.device)[:, None]
-    cache.K.append(rows, at, K, cache.kept)
-    cache.V.append(rows, at, V, cache.kept)
+    cache.K.append(rows, at, K)
+    cache.V.append(rows, at, V)
     H = block.W_o(attention(Q, cache, at, rope, block.sliding_window)) + H
     return block.FFN(block.LN_ffn(H)) + H
 
@@ -127,7 +127,7 @@ def full_precision_keys(cache, at):
     yield cache.kept_K, cache.kept
     if cache.K.tail is not None:
         g = cache.K.g
-        slots = (at + 1) // g * g + torch.arange(g, device=at.device)
+        slots = at // g * g + torch.arange(g, device=at.device)
         yield cache.K.tail, torch.where(slots <= at, slots, cache.n)
 
 
@@ -142,6 +142,7 @@ def decode(model, cache, tokens, step=decode_block):
         H = step(block, H, block_cache, cache.at, cache.rope)
     cache.at += 1
     cache.lengths = [length + 1 for length in cache.lengths]
+    cache.finish_groups()
     return model.logits(H[:, 0])
 
 

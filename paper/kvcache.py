@@ -78,10 +78,10 @@ class Plain:
         self.X = torch.zeros(b, h_kv, n, d_k, dtype=dtype, device=device)
 
     def fill(self, rows, slots, X, leave_out):
-        self.append(rows, slots, X, None)
+        self.append(rows, slots, X)
         return X
 
-    def append(self, rows, slots, X, kept):
+    def append(self, rows, slots, X):
         self.X[rows, :, slots] = X.transpose(1, 2)
 
 
@@ -89,8 +89,8 @@ class Packed:
     """Codes of `bits` bits, and the two parameters that decode them: scale and zero, or KVQuant's middle and half
     width. Dynamic parameters are stored in 16 bits, a pair for every token or for every g tokens; static ones once.
 
-    Where g tokens share a scale, it is known when all g are there. Until then `tail` holds the newest, unfinished group
-    in full precision. Its codes are made anew with every token and are not read before the group is full (as in KIVI).
+    Where g tokens share a scale, it is known when all g are there. Until the next token comes, `tail` holds the newest
+    group in full precision (as in KIVI); then it is full, and gets its codes.
     """
 
     def __init__(self, quantizer, b, h_kv, n, d_k, dtype, device):
@@ -123,14 +123,18 @@ class Packed:
         self.tail[rows[:, 0], :, : X.shape[2] - whole] = X[:, :, whole:]
         return torch.cat((X_[:, :, :whole], X[:, :, whole:]), dim=2)
 
-    def append(self, rows, slots, X, kept):
+    def append(self, rows, slots, X):
         """Stores one token of every sequence, X (b, h_kv, 1, d_k)."""
-        if self.tail is not None:
-            self.tail[rows, :, slots % self.g] = X.transpose(1, 2)
-            slots = slots // self.g * self.g + torch.arange(self.g, device=X.device)  # (b, g): of the whole group
-            leave_out = (slots[..., None] == kept[:, None]).any(-1)[:, None, :, None]
-            return self.store(rows, slots, self.tail, leave_out)
-        self.store(rows, slots, X, None)
+        if self.tail is None:
+            return self.store(rows, slots, X, None)
+        self.tail[rows, :, slots % self.g] = X.transpose(1, 2)
+
+    def finish_group(self, rows, end, kept):
+        """Makes codes of the tail of sequences `rows` (r, 1), whose last token is in slot end - 1, (r, 1). `kept` (r, k)
+        are the slots of kept tokens."""
+        slots = end - self.g + torch.arange(self.g, device=end.device)  # (r, g)
+        leave_out = (slots[..., None] == kept[:, None]).any(-1)[:, None, :, None]
+        self.store(rows, slots, self.tail[rows[:, 0]], leave_out)
 
     def store(self, rows, slots, X, leave_out):
         codes, *parameters = self.quantizer.encode(X.float(), leave_out)
@@ -295,6 +299,14 @@ class KVCache:
         self.at = torch.zeros(b, 1, dtype=torch.int64, device=device)  # the slot of each sequence's next token
         self.rope = rope_table(model.config, n + 1, device)
         self.blocks = [BlockCache(pair, model.config, n, b, k, pre_rope, dtype, device) for pair in quantizers]
+
+    def finish_groups(self):
+        """To be called after a token was appended: of sequences whose newest group of tokens is full, it gets codes."""
+        g = getattr(self.blocks[0].K, "g", 1)
+        if full := [i for i, length in enumerate(self.lengths) if g > 1 and length % g == 0]:
+            rows = torch.tensor(full, device=self.at.device)[:, None]
+            for block in self.blocks:
+                block.K.finish_group(rows, self.at[full], block.kept[full])
 
     def bytes(self):
         """The bytes of all tensors of its blocks. Calibrated ranges and codebooks belong to the quantizers."""

@@ -217,9 +217,9 @@ def noise_cache(model, bits, n):
 
 
 def one_token(model, cache, step):
-    """Decode the n-th token of n."""
-    cache.at.fill_(cache.n - 1)
-    cache.lengths = [cache.n - 1]
+    """Decode the last token but one of n, by which no group of tokens becomes full."""
+    cache.at.fill_(cache.n - 2)
+    cache.lengths = [cache.n - 2]
     generate.decode(model, cache, torch.zeros(1, dtype=torch.int64, device=cache.at.device), step)
 
 

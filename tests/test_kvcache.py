@@ -98,7 +98,8 @@ def test_16_bit_parameters_against_numpy():
 
 def step_by_step(model, tokens, prompt, quantizers, keep, N, pre_rope):
     """Logits (n - prompt + 1, vocab) after the prompt and each further token of tokens (n,), by quantizing and
-    dequantizing all Keys and Values so far in each step. Of groups of tokens, an unfinished one is not quantized."""
+    dequantizing all Keys and Values so far in each step. Of groups of tokens, the newest is not quantized before the
+    token after it comes, except in the prompt, where it is when it is full."""
     Ks, Vs, S_sinks, logits = {}, {}, {}, []
     for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, len(tokens)))]:
         H, rope = model.embedding(tokens[None, begin:end]), rope_table(model.config, end, "cpu")
@@ -111,7 +112,8 @@ def step_by_step(model, tokens, prompt, quantizers, keep, N, pre_rope):
             Ks[l], Vs[l] = (torch.cat((X[l], new), 2) if l in X else new for X, new in ((Ks, K), (Vs, V)))
             K, V = (torch.where(sink, X, quantize(X, sink)) for X, quantize in zip((Ks[l], Vs[l]), quantizers[l - 1]))
             if getattr(quantizers[l - 1][0], "granularity", "") == "channel" and not quantizers[l - 1][0].static:
-                whole = end // quantizers[l - 1][0].group_size * quantizers[l - 1][0].group_size
+                g = quantizers[l - 1][0].group_size
+                whole = (end - (begin > 0)) // g * g
                 K = torch.cat((K[:, :, :whole], Ks[l][:, :, whole:]), 2)
             K = rotate(K, rope) if pre_rope else K
             G = Q.shape[1] // K.shape[1]
