@@ -55,7 +55,7 @@ def window_losses(model, tokens, cache, rule, how, label):
             if not found[0, w].isfinite():
                 raise NotFinite
             w += ranks
-    except NotFinite:  # an eager quantizer says so, too
+    except NotFinite:
         batch = tokens[rank::ranks] if how.stream else tokens[w : w + 1]
         where = first_non_finite(model, batch, cache, rule, how)
         raise NotFinite(f"{label}: NaN or inf first appeared in {where}; is --dtype wide enough?") from None

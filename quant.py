@@ -142,7 +142,7 @@ class Quantizer:
     `calibrate` has seen; they are shared by all tokens, so one set serves a channel group ("token"), a channel
     ("channel") or a head ("tensor"), whatever their group size along the tokens.
     Raises ValueError for bits outside 1 to 8, an unknown granularity, a group size that does not divide, a static
-    quantizer that has not been calibrated, and (in `calibrate`, and when called eager) for NaN or inf.
+    quantizer that has not been calibrated, and (in `calibrate`) for NaN or inf.
     """
 
     bits: int
@@ -206,15 +206,10 @@ class Quantizer:
         return dequantize(codes, s.float(), z.float())
 
     def __call__(self, X, leave_out=None):
-        """Quantize X (..., n, d) and dequantize it again; `leave_out` masks what must not count for the ranges."""
-        if not torch.compiler.is_compiling():
-            check_finite(X)
+        """Quantize X (..., n, d) and dequantize it again; `leave_out` masks what must not count for the ranges. What is
+        not finite comes back as NaN, so that it reaches the logits: to raise here would wait for a GPU in every block."""
         Xf = X.to(torch.promote_types(X.dtype, torch.float32))  # fp16 cannot hold the quotients of Eq. 10 and 13
         s, z = self.parameters(Xf, leave_out)
         Xg, _ = grouped(Xf, self.granularity, self.group_size)
         X_ = ungrouped(dequantize(quantize(Xg, s, z, self.bits), s, z), self.granularity, X.shape[-2])
-        if torch.compiler.is_compiling():
-            # A compiled graph cannot stop to raise. X - X is 0, or NaN where X is not finite, which a clamp would hide:
-            # so it reaches the logits, where it is found.
-            X_ = X_ + (Xf - Xf)
-        return X_.to(X.dtype)
+        return (X_ + (Xf - Xf)).to(X.dtype)  # X - X is 0, or NaN where X is not finite, which a clamp would hide

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import kvsink
 from llama import rope_table
-from quant import NotFinite, check_finite
+from quant import NotFinite
 from support import cli, stream, text
 from support.cache import cache_directory, lock, record, say, verified, write_atomically
 
@@ -133,14 +133,10 @@ class NonUniformQuantizer:
 
     def __call__(self, X, leave_out=None):
         """Quantize X and dequantize it again. No token disturbs another here, so none has to be left out."""
-        if not torch.compiler.is_compiling():
-            check_finite(X)
         Xf = X.float()
         codes, middle, half, outlier = self.encode(Xf)
         X_ = torch.where(outlier, Xf.half().float(), self.decode(codes, middle, half))
-        if torch.compiler.is_compiling():
-            X_ = X_ + (Xf - Xf)  # NaN where X is not finite, as in quant.py
-        return X_.to(X.dtype)
+        return (X_ + (Xf - Xf)).to(X.dtype)  # NaN where X is not finite, as in quant.py
 
 
 # ---------------------------------------------------------------------------------------------------------------------

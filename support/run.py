@@ -3,7 +3,6 @@
 What this file does not do: the algorithm is kvsink.py's. What is made of H^L, a loss or nothing, is the caller's business.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -62,10 +61,7 @@ def first_non_finite(model, tokens, cache, rule, how):
     L = len(model.blocks)
 
     def step(block, H, *rest):
-        try:
-            H = kvsink.decoder_block(block, H, *rest)
-        except NotFinite:
-            H = torch.tensor(math.nan)
+        H = kvsink.decoder_block(block, H, *rest)
         if not H.isfinite().all():
             l = next(l for l in range(L) if model.blocks[l] is block)
             raise NotFinite(f"block {l + 1} of {L}, counted from 1")

@@ -142,8 +142,7 @@ def test_a_constant_channel_and_what_is_not_finite():
     assert torch.equal(quantizer(K), K)
     assert torch.equal(kvquant.NonUniformQuantizer(midpoints, levels, False)(K), K)
     K[0, 0, 2, 1] = torch.nan
-    with pytest.raises(quant.NotFinite):
-        quantizer(K)
+    assert torch.isnan(quantizer(K)[0, 0, 2, 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
