@@ -304,9 +304,9 @@ class KVCache:
         """To be called after a token was appended: of sequences whose newest group of tokens is full, it gets codes."""
         g = getattr(self.blocks[0].K, "g", 1)
         if full := [i for i, length in enumerate(self.lengths) if g > 1 and length % g == 0]:
-            rows = torch.tensor(full, device=self.at.device)[:, None]
+            rows = torch.tensor(full, device=self.at.device)
             for block in self.blocks:
-                block.K.finish_group(rows, self.at[full], block.kept[full])
+                block.K.finish_group(rows[:, None], self.at[rows], block.kept[rows])
 
     def bytes(self):
         """The bytes of all tensors of its blocks. Calibrated ranges and codebooks belong to the quantizers."""
