@@ -28,7 +28,7 @@ import kvsink
 from eval_ppl import negative_log_likelihood
 from llama import Llama, LlamaConfig
 from paper import generate
-from paper.kvcache import KVCache, cache_bytes
+from paper.kvcache import BlockCache, KVCache, Plain, cache_bytes
 from paper.shapes import SHAPES, random_model, shape
 from support import cli, hub
 from support.cache import save
@@ -96,6 +96,7 @@ class Sizes:
     n: tuple[int, ...]  # tokens in the cache when decoding
     bits: tuple[int, ...]
     repeats: int
+    scheme: str
 
 
 KEPT = (1, 5, 20)  # k of Table 4
@@ -122,21 +123,21 @@ def printed(x):
     return digits.rstrip("0").rstrip(".")
 
 
-def quantizers(model, bits):
-    """Per-channel Keys and per-token Values at some width, static, calibrated with noise (16: full precision)."""
+def quantizers(model, bits, scheme):
+    """Those of a scheme at some width (16: full precision), calibrated with noise where they are static."""
     if bits == 16:
         return kvsink.full_precision_cache(model)
     config, device = model.config, model.embedding.weight.device
-    cache = kvsink.rtn_cache(model, "channel-static", bits, min(128, config.head_dim))
-    for quantizer in (quantizer for pair in cache for quantizer in pair):
+    cache = kvsink.rtn_cache(model, scheme, bits, min(128, config.head_dim))
+    for quantizer in (quantizer for pair in cache for quantizer in pair if quantizer.static):
         quantizer.calibrate(torch.randn(1, config.num_key_value_heads, 64, config.head_dim, device=device))
     return cache
 
 
-def prefill_works(model, n, step):
+def prefill_works(model, sizes, step):
     """What Table 4 times, by name: the prefill of n tokens into a cache in full precision and in 2 bits; and lines
     14-16 of Algorithm 1 alone, for each k."""
-    config, device = model.config, model.embedding.weight.device
+    config, device, n = model.config, model.embedding.weight.device, sizes.seq_len
     tokens = torch.randint(config.vocab_size, (n,), device=device).tolist()
     l_E, c = 1, config.hidden_size // 2  # any will do: the work is the same
     H = torch.randn(1, n, config.hidden_size, device=device, dtype=model.embedding.weight.dtype)
@@ -144,7 +145,7 @@ def prefill_works(model, n, step):
     def prefill(cache, keep, N):
         generate.prefill(model, cache, [tokens], keep, N, kvsink.Site(l_E, c), step)
 
-    full, packed = KVCache(model, quantizers(model, 16), n), KVCache(model, quantizers(model, 2), n, k=5)
+    full, packed = KVCache(model, kvsink.full_precision_cache(model), n), KVCache(model, quantizers(model, 2, sizes.scheme), n, k=5)
     prefills = {
         "prefill, full precision": functools.partial(prefill, full, "none", 0),
         "prefill, 2 bits, KVSink-5": functools.partial(prefill, packed, "kvsink", 5),
@@ -155,11 +156,11 @@ def prefill_works(model, n, step):
 def table_4(name, model, sizes, step):
     """Table 4 of one model: prints it, and yields a record of each thing measured."""
     n, repeats, device = sizes.seq_len, sizes.repeats, str(model.embedding.weight.device)
-    prefills, lines = prefill_works(model, n, step)
+    prefills, lines = prefill_works(model, sizes, step)
     times = measure(prefills, repeats, device) | measure(lines, repeats, device, times=100)
     for what, time_ in times.items():
         yield {"what": what, "n": n, "unit": "ms", **time_._asdict()}
-    measured = [KVCache(model, quantizers(model, 2), n, k=k).bytes() for k in KEPT]
+    measured = [KVCache(model, quantizers(model, 2, sizes.scheme), n, k=k).bytes() for k in KEPT]
     for k, size in zip(KEPT, measured):
         computed = cache_bytes(model.config, n, 2, k)
         yield {"what": f"cache, 2 bits, k = {k}", "n": n, "unit": "bytes", "measured": size, "computed": computed}
@@ -208,12 +209,16 @@ def cost_against_n(model, sizes):
 # Decoding
 
 
-def noise_cache(model, bits, n):
-    """A cache of n tokens of noise, of which the last is to be written again and again."""
-    cache = KVCache(model, quantizers(model, bits), n, k=0 if bits == 16 else 5)
-    for store in (store for block in cache.blocks for store in (block.K, block.V)):
-        store.X.normal_() if bits == 16 else store.codes.random_(0, 256)
+def noise_cache(model, bits, n, scheme):
+    """A cache of n tokens of noise, of which one is to be written again and again."""
+    cache = KVCache(model, quantizers(model, bits, scheme), n, k=0 if bits == 16 else 5)
+    fill_with_noise(cache.blocks)
     return cache
+
+
+def fill_with_noise(blocks):
+    for store in (store for block in blocks for store in (block.K, block.V)):
+        store.X.normal_() if isinstance(store, Plain) else store.codes.random_(0, 256)
 
 
 def one_token(model, cache, step):
@@ -250,7 +255,7 @@ def decoding(model, sizes, step):
             if computed * 1.1 > free:
                 print(f"{n:>8}{bits:>8}  not run: it takes {cli.amount(computed)}, of {cli.amount(free)} free")
                 continue
-            cache = noise_cache(model, bits, n)
+            cache = noise_cache(model, bits, n, sizes.scheme)
             peak_memory(device, reset=True)
             time_ = measure({bits: functools.partial(one_token, model, cache, step)}, sizes.repeats, device)[bits]
             full, peak, size = time_ if bits == 16 else full, peak_memory(device), cache.bytes()
@@ -263,6 +268,30 @@ def decoding(model, sizes, step):
             del cache
             if device.startswith("cuda"):
                 torch.cuda.empty_cache()  # so that what is free is known
+
+
+def kernels(model, sizes, compiled):
+    """The hot path alone, of one block: Q K^T and p V from packed codes, beside the same in full precision as a matrix
+    product. Prints a line for each n and width, and yields its record."""
+    config, device, dtype = model.config, model.embedding.weight.device, model.embedding.weight.dtype
+    h_kv, d_k = config.num_key_value_heads, config.head_dim
+    G = config.num_attention_heads // h_kv
+    scores, weighted_sum = compiled(lambda K, q: K.scores(q, None)), compiled(lambda V, p: V.weighted_sum(p))
+    print(f"\none block: Q K^T and p V, ms\n{'n':>8}{'bits':>8}{'Q K^T':>28}{'p V':>28}")
+    for n in (-(-n // 128) * 128 for n in sizes.n):  # whole groups of tokens
+        q = torch.randn(1, h_kv, G, d_k, device=device)
+        p = torch.randn(1, h_kv, G, n, device=device).softmax(-1)
+        for bits in (16, *sizes.bits):
+            block = BlockCache(quantizers(model, bits, sizes.scheme)[0], config, n, 1, 5, False, dtype, device)
+            fill_with_noise([block])
+            K, V = block.K, block.V
+            works = {"Q K^T": lambda: scores(K, q), "p V": lambda: weighted_sum(V, p)}
+            if bits == 16:
+                works = {"Q K^T": lambda: q.to(dtype) @ K.X.mT, "p V": lambda: p.to(dtype) @ V.X}
+            times = measure(works, sizes.repeats, str(device), times=20)
+            print(f"{n:>8}{bits if bits < 16 else 'full':>8}" + "".join(f"{times[what]!s:>28}" for what in works))
+            for what in works:
+                yield {"what": what, "n": n, "bits": bits, "unit": "ms", **times[what]._asdict()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +332,7 @@ def versus_transformers(name, model, directory, sizes, step, nll, decode_step):
     n, device = sizes.seq_len, str(model.embedding.weight.device)
     theirs = their_model(transformers, name, directory, device, model.embedding.weight.dtype)
     tokens = torch.randint(model.config.vocab_size, (1, n), device=device)
-    full, packed = quantizers(model, 16), quantizers(model, 2)
+    full, packed = kvsink.full_precision_cache(model), quantizers(model, 2, sizes.scheme)
     cache = KVCache(model, full, n)
 
     def our_evaluation(cache):
@@ -325,7 +354,7 @@ def versus_transformers(name, model, directory, sizes, step, nll, decode_step):
     for bits, what, its_cache in their_caches(transformers, theirs):
         theirs(tokens, past_key_values=its_cache, logits_to_keep=1)
         pairs[f"decoding at {n}, {what}"] = (
-            functools.partial(one_token, model, noise_cache(model, bits, n), decode_step),
+            functools.partial(one_token, model, noise_cache(model, bits, n, sizes.scheme), decode_step),
             functools.partial(theirs, tokens[:, :1], past_key_values=its_cache),
         )
     print(f"\n{'milliseconds':<44}{'ours':>28}{'transformers ' + transformers.__version__:>28}{'ratio':>8}")
@@ -339,7 +368,7 @@ def versus_transformers(name, model, directory, sizes, step, nll, decode_step):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-PARTS = ("table4", "cost", "decode")
+PARTS = ("table4", "cost", "decode", "kernel")
 
 
 # fmt: off
@@ -350,11 +379,13 @@ def parse_arguments(argv):
     cli.add_model_options(which.add_argument)
     which.add_argument("--shape", choices=SHAPES, help="a paper's model with random weights")
     add = parser.add_argument
-    add("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of it (default: all)")
+    add("--only", nargs="+", choices=PARTS, default=PARTS[:3], help="parts of it; kernel is the hot path alone (default: "
+        "table4 cost decode)")
     add("--seq-len", type=cli.number(32, 2**24), default=4096, help="tokens of the prefill (default: %(default)s)")
     add("--n", nargs="+", type=cli.number(32, 2**24), default=[1024, 4096, 16384, 65536],
         help="tokens in the cache when decoding, may be beyond the model's context (default: %(default)s)")
     add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8), default=[8, 4, 3, 2, 1], help="(default: %(default)s)")
+    add("--scheme", choices=kvsink.SCHEMES, default="channel-static", help="as in eval_ppl.py (default: %(default)s)")
     add("--vs", choices=["transformers"], help="beside another implementation, and nothing else; decodes "
         "at --seq-len tokens")
     add("--repeats", type=cli.number(1), default=5, help="(default: %(default)s)")
@@ -368,7 +399,7 @@ def parse(argv):
     """What `run` takes. Raises ValueError for options that cannot be."""
     args = parse_arguments(argv)
     cli.check_file(args.json)
-    sizes = Sizes(args.seq_len, tuple(args.n), tuple(args.bits), args.repeats)
+    sizes = Sizes(args.seq_len, tuple(args.n), tuple(args.bits), args.repeats, args.scheme)
     return (
         args.shape or args.model,
         bool(args.shape),
@@ -402,6 +433,7 @@ def run(name, random, machine, sizes, parts, json_file):
         "table4": lambda: table_4(name, model, sizes, step),
         "cost": lambda: cost_against_n(model, sizes),
         "decode": lambda: decoding(model, sizes, decode_step),
+        "kernel": lambda: kernels(model, sizes, lambda function: machine.compiled(function, **generate.FUSE)),
         "transformers": lambda: versus_transformers(name, model, directory, sizes, step, nll, decode_step),
     }
     here, records = {"model": name, "device": card, "dtype": machine.dtype, "compiled": compiled}, []

@@ -71,6 +71,18 @@ def test_the_table4_command(tiny, capsys, tmp_path):
     assert {r["what"] for r in records} >= {f"lines 14-16, k = {k}" for k in (1, 5, 20)}
 
 
+def test_the_hot_path_alone_and_another_scheme(tiny, capsys, tmp_path):
+    out = tmp_path / "out.json"
+    command = ["--model", tiny[1], "--no-compile", "--json", str(out), "--repeats", "1", "--n", "100", "--bits", "3"]
+    assert table4.main([*command, "--only", "kernel", "decode", "--scheme", "channel-dynamic"]) == 0
+    records = json.loads(out.read_text())
+    alone = [(r["what"], r["n"], r["bits"]) for r in records if r["what"] != "decode"]
+    assert alone == [(what, 128, bits) for bits in (16, 3) for what in ("Q K^T", "p V")]
+    assert [r["bits"] for r in records if r["what"] == "decode"] == [16, 3]
+    waiting = 6 * 2 * 8 * 8 * 4  # 6 blocks, a tail of 8 tokens in 2 heads of 8 channels, fp32
+    assert records[-1]["cache"] > records[-1]["computed"] + waiting
+
+
 def test_a_shape_has_random_weights_and_runs(capsys, monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "llama2-7b", {**PLANTED, "tie_word_embeddings": True})
     command = ["--shape", "llama2-7b", "--no-compile", "--repeats", "1", "--seq-len", "32", "--n", "32", "--bits", "2"]
