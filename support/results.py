@@ -240,13 +240,14 @@ def followed(heading, site, found, json, columns=()):
 
 def print_comparisons(group):
     """The best row of a scheme and width; and what each rule that predicts sinks gains over the first N tokens: over as
-    many, or where the rule finds its N itself, over the best N."""
+    many, or where there is no such row, over the best N."""
     rows = {row_of(result): result for result in group}
     by_ppl = sorted(rows, key=lambda row: rows[row]["ppl"])
     if len(rows) > 1:
         print(f"{'':<23}{by_ppl[0].kept()} is the best of these", flush=True)
     for row in (row for row in rows if "kvsink" in row.keep):
-        rival = next((other for other in by_ppl if other.keep == "pfn" and row.N in (other.N, AUTO)), None)
+        first = [other for other in by_ppl if other.keep == "pfn"]
+        rival = next((other for other in first if other.N == row.N), first[0] if first else None)
         if rival and "nll" in rows[row] and "nll" in rows[rival]:  # older files lack it
             what = gain(rows[row]["nll"], rows[rival]["nll"])
             print(f"{'':<23}{row.kept()} against {rival.kept()}: {what}", flush=True)
