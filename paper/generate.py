@@ -11,6 +11,7 @@ What this file does not do: kvcache.py says how a cache stores things. No beam s
 Shapes as in kvcache.py: b sequences, n tokens of room, G query heads share a Key/Value head.
 """
 
+import functools
 import itertools
 import shutil
 import sys
@@ -28,6 +29,7 @@ from paper import kvquant
 from paper.kvcache import KVCache, Plain, cache_bytes
 from quant import NotFinite
 from support import cli, hub, results, text
+from support.cache import say
 from support.results import FULL_PRECISION, Row, with_rules
 from support.run import How, calibrated
 from support.tokenizer import Tokenizer
@@ -133,17 +135,58 @@ def full_precision_keys(cache, at):
 
 def decode(model, cache, tokens, step=decode_block):
     """The next token of each sequence (b,) -> logits (b, vocab) for the one after it. `step` is eager or compiled.
-    Raises ValueError where a sequence has no room left."""
+    On a CUDA device all of it is one graph. Raises ValueError where a sequence has no room left."""
     if max(cache.lengths) >= cache.n:
         raise ValueError(f"the cache was made for {cache.n} tokens and is full")
-    H = model.embedding(tokens[:, None])  # (b, 1, d)
-    for block, block_cache in zip(model.blocks, cache.blocks):
+    for block_cache in cache.blocks:
         block_cache.make_room()
-        H = step(block, H, block_cache, cache.at, cache.rope)
-    cache.at += 1
+    if cache.at.is_cuda:
+        cache.replay = cache.replay or captured(model, cache, step)
+        logits = cache.replay(tokens)
+    else:
+        logits = every_block(model, cache, step, tokens)
     cache.lengths = [length + 1 for length in cache.lengths]
     cache.finish_groups()
+    return logits
+
+
+def every_block(model, cache, step, tokens):
+    """A step's work on the device."""
+    H = model.embedding(tokens[:, None])  # (b, 1, d)
+    for block, block_cache in zip(model.blocks, cache.blocks):
+        H = step(block, H, block_cache, cache.at, cache.rope)
+    cache.at += 1
     return model.logits(H[:, 0])
+
+
+def captured(model, cache, step):
+    """`every_block` as one CUDA graph: some forty launches a block become one a token. A graph repeats what it saw, at the
+    same addresses: caches are made at their full size, and `at` is a number on the device. KVQuant's outliers alone grow,
+    so a cache that has some is not captured."""
+    work, at = functools.partial(every_block, model, cache, step), cache.at.clone()
+    if any(store.outliers is not None for block in cache.blocks for store in (block.K, block.V)):
+        return work
+    tokens, stream = torch.zeros_like(at[:, 0]), torch.cuda.Stream(at.device)
+    stream.wait_stream(torch.cuda.current_stream(at.device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, and writes into the slot that the first replay writes again
+            work(tokens)
+            cache.at.copy_(at)
+    torch.cuda.current_stream(at.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            logits = work(tokens)
+    except RuntimeError as error:
+        say(f"decoding without a CUDA graph, which could not be captured: {str(error).splitlines()[0]}")
+        return work
+
+    def replay(new_tokens):
+        tokens.copy_(new_tokens)
+        graph.replay()
+        return logits.clone()
+
+    return replay
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -296,6 +296,7 @@ class KVCache:
             n = -(-n // K.group_size) * K.group_size  # whole groups of tokens
         dtype, device = model.embedding.weight.dtype, model.embedding.weight.device
         self.n, self.k, self.lengths = n, k, [0] * b
+        self.replay = None  # on a CUDA device: generate.decode's graph
         self.at = torch.zeros(b, 1, dtype=torch.int64, device=device)  # the slot of each sequence's next token
         self.rope = rope_table(model.config, n + 1, device)
         self.blocks = [BlockCache(pair, model.config, n, b, k, pre_rope, dtype, device) for pair in quantizers]

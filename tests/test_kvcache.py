@@ -8,6 +8,7 @@ import copy
 import functools
 import math
 import re
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -218,6 +219,51 @@ def test_decoding_in_full_precision_is_the_model(family, tmp_path):
     quantizers = kvsink.rtn_cache(model, "token-dynamic", 8, 16)
     logits_8, _ = decoded(model, tokens, 10, quantizers)  # Packed sees the same tokens
     assert 0 < (logits_8 - logits).norm() < 0.02 * logits.norm()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_as_a_graph(planted, sequences, monkeypatch, capsys, fails):
+    """With a graph that notes its work when it is captured, and does it when it is replayed: the same logits, and no token
+    is written twice. Where it cannot be captured, one line says so."""
+    tokens, done = torch.cat((sequences[0][0], ordinary_tokens(9, 3))), []
+    quantizers = cache_of(planted, "channel-dynamic", 3, tokens[None], "kvsink", 2)
+    expected, _ = decoded(planted, tokens, 22, quantizers, "kvsink", 2)
+    cache = KVCache(planted, quantizers, len(tokens), k=2)
+    logits = [generate.prefill(planted, cache, [tokens[:22].tolist()], "kvsink", 2, SITE)]
+    every_block = generate.every_block
+
+    def noted(model, cache, step, tokens):
+        done.append((tokens, every_block(model, cache, step, tokens)))
+        return done[-1][1]
+
+    class Graph:
+        def replay(self):
+            tokens, logits = done[2]  # after two rounds of warming up
+            logits.copy_(every_block(planted, cache, generate.decode_block, tokens))
+
+    @contextmanager
+    def capture(graph):
+        if fails:
+            raise RuntimeError("operation not permitted\nand more")
+        yield
+        cache.at -= 1  # to capture is not to run
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stub in (("Stream", lambda device: stream), ("current_stream", lambda device: stream),
+                       ("stream", lambda stream: nullcontext()), ("CUDAGraph", Graph), ("graph", capture)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(generate, "every_block", noted)
+    replay = generate.captured(planted, cache, generate.decode_block)
+    assert len(done) == (2 if fails else 3) and cache.at.tolist() == [[22]]
+    for token in tokens[22:]:
+        logits.append(replay(token[None]))
+        cache.lengths = [cache.lengths[0] + 1]
+        cache.finish_groups()
+    torch.testing.assert_close(torch.cat(logits), expected)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["decoding without a CUDA graph, which could not be captured: operation not permitted"] * fails
+    sparse = KVCache(planted, sparse_cache(3), 24, pre_rope=True)
+    assert generate.captured(planted, sparse, generate.decode_block).func is noted  # whose outliers grow
 
 
 @pytest.mark.parametrize("scheme", ["channel-static", "channel-dynamic", "kvquant"])
