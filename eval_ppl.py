@@ -44,9 +44,9 @@ def negative_log_likelihood(model, H, tokens):
 
 
 def window_losses(model, tokens, cache, rule, how, label):
-    """Of each window (W, n) the negative log-likelihood, summed over its n - 1 predicted tokens, and how many tokens are
-    kept after the last block: (2, W), float64. Under torchrun each rank takes its share, and has all of them in the end.
-    Raises NotFinite where a loss is not finite, naming the block where that began."""
+    """Of each window (W, n) the negative log-likelihood, summed over its n - 1 predicted tokens, and how many tokens
+    are kept after the last block: (2, W), float64. Under torchrun each rank takes its share, and has all of them in the
+    end. Raises NotFinite where a loss is not finite, naming the block where that began."""
     (rank, ranks), found = rank_and_ranks(), torch.zeros(2, len(tokens), dtype=torch.float64)
     w = rank
     try:
@@ -174,8 +174,8 @@ def parse_arguments(argv):
     add("--bits", nargs="+", type=cli.number(1, 8), help="bits a number, 1 to 8 (default: 4 2)")
     add("--keep", nargs="+", choices=results.KEEPS, help="which tokens to keep: the first N, the N "
         "predicted sinks, or (not the paper's) token 0 before they are known and then them (default: none pfn kvsink)")
-    add("--sinks", nargs="+", type=cli.number_or_auto(0), metavar="N", help="how many of them, or auto: as many as stand out, "
-        "at most 20 (default: 0 5 10 15 20)")
+    add("--sinks", nargs="+", type=cli.number_or_auto(0), metavar="N", help="how many of them, or auto: as many as stand "
+        "out, at most 20 (default: 0 5 10 15 20)")
     add("--json", type=Path, metavar="FILE", help="write the results, row by row; rows already there are not run again")
     add("--plot", type=Path, metavar="FILE", help="draw the results as Figure 9 does: .png, .svg or .pdf")
     add = parser.add_argument_group("how to run it").add_argument
@@ -188,7 +188,8 @@ def parse_arguments(argv):
         "(default: 128)")
     add("--rope", choices=["post", "pre"], default="post", help="quantize Keys after or before RoPE (default: post)")
     cli.add_site_options(add)
-    add("--seed", type=cli.number(0, 2**63 - 1), default=0, help="of windows at random places: calibration, c4 (default: 0)")
+    add("--seed", type=cli.number(0, 2**63 - 1), default=0, help="of windows at random places: calibration, c4 "
+        "(default: 0)")
     cli.add_machine_options(add)
     add("--stream", action="store_true", help="all windows through one block after the other, which come from disk: "
         "for models larger than the memory")

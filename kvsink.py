@@ -1,8 +1,8 @@
 """KVSink: predict the attention sinks from one hidden channel of one block, keep their Keys and Values (Algorithm 1).
 
 Read top to bottom: Table 3 says where the stable outliers of each model emerge; then Algorithm 1, to be laid beside the
-printed one line by line; then the schemes of Section 5.1 and their calibration, which is Algorithm 1 with quantizers that
-only look; last the finder, which locates the outliers of a model that Table 3 does not list.
+printed one line by line; then the schemes of Section 5.1 and their calibration, which is Algorithm 1 with quantizers
+that only look; last the finder, which locates the outliers of a model that Table 3 does not list.
 
 What this file does not do: the transformer's parts come from llama.py and the equations of quantization from quant.py.
 It stores no cache: Keys and Values are quantized and dequantized in place, which is what perplexity needs.
@@ -88,9 +88,9 @@ def predict_sinks(H, c, k):
 
 
 def predict_auto(H, c):
-    """Not the paper's, lines 15-16 without k: of the AT_MOST tokens that `predict_sinks` marks, those that reach a tenth
-    of the largest of their sequence. Sinks are some hundred times larger than the rest, so the tenth is not delicate; the
-    bound holds where there is no gap, as in a text of one token again and again."""
+    """Not the paper's, lines 15-16 without k: of the AT_MOST tokens that `predict_sinks` marks, those that reach a
+    tenth of the largest of their sequence. Sinks are some hundred times larger than the rest, so the tenth is not
+    delicate; the bound holds where there is no gap, as in a text of one token again and again."""
     X = H[:, :, c].abs()                                          #     (b, n)
     return predict_sinks(H, c, min(AT_MOST, X.shape[1])) & (X >= X.amax(1, keepdim=True) / 10)
 
@@ -99,8 +99,8 @@ def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, pre_rope=False, step=
     """Algorithm 1. H is H^0 (b, n, d); returns H^L (b, n, d) and S_sink (b, n), each sequence with its own.
 
     l_E, c and k make it KVSink-k, S_sink = pfn(H, N) makes it PFN-N, without either nothing is kept. With both, S_sink
-    is kept up to block l_E. k = AUTO finds the sinks without k. `step` is lines 6-13, eager or compiled. Raises ValueError
-    where k exceeds n.
+    is kept up to block l_E. k = AUTO finds the sinks without k. `step` is lines 6-13, eager or compiled. Raises
+    ValueError where k exceeds n.
     """
     if k != AUTO and k > H.shape[1]:
         raise ValueError(f"cannot keep {k} of {H.shape[1]} tokens")
@@ -132,7 +132,7 @@ def preservation(keep, N, site, H):
 
 def compiled(function, **how):
     """`function` under torch.compile; `how` are its options. `decoder_block` is compiled at its first call and then
-    serves every block, because weights, masks and ranges are inputs of its graph. Another scheme makes another graph."""
+    serves every block, because weights, masks and ranges are inputs of its graph. Another scheme has another graph."""
     torch._dynamo.config.recompile_limit = 64  # graphs before torch would quietly go on without compiling
     return torch.compile(function, **how)
 

@@ -207,7 +207,7 @@ class Quantizer:
 
     def __call__(self, X, leave_out=None):
         """Quantize X (..., n, d) and dequantize it again; `leave_out` masks what must not count for the ranges. What is
-        not finite comes back as NaN, so that it reaches the logits: to raise here would wait for a GPU in every block."""
+        not finite comes back as NaN, so that it reaches the logits: to raise here would wait for a GPU in each block."""
         Xf = X.to(torch.promote_types(X.dtype, torch.float32))  # fp16 cannot hold the quotients of Eq. 10 and 13
         s, z = self.parameters(Xf, leave_out)
         Xg, _ = grouped(Xf, self.granularity, self.group_size)

@@ -420,7 +420,7 @@ def test_static_ranges_by_hand():
 
 @pytest.mark.parametrize("granularity", quant.GRANULARITIES)
 def test_static_quantization_against_numpy(granularity):
-    """Calibrated on batches of different lengths with masks, applied to others: float64 with the ranges found by a loop."""
+    """Calibrated on batches of different lengths with masks, applied to others: float64, ranges by a loop."""
     draw = np.random.RandomState(0)
     quantizer = Quantizer(3, granularity, 4, static=True)
     seen = []  # (h, tokens, d) of what counts
@@ -979,8 +979,8 @@ def test_the_sinks_of_the_default_model_are_where_documents_end(default_model):
 
 
 def test_five_predicted_tokens_are_worth_more_than_the_first_five(default_model):
-    """The first rows of `python eval_ppl.py`, eager so that they do not depend on a compiler; tests/test_eval_ppl.py has
-    the others."""
+    """The first rows of `python eval_ppl.py`, eager so that they do not depend on a compiler; tests/test_eval_ppl.py
+    has the others."""
     out = default_results()
     rows = "--scheme channel-static --bits 4 --keep pfn kvsink --sinks 5".split()
     assert eval_ppl.main([*rows, "--no-compile", "--json", str(out)]) == 0

@@ -2,8 +2,8 @@
 
     python -m beyond.front --json front.json --plot front.png
 
-The paper compares rules of preservation within a scheme. Who wants a small cache asks which scheme, width, group size and
-rule to take. The answer is the front: the settings that no other beats in both perplexity and stored bits.
+The paper compares rules of preservation within a scheme. Who wants a small cache asks which scheme, width, group size
+and rule to take. The answer is the front: the settings that no other beats in both perplexity and stored bits.
 
 Read top to bottom: the settings; the front; the picture; the command. Rows are measured by eval_ppl.py.
 """

@@ -1,10 +1,10 @@
-"""What hooks see inside a block, and what Sections 3 and 4 measure on it: sinks, stages, attention and its bias (Eq. 9).
+"""What hooks see inside a block, and what Sections 3 and 4 measure on it: sinks, stages, attention and its bias.
 
-Read top to bottom: the hooks; sinks and the five stages; attention scores, biases and cosines; a Subject, which is a model
-on a text with its sinks found; what is measured block by block for Figures 6, 7 and 18.
+Read top to bottom: the hooks; sinks and the five stages; attention scores, biases and cosines; a Subject, which is a
+model on a text with its sinks found; what is measured block by block for Figures 6, 7 and 18.
 
-What this file does not do: it draws nothing and prints nothing (figures.py, table1.py), and it has no loop over blocks of
-its own: that is Llama.forward's.
+What this file does not do: it draws nothing and prints nothing (figures.py, table1.py), and it has no loop over blocks
+of its own: that is Llama.forward's.
 
 Blocks are counted from 1, as in Algorithm 1; the paper's figures, Table 3 and the option --layer count from 0.
 """
@@ -128,8 +128,9 @@ def extremes(X):
 
 
 def evolution(model, tokens, c):
-    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'}, H^l; the median |H^l|, (L,); and the
-    tokens that stand out in channel c of H^l, a mask (L, n). Raises NotFinite where a hidden state holds NaN or inf."""
+    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'}, H^l; the median |H^l|, (L,); and
+    the tokens that stand out in channel c of H^l, a mask (L, n). Raises NotFinite where a hidden state holds NaN or
+    inf."""
     names = ("X_d_in", "X_d_out", "H_", "H")
 
     def reduce(a):
@@ -204,8 +205,8 @@ class Subject:
         return look(self.model, self.windows[0], lambda a: a if a.l == self.block else None)[self.block - 1]
 
     def look_where_stable(self, tokens, reduce):
-        """`look` at tokens (1, n), in the blocks of the stabilization stage only. `reduce` is called with the Activations
-        and the sinks S of these tokens, a mask (n,); returns what it gave for each of these blocks."""
+        """`look` at tokens (1, n), in the blocks of the stabilization stage only. `reduce` is called with the
+        Activations and the sinks S of these tokens, a mask (n,); returns what it gave for each of these blocks."""
         S = None
 
         def in_a_stable_block(a):
@@ -319,8 +320,8 @@ def bias_similarity(subject):
 
 
 def norms_by_block(subject):
-    """Figures 18, 20, 22, 23: "Q", "K", "V" -> (L, 2, 3), the L2 norms of sinks and of the others, each as its 10th, 50th
-    and 90th percentile over heads and tokens."""
+    """Figures 18, 20, 22, 23: "Q", "K", "V" -> (L, 2, 3), the L2 norms of sinks and of the others, each as its 10th,
+    50th and 90th percentile over heads and tokens."""
     S, levels = subject.S, torch.tensor([0.1, 0.5, 0.9])
 
     def percentiles(X):  # (heads, n, d_k) -> (2, 3)

@@ -1,5 +1,5 @@
-"""What `python -m paper.table1`, `paper.table3`, `paper.figures` and `python -m paper` share: options, and the model on a
-text that these name.
+"""What `python -m paper.table1`, `paper.table3`, `paper.figures` and `python -m paper` share: options, and the model on
+a text that these name.
 
 Read top to bottom: options; the model; the text; a Subject of both; what is said and saved of it.
 
@@ -95,7 +95,7 @@ def load(name, machine, layer=None):
 
 
 def read_windows(prompt, tokenizer, context):
-    """What titles call a text, and its windows (count, n). Raises ValueError where the text is too short or too long."""
+    """What titles call a text, and its windows (count, n). Raises ValueError where it is too short or too long."""
     if prompt == "packed":
         n = min(1024, context)
         return f"packed wiki-sample, {n} tokens", text.windows(tokenizer, text.PACKED, "test", n, 8, 0)

@@ -45,8 +45,8 @@ def prefill(model, cache, prompts, keep="none", N=0, site=NOWHERE, step=kvsink.d
     token after each. Prompts run one by one: if they were padded to one length, padding could be predicted as a sink.
     `step` is eager or compiled; compiled code is made for one length of prompt.
 
-    Raises ValueError for an empty prompt, one longer than the cache, one of fewer tokens than the cache keeps, and where
-    the cache's k is not as many tokens as may be kept.
+    Raises ValueError for an empty prompt, one longer than the cache, one of fewer tokens than the cache keeps, and
+    where the cache's k is not as many tokens as may be kept.
     """
     logits = []
     for i, prompt in enumerate(prompts):
@@ -160,9 +160,9 @@ def every_block(model, cache, step, tokens):
 
 
 def captured(model, cache, step):
-    """`every_block` as one CUDA graph: some forty launches a block become one a token. A graph repeats what it saw, at the
-    same addresses: caches are made at their full size, and `at` is a number on the device. KVQuant's outliers alone grow,
-    so a cache that has some is not captured."""
+    """`every_block` as one CUDA graph: some forty launches a block become one a token. A graph repeats what it saw, at
+    the same addresses: caches are made at their full size, and `at` is a number on the device. KVQuant's outliers alone
+    grow, so a cache that has some is not captured."""
     work, at = functools.partial(every_block, model, cache, step), cache.at.clone()
     if any(store.outliers is not None for block in cache.blocks for store in (block.K, block.V)):
         return work
@@ -219,8 +219,8 @@ def generate(model, cache, logits, count, choose, ends=(), step=decode_block):
 
 def kl_divergence(model, cache, logits, tokens, reference, step=decode_block):
     """For each of m `tokens`, the KL divergence of this cache's prediction from full precision's, in nats; and whether
-    both find the same token the likeliest. `reference` holds full precision's m logits (vocab,), `logits` (1, vocab) are
-    those of `prefill`."""
+    both find the same token the likeliest. `reference` holds full precision's m logits (vocab,), `logits` (1, vocab)
+    are those of `prefill`."""
     kl, same = [], []
     for i, expected in enumerate(reference):
         if i:
@@ -350,8 +350,8 @@ def parse_arguments(argv):
     parser = cli.Parser(
         prog="python -m paper.generate",
         description="Text from a LLaMA-type model with a packed KV cache, of which the first N tokens (PFN) or the N\n"
-        "predicted attention sinks of the prompt (KVSink, Algorithm 1) are kept in full precision. What it takes without\n"
-        "options is the best that was measured (docs/results.md), not the paper's.",
+        "predicted attention sinks of the prompt (KVSink, Algorithm 1) are kept in full precision. Its defaults are not\n"
+        "the paper's, but the best setting that was measured (docs/results.md).",
     )
     add = parser.add_argument_group("what to say").add_argument
     add("--prompt", default="The tallest mountain on Earth is", help="what the text begins with (default: %(default)s)")
@@ -366,8 +366,8 @@ def parse_arguments(argv):
         "ranges and kvquant calibrate first (default: %(default)s)")
     add("--keep", choices=results.KEEPS, default="pfn+kvsink", help="which tokens to keep, as in eval_ppl.py "
         "(default: %(default)s)")
-    add("--sinks", type=cli.number_or_auto(1), metavar="N", help="how many of them, or auto: as many as stand out, at most 20 "
-        "(default: auto; 5 of pfn)")
+    add("--sinks", type=cli.number_or_auto(1), metavar="N", help="how many of them, or auto: as many as stand out, at most "
+        "20 (default: auto; 5 of pfn)")
     add("--outliers", type=cli.fraction, default=0.0, metavar="RHO", help="KVQuant: the fraction of the numbers stored "
         "apart in 16 bits (default: %(default)s)")
     add("--group-size", type=cli.number(1), default=128, help="channels, or with channel-dynamic tokens, that share a "
@@ -471,8 +471,8 @@ def run(name, machine, speech, caches, place):
     print(f"{speech.prompt}\n")
     compare(model, tokenizer, speech.count, caches.rows, prefilled, choose, step)
     print(
-        f"\n{others[0].name()}, {others[0].bits} bits; along full precision's text: KL divergence to its predictions, nats a "
-        "token, with its standard error over tokens; same: share of tokens whose likeliest next token is its, too"
+        f"\n{others[0].name()}, {others[0].bits} bits; along full precision's text, KL: divergence from its predictions, "
+        "nats a token, and the standard error over tokens; same: share of tokens whose likeliest successor is its, too"
     )
 
 

@@ -130,8 +130,8 @@ class Packed:
         self.tail[rows, :, slots % self.g] = X.transpose(1, 2)
 
     def finish_group(self, rows, end, kept):
-        """Makes codes of the tail of sequences `rows` (r, 1), whose last token is in slot end - 1, (r, 1). `kept` (r, k)
-        are the slots of kept tokens."""
+        """Makes codes of the tail of sequences `rows` (r, 1), whose last token is in slot end - 1, (r, 1). `kept` (r,
+        k) are the slots of kept tokens."""
         slots = end - self.g + torch.arange(self.g, device=end.device)  # (r, g)
         leave_out = (slots[..., None] == kept[:, None]).any(-1)[:, None, :, None]
         self.store(rows, slots, self.tail[rows[:, 0]], leave_out)

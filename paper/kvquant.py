@@ -164,8 +164,8 @@ BINS = 4096  # of [-1, 1]: far finer than 16 signposts, and it makes 134 million
 
 def key_ranges(model, rule, rhos, site, states, bar):
     """rho -> lo, hi (2, L, h_kv, 1, d_k): the quantiles rho/2 and 1 - rho/2 of each channel of the Keys before RoPE,
-    over all tokens that the rule (keep, N) does not keep; and S_sink (2, W, n), the tokens that it keeps up to block l_E
-    and after it.
+    over all tokens that the rule (keep, N) does not keep; and S_sink (2, W, n), the tokens that it keeps up to block
+    l_E and after it.
 
     Algorithm 1 over the batch of all windows on the host, with an observer of Keys: the Keys of one block are in
     memory, not of all. `states` (L + 1, W, n, d) holds H^0 of the windows; H^1 to H^L are left there for the way back.

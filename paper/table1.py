@@ -5,8 +5,8 @@
 
 Read top to bottom: the table as printed; the same measured on any model; the command.
 
-What this file does not do: where the sinks are, and what a block computes, is found by activations.py; the equations are
-quant.py's.
+What this file does not do: where the sinks are, and what a block computes, is found by activations.py; the equations
+are quant.py's.
 """
 
 from collections import defaultdict

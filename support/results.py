@@ -103,8 +103,8 @@ def rtn_bits(row, config, group_size):
 
 
 def stored_bits(row, config, n, group_size):
-    """What the packed cache (paper/kvcache.py) takes: it has codes for kept tokens, too, room for as many as are kept at
-    most in every block, and for an unfinished group of tokens in 16 bits."""
+    """What the packed cache (paper/kvcache.py) takes: it has codes for kept tokens, too, room for as many as are kept
+    at most in every block, and for an unfinished group of tokens in 16 bits."""
     if row == FULL_PRECISION:
         return 16.0
     d, (a_token, once) = config.num_key_value_heads * config.head_dim, rtn_bits(row, config, group_size)
@@ -178,8 +178,8 @@ def done_before(known, old_results):
 
 
 def evaluate(known, done, measure):
-    """Yields the result of each row of `known`, row -> settings, in order: that of `done`, or what `measure(row)` gives.
-    Only the first rank has results, and what it has done decides what is run."""
+    """Yields the result of each row of `known`, row -> settings, in order: that of `done`, or what `measure(row)`
+    gives. Only the first rank has results, and what it has done decides what is run."""
     done, to_run = dict(done), torch.tensor([row not in done for row in known])
     if dist.is_initialized():
         to_run = to_run.cuda() if dist.get_backend() == "nccl" else to_run
@@ -283,9 +283,10 @@ ALIKE = ("seq_len", "windows", "group_size", "rope", "dtype", "seed", "calib_win
 
 
 def figure_9(results):
-    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel a model, text, scheme and width. A bar
-    is one standard error of the distance to full precision, paired over windows. AUTO stands alone, at the mean number of
-    its tokens. Raises ValueError where there is nothing to draw, or where results of unlike runs would meet in one panel."""
+    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel a model, text, scheme and width. A
+    bar is one standard error of the distance to full precision, paired over windows. AUTO stands alone, at the mean
+    number of its tokens. Raises ValueError where there is nothing to draw, or where results of unlike runs would meet
+    in one panel."""
     from matplotlib.figure import Figure
 
     def panel(result):

@@ -1,6 +1,6 @@
 """Algorithm 1 on windows of text: window by window, or streamed; and with observers, which is calibration.
 
-What this file does not do: the algorithm is kvsink.py's. What is made of H^L, a loss or nothing, is the caller's business.
+What this file does not do: the algorithm is kvsink.py's. What is made of H^L is the caller's business.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from support import cli, stream
 
 @dataclass(frozen=True)
 class How:
-    """How Algorithm 1 runs: lines 6-13 and the loss, each eager or compiled; Keys quantized before or after RoPE; window
-    by window, or all windows through one block after the other (stream.py)."""
+    """How Algorithm 1 runs: lines 6-13 and the loss, each eager or compiled; Keys quantized before or after RoPE;
+    window by window, or all windows through one block after the other (stream.py)."""
 
     step: Callable
     nll: Callable

@@ -22,8 +22,8 @@ from support.cli import amount, duration, free_memory
 
 
 class BlocksOnDisk(nn.ModuleList):
-    """The blocks of a model, their weights on disk. A loop over them, forwards or backwards, has one block on the device
-    and the next on its way; by its index a block is there without weights.
+    """The blocks of a model, their weights on disk. A loop over them, forwards or backwards, has one block on the
+    device and the next on its way; by its index a block is there without weights.
 
     read    a function that gives names and weights of block l, counted from 0, in host memory
     """

@@ -108,9 +108,9 @@ def read_model(path):
 
 
 def pieces(text, longest_run=25_000, longest_piece=400_000):
-    """tiktoken panics on a run of a million spaces. Text with a run of over 25,000 characters, all blank or none, is cut
-    as Meta's tokenizer cuts. Other text stays whole: Meta's cuts at 400,000 characters, in mid-word, would only give it
-    other ids than the same model's tokenizer.json gives."""
+    """tiktoken panics on a run of a million spaces. Text with a run of over 25,000 characters, all blank or none, is
+    cut as Meta's tokenizer cuts. Other text stays whole: Meta's cuts at 400,000 characters, in mid-word, would only
+    give it other ids than the same model's tokenizer.json gives."""
     runs = re.compile(r"\s+|\S+")
     if all(run.end() - run.start() <= longest_run for run in runs.finditer(text)):
         return [text]
@@ -168,8 +168,8 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 
 
 def begin_and_ends(directory, special, bos, eos):
-    """A Tokenizer's bos, eot and ends. `bos` and `eos` are those of the tokenizer's file; tokenizer_config.json overrules
-    it, as in transformers (DeepSeek's tokenizer.json, for one, has no post-processor that adds its bos)."""
+    """A Tokenizer's bos, eot and ends. `bos` and `eos` are those of the tokenizer's file; tokenizer_config.json
+    overrules it, as in transformers (DeepSeek's tokenizer.json, for one, has no post-processor that adds its bos)."""
     path = directory / "tokenizer_config.json"
     settings = read_object(path)
     with one_line(path, "not a tokenizer's configuration"):

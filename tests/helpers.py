@@ -205,7 +205,7 @@ def cache_of(model, scheme, bits, tokens, keep="none", N=0, pre_rope=False):
 
 
 def write_tiny(directory):
-    """A planted model, a tokenizer of single bytes and a text: all that a command needs, offline. Returns its options."""
+    """A planted model, a tokenizer of single bytes and a text: all that a command needs. Returns its options."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PLANTED, "vocab_size", 300)
         plant(directory)

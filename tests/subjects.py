@@ -1,4 +1,5 @@
-"""What the tests of paper/activations.py, table1.py, table3.py and figures.py look at: two models on texts with sinks."""
+"""What the tests of paper/activations.py, table1.py, table3.py and figures.py look at: two models on texts with
+sinks."""
 
 import functools
 from dataclasses import replace
@@ -37,8 +38,8 @@ def planted_subject():
 
 @functools.cache
 def keys_and_values(window):
-    """Of the planted model's blocks 3 to 6 on one of the windows, in float64: l -> {"K", "V"}, each (h_kv, n, d_k), from
-    the parts of the block."""
+    """Of the planted model's blocks 3 to 6 on one of the windows, in float64: l -> {"K", "V"}, each (h_kv, n, d_k),
+    from the parts of the block."""
     model, tokens, found = planted_model(), planted_windows()[window], {}
     H, rope = model.embedding(tokens), rope_table(model.config, 40, "cpu")
     for l, block in enumerate(model.blocks, start=1):

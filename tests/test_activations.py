@@ -36,7 +36,7 @@ def double(model):
 
 
 def test_hooks_see_what_a_block_computes(planted, sequences):
-    """Each activation against Section 2's equations in float64, one block after the other, and no hook is left behind."""
+    """Each activation against Section 2's equations in float64, block after block, and no hook is left behind."""
     model, tokens = double(planted), sequences[0][:1]
     H, rope = model.embedding(tokens), rope_table(model.config, 24, "cpu")
     seen = look(planted, tokens, lambda a: a)

@@ -1,4 +1,5 @@
-"""paper/figures.py and `python -m paper`: what is drawn, by the numbers in the pictures, and what the commands refuse."""
+"""paper/figures.py and `python -m paper`: what is drawn, by the numbers in the pictures, and what the commands
+refuse."""
 
 import hashlib
 import json

@@ -223,8 +223,8 @@ def test_decoding_in_full_precision_is_the_model(family, tmp_path):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_step_as_a_graph(planted, sequences, monkeypatch, capsys, fails):
-    """With a graph that notes its work when it is captured, and does it when it is replayed: the same logits, and no token
-    is written twice. Where it cannot be captured, one line says so."""
+    """With a graph that notes its work when it is captured, and does it when it is replayed: the same logits, and no
+    token is written twice. Where it cannot be captured, one line says so."""
     tokens, done = torch.cat((sequences[0][0], ordinary_tokens(9, 3))), []
     quantizers = cache_of(planted, "channel-dynamic", 3, tokens[None], "kvsink", 2)
     expected, _ = decoded(planted, tokens, 22, quantizers, "kvsink", 2)

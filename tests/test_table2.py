@@ -283,7 +283,8 @@ def test_a_run_that_was_stopped_goes_on_after_its_last_row(tiny, tmp_path, our_c
     assert [r["ppl"] for r in results_of(out)] == [r["ppl"] for r in results_of(whole)]
 
 
-DRIVER = """
+DRIVER =
+"""
 import sys
 from support import cli, hub
 real = hub.documents
@@ -345,7 +346,8 @@ def test_a_folder_where_nothing_can_be_written(tiny, capsys, our_cache, monkeypa
 
 
 def test_kvquant_on_the_default_model(default_model, tmp_path, quick_codebooks):
-    """At 3 and 4 bits below the RTN scheme with static ranges by channel, at 2 bits far below, and lower with outliers."""
+    """At 3 and 4 bits below the RTN scheme with static ranges by channel, at 2 bits far below, and lower with
+    outliers."""
     out, file = tmp_path / "out.json", tmp_path / "calibration.safetensors"
     common = "--keep kvsink --sinks 5 --limit 1 --calib-windows 2 --no-compile --bits 2 3 4".split()
     common += ["--json", str(out)]

@@ -40,7 +40,8 @@ def test_the_time_columns_of_table_4_as_printed():
 
 
 def test_time_is_the_median_and_warming_up_is_not_counted(monkeypatch):
-    """Two works whose i-th call takes i^2 units, so that median and mean differ; 3 repeats after a round that does not count."""
+    """Two works whose i-th call takes i^2 units, so that median and mean differ; 3 repeats after a round that does not
+    count."""
     clock, calls = [0.0], []
 
     def work(name, slow):

@@ -53,7 +53,8 @@ def llama3_pre_tokenizer():
 
 
 def write_sentencepiece(directory, **settings):
-    """LLaMA-2's kind of model, trained here: bytes where a character is unknown, digits one by one, nothing normalized."""
+    """LLaMA-2's kind of model, trained here: bytes where a character is unknown, digits one by one, nothing
+    normalized."""
     words = ["the cat sat on the mat 1 2 3 4 5 6 7 8 9 0", "hello world, it is a cat", "sinks are predicted"] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -269,7 +270,8 @@ def test_a_long_run_gives_the_ids_of_metas_tokenizer(text, tmp_path):
 
 
 def test_a_text_without_a_long_run_is_not_cut(tmp_path):
-    """Every word is one token, also the one that stands over 400,000 characters, and runs of 25,000 are short enough."""
+    """Every word is one token, also the one that stands over 400,000 characters, and runs of 25,000 are short
+    enough."""
     write_tiktoken(tmp_path, bytes_vocabulary([" word"]))
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert tokenizer.encode(" word" * 100_001, bos=False) == [tokenizer.encode(" word")[1]] * 100_001
@@ -343,7 +345,8 @@ def test_what_ends_a_document_and_what_ends_a_text(special, eos, eot, ends, tmp_
     ([32000], 2, {32000}), ("absent", 300, {300}), ([], 300, {300}),
 ])  # fmt: skip
 def test_the_checkpoint_says_what_ends_a_text(generation, config, ends, tmp_path):
-    """generation_config.json, else config.json, one id or a list: ChatML on Mistral. The tokenizer's own ends it too."""
+    """generation_config.json, else config.json, one id or a list: ChatML on Mistral. The tokenizer's own ends it
+    too."""
     write_sentencepiece(tmp_path)
     if generation != "absent":
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
