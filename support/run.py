@@ -6,7 +6,6 @@ What this file does not do: the algorithm is kvsink.py's. What is made of H^L is
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from tqdm import tqdm
 
 import kvsink

@@ -283,8 +283,7 @@ def test_a_run_that_was_stopped_goes_on_after_its_last_row(tiny, tmp_path, our_c
     assert [r["ppl"] for r in results_of(out)] == [r["ppl"] for r in results_of(whole)]
 
 
-DRIVER =
-"""
+DRIVER = """
 import sys
 from support import cli, hub
 real = hub.documents
