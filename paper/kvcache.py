@@ -100,7 +100,11 @@ class Packed:
         self.quantizer = replace(quantizer, half=True) if rtn else quantizer
         self.static = quantizer.static if rtn else quantizer.lo is not None
         self.g = quantizer.group_size if rtn and quantizer.granularity == "channel" and not self.static else 1
-        self.codes = torch.zeros(b, h_kv, n, d_k * quantizer.bits // 8, dtype=torch.uint8, device=device)
+        # In memory RTN's codes lie with the tokens last, (b, h_kv, bytes, n), whatever their shape says. So a vector register
+        # holds neighbouring tokens, and no width leaves it half empty. KVQuant's look-up of levels wants its channels last.
+        room = (b, h_kv, d_k * quantizer.bits // 8, n) if rtn else (b, h_kv, n, d_k * quantizer.bits // 8)
+        codes = torch.zeros(room, dtype=torch.uint8, device=device)
+        self.codes = codes.mT if rtn else codes  # (b, h_kv, n, bytes)
         one_group = torch.zeros(1, h_kv, self.g, d_k, device=device)
         self.tail = one_group.to(dtype).repeat(b, 1, 1, 1) if self.g > 1 else None
         self.parameters = list(self.quantizer.encode(one_group)[1:3])
@@ -146,19 +150,20 @@ class Packed:
             is_outlier = parameters[2] if leave_out is None else parameters[2] & ~leave_out
             self.outliers.append(rows, slots, X, is_outlier)
 
-    def wide_parameters(self):
-        """Yields both parameters in fp32, in shapes that broadcast against (b, h_kv, n, d_k)."""
-        for numbers in self.parameters:
-            numbers = numbers.float()[..., None].expand(*numbers.shape, self.d_k // numbers.shape[-1]).flatten(-2)
-            if self.g > 1:
-                numbers = numbers[..., None, :].expand(*numbers.shape[:3], self.g, self.d_k).flatten(2, 3)
-            yield numbers
-
     def dequantized(self):
-        """Yields a few neighbouring channels at a time: their slice, and their numbers (b, h_kv, n, a few), fp32."""
-        one, two = self.wide_parameters()
+        """Yields a few neighbouring channels at a time: their slice, and their numbers (b, h_kv, n/g, g, a few), fp32."""
+        wide = [widened(numbers) for numbers in self.parameters]
         for channels, codes in slices(self.codes, self.quantizer.bits):
-            yield channels, self.quantizer.decode(codes, one[..., channels], two[..., channels])
+            one, two = (self.of_channels(numbers, channels) for numbers in wide)
+            yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), one, two)
+
+    def of_channels(self, numbers, channels):
+        """One of the two parameters for a slice of channels, to broadcast against (b, h_kv, n/g, g, a few)."""
+        width = self.d_k // numbers.shape[-1]  # so many channels share one
+        numbers = numbers[..., channels.start // width : -(-channels.stop // width)]
+        if width > 1 < numbers.shape[-1]:  # several groups in the slice
+            numbers = numbers[..., None].expand(*numbers.shape, width).flatten(-2)
+        return numbers[..., None, :]
 
     # The next two are the hot path. They are products and sums, not matrix products, because torch.compile fuses these
     # with the unpacking: each byte is read once, for all of its codes and for all G queries that share the head, and
@@ -169,17 +174,31 @@ class Packed:
         that is turned back by a Key's angle has the same product with it as the query has with the turned Key."""
         K, S = list(self.dequantized()), []
         for Q_g in Q.unbind(2):
-            Q_g = Q_g[:, :, None] if rope is None else rotate(Q_g[:, :, None], (rope[0], -rope[1]))
-            S.append(sum(Q_g[..., channels] * K_ for channels, K_ in K).sum(-1))
+            Q_g = Q_g[:, :, None]  # (b, h_kv, 1, d_k)
+            Q_g = Q_g[:, :, None] if rope is None else rotate(Q_g, (rope[0], -rope[1])).unflatten(2, (-1, self.g))
+            S.append(sum(Q_g[..., channels] * K_ for channels, K_ in K).sum(-1).flatten(2))
         S = torch.stack(S, dim=2)
         return S if self.outliers is None else self.outliers.add_to_scores(S, Q, rope, self)
 
     def weighted_sum(self, p):
         """p V, (b, h_kv, G, n) -> (b, h_kv, G, d_k), fp32."""
         V = [V_ for _, V_ in self.dequantized()]
-        A = [torch.cat([(p_g[..., None] * V_).sum(-2) for V_ in V], dim=-1) for p_g in p.unbind(2)]
+        A = [torch.cat([(p_g[..., None, None] * V_).sum((2, 3)) for V_ in V], dim=-1) for p_g in p.unbind(2)]
         A = torch.stack(A, dim=2)
         return A if self.outliers is None else self.outliers.add_to_sum(A, p, self)
+
+
+@torch.library.custom_op("kvsink::to_fp32", mutates_args=())
+def to_fp32(X: torch.Tensor) -> torch.Tensor:
+    """An operation that torch.compile leaves alone. Fused into a loop on a CPU, this conversion made it four times slower."""
+    return X.to(torch.float32, copy=True)
+
+
+to_fp32.register_fake(lambda X: torch.empty_like(X, dtype=torch.float32))
+
+
+def widened(X):
+    return to_fp32(X) if X.dtype == torch.float16 and X.device.type == "cpu" else X.float()
 
 
 class Outliers:
@@ -221,7 +240,7 @@ class Outliers:
         rows, token = torch.arange(b, device=device)[:, None], torch.searchsorted(ends, entry, right=True)
         filled, token = token < n, token.clamp(max=n - 1)
         head, channel = self.channels.long() // d_k, self.channels.long() % d_k
-        middle, half = (x.expand(b, h_kv, n, d_k)[rows, head, token, channel] for x in store.wide_parameters())
+        middle, half = (x.float().expand(b, h_kv, n, d_k)[rows, head, token, channel] for x in store.parameters)
         value, levels = self.values.float(), store.quantizer.levels
         off = value - torch.where(value < middle, levels[0], levels[-1]) * half - middle
         return rows, token, head, channel, torch.where(filled, off, 0.0)

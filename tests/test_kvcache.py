@@ -437,7 +437,7 @@ def test_the_bytes_of_a_kvquant_cache_are_what_average_bits_counts(rho, bits):
         (block_cache.V, quantize_V, fill_V, V),
     ):
         assert torch.equal(filler(X.half(), leave_out), quantizer(X.half()))
-        back = torch.cat([part.expand(1, 3, n, -1) for _, part in store.dequantized()], -1)
+        back = torch.cat([part.flatten(2, 3).expand(1, 3, n, -1) for _, part in store.dequantized()], -1)
         if rho:
             rows, token, head, channel, off = store.outliers.entries(store)
             back = back.index_put((rows, head, token, channel), off, accumulate=True)
