@@ -269,7 +269,7 @@ def gain(ours, theirs):
     mean, error = mean_and_error(differences(ours, theirs))
     if math.isnan(error):
         return f"PPL {100 * abs(1 - math.exp(mean)):.1f} % {'lower' if mean < 0 else 'higher'}, of one window"
-    if abs(mean) < 2 * error:
+    if abs(mean) <= 2 * error:
         return f"not resolved ({100 * (math.exp(mean) - 1):+.1f} % +- {100 * error:.1f})"
     return f"PPL {100 * abs(1 - math.exp(mean)):.1f} % {'lower' if mean < 0 else 'higher'}, +- {100 * error:.1f}"
 

@@ -69,6 +69,13 @@ PRINTED = {  # by model; 16 bits, then of each rho KVQuant and + KVSink-5
 }
 
 
+DEFAULT_ROWS = [
+    Row("kvquant", 2, keep, N, rho)
+    for rho in (0, 0.001, 0.005, 0.01)
+    for keep, N in (("pfn", 1), ("kvsink", 5), ("pfn+kvsink", "auto"))
+]
+
+
 def test_the_papers_table_2():
     """All 72 figures, typed a second time from the paper; and what its caption says of them."""
     cells = 0
@@ -111,8 +118,7 @@ def test_the_papers_figures_in_the_table(capsys):
 
 def test_what_the_command_runs():
     """Of a model of the paper's both texts at 4,096 tokens, 16 calibration windows of WikiText-2 of 2,048."""
-    rows = (FULL_PRECISION, *(Row("kvquant", 2, keep, N, rho) for rho in (0, 0.001, 0.005, 0.01)
-                              for keep, N in (("pfn", 1), ("kvsink", 5))))  # fmt: skip
+    rows = (FULL_PRECISION, *DEFAULT_ROWS)
     whats, kvq, machine, streamed, place, json = table2.parse(["--model", "llama2-7b"])
     assert [(what.data, what.seq_len, what.limit, what.calib_windows) for what in whats] == [
         ("wikitext2", 4096, None, 16), ("c4", 4096, None, 16)]  # fmt: skip
@@ -144,15 +150,13 @@ def test_rows_of_the_command(tiny, tmp_path, capsys, our_cache, even_codebooks, 
     assert table2.main(command) == 0
     first, printed = results_of(out), capsys.readouterr().out
     rows = rows_in(out)
-    assert rows == [FULL_PRECISION] + [
-        Row("kvquant", 2, keep, N, rho) for rho in (0, 0.001, 0.005, 0.01) for keep, N in (("pfn", 1), ("kvsink", 5))
-    ]
+    assert rows == [FULL_PRECISION, *DEFAULT_ROWS]
     assert all(r["rope"] == "pre" and r["calib_windows"] == 3 and r["q_norm"] is False for r in first[1:])
-    assert "kvquant 0.5 %" in printed and "avg. bits" in printed and "paper" not in printed
+    assert "kvquant 0.5 %" in printed and "avg. bits" in printed and "(paper)" not in printed and "not one of the paper's rules" in printed
     config = LlamaConfig.from_pretrained(tiny[1])
     for row, result in zip(rows[1:], first[1:]):
         stored = kvquant.kvquant_bits(row, config)
-        assert result["avg_bits"] == results.average_bits(row, config, 64, stored, 2, row.N)
+        assert result["avg_bits"] == results.average_bits(row, config, 64, stored, 2, np.mean(result["kept"]))
     assert first[0]["avg_bits"] == 16
     made = list(our_cache.glob("kvquant/*.safetensors")) + list(tmp_path.glob("mine.safetensors"))
     assert len(made) == 1
@@ -279,7 +283,7 @@ def test_a_run_that_was_stopped_goes_on_after_its_last_row(tiny, tmp_path, our_c
 
     monkeypatch.setattr(eval_ppl, "measured", measured)
     assert table2.main([*command, str(out)]) == 130 and len(results_of(out)) == 3
-    assert table2.main([*command, str(out)]) == 0 and len(runs) == 4 + 2
+    assert table2.main([*command, str(out)]) == 0 and len(runs) == 4 + 4
     assert [r["ppl"] for r in results_of(out)] == [r["ppl"] for r in results_of(whole)]
 
 
