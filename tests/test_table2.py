@@ -166,7 +166,7 @@ def test_rows_of_the_command(tiny, tmp_path, capsys, our_cache, even_codebooks, 
     assert table2.main([*command, "--bits", "2"]) == 0
     assert [r["ppl"] for r in results_of(out)] == [r["ppl"] for r in first]
     assert table2.main([*command, "--q-norm"]) == 0  # of the same calibration; full precision is not run again
-    assert len(results_of(out)) == 17 and results_of(out)[9]["ppl"] != first[1]["ppl"]
+    assert len(results_of(out)) == 25 and results_of(out)[13]["ppl"] != first[1]["ppl"]
     monkeypatch.setattr(eval_ppl, "measured", None)  # nothing is run again
     assert table2.main(command) == 0
 
