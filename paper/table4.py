@@ -298,6 +298,8 @@ def kernels(model, sizes, compiled):
 # ---------------------------------------------------------------------------------------------------------------------
 # The `transformers` package, as its users run it: eager, with scaled_dot_product_attention
 
+LONG = 16384  # tokens, at which decoding is compared, too
+
 
 def their_model(transformers, name, directory, device, dtype):
     """The same model; where there is no directory, of the shape `name` with random weights."""
@@ -352,18 +354,20 @@ def versus_transformers(name, model, directory, sizes, step, nll, decode_step):
         f"evaluation of {n} tokens": (lambda: our_evaluation(full), their_evaluation),
         f"evaluation of {n} tokens, ours at 2 bits": (lambda: our_evaluation(packed), their_evaluation),
     }
-    for bits, what, its_cache in their_caches(transformers, theirs):
-        theirs(tokens, past_key_values=its_cache, logits_to_keep=1)
-        pairs[f"decoding at {n}, {what}"] = (
-            functools.partial(one_token, model, noise_cache(model, bits, n, sizes.scheme), decode_step),
-            functools.partial(theirs, tokens[:, :1], past_key_values=its_cache),
-        )
+    for m in sorted({n, LONG}):
+        text = torch.randint(model.config.vocab_size, (1, m), device=device)
+        for bits, what, its_cache in their_caches(transformers, theirs):
+            theirs(text, past_key_values=its_cache, logits_to_keep=1)
+            pairs[f"decoding at {m}, {what}"] = (
+                functools.partial(one_token, model, noise_cache(model, bits, m, sizes.scheme), decode_step),
+                functools.partial(theirs, text[:, :1], past_key_values=its_cache),
+            )
     print(f"\n{'milliseconds':<44}{'ours':>28}{'transformers ' + transformers.__version__:>28}{'ratio':>8}")
     for what, (ours, its) in pairs.items():
         times = measure({"ours": ours, "theirs": its}, sizes.repeats, device)
         ratio = times["theirs"].median / times["ours"].median
         print(f"{what:<44}{times['ours']!s:>28}{times['theirs']!s:>28}{ratio:>7.2f}x")
-        yield {"what": what, "n": n, "unit": "ms", "ratio": ratio} | {who: t._asdict() for who, t in times.items()}
+        yield {"what": what, "unit": "ms", "ratio": ratio} | {who: t._asdict() for who, t in times.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,7 +392,7 @@ def parse_arguments(argv):
     add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8), default=[8, 4, 3, 2, 1], help="(default: %(default)s)")
     add("--scheme", choices=kvsink.SCHEMES, default="channel-static", help="as in eval_ppl.py (default: %(default)s)")
     add("--vs", choices=["transformers"], help="beside another implementation, and nothing else; decodes "
-        "at --seq-len tokens")
+        "at --seq-len and at 16,384 tokens")
     add("--repeats", type=cli.number(1), default=5, help="(default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write what was measured")
     cli.add_machine_options(add)
