@@ -11,6 +11,7 @@ of a token is its position in its sequence, from 0. rows (r, 1) and slots (r, m)
 """
 
 import functools
+import math
 from dataclasses import replace
 
 import torch
@@ -181,9 +182,13 @@ class Packed:
         return S if self.outliers is None else self.outliers.add_to_scores(S, Q, rope, self)
 
     def weighted_sum(self, p):
-        """p V, (b, h_kv, G, n) -> (b, h_kv, G, d_k), fp32."""
-        V = [V_ for _, V_ in self.dequantized()]
-        A = [torch.cat([(p_g[..., None, None] * V_).sum((2, 3)) for V_ in V], dim=-1) for p_g in p.unbind(2)]
+        """p V, (b, h_kv, G, n) -> (b, h_kv, G, d_k), fp32. The sum over tokens is cut into pieces, as in flash decoding:
+        one of over 4,096 numbers would be a cascade of sums on a CPU, half as fast, and a GPU wants more than h_kv sums."""
+        piece = math.gcd(self.codes.shape[2], 4096)
+        piece = piece if piece >= 256 else self.codes.shape[2]
+        V = [V_.flatten(2, 3).unflatten(2, (-1, piece)) for _, V_ in self.dequantized()]
+        p = p.unflatten(-1, (-1, piece))[..., None]  # (b, h_kv, G, pieces, piece, 1)
+        A = [torch.cat([(p_g * V_).sum(3).sum(2) for V_ in V], dim=-1) for p_g in p.unbind(2)]
         A = torch.stack(A, dim=2)
         return A if self.outliers is None else self.outliers.add_to_sum(A, p, self)
 
