@@ -187,8 +187,8 @@ class Packed:
         piece = math.gcd(self.codes.shape[2], 4096)
         piece = piece if piece >= 256 else self.codes.shape[2]
         V = [V_.flatten(2, 3).unflatten(2, (-1, piece)) for _, V_ in self.dequantized()]
-        p = p.unflatten(-1, (-1, piece))[..., None]  # (b, h_kv, G, pieces, piece, 1)
-        A = [torch.cat([(p_g * V_).sum(3).sum(2) for V_ in V], dim=-1) for p_g in p.unbind(2)]
+        P = p.unflatten(-1, (-1, piece))[..., None].unbind(2)  # G times (b, h_kv, pieces, piece, 1)
+        A = [torch.cat([(p_g * V_).sum(3).sum(2) for V_ in V], dim=-1) for p_g in P]
         A = torch.stack(A, dim=2)
         return A if self.outliers is None else self.outliers.add_to_sum(A, p, self)
 
