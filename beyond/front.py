@@ -75,30 +75,31 @@ MARKERS = {"none": "x", "pfn": "o", "kvsink": "s", "pfn+kvsink": "^"}
 
 
 def picture(found):
-    """PPL over stored bits, a point a setting, the front as a line; full precision is the lower edge."""
+    """How far PPL is above full precision's, over stored bits; a point a setting, the front as a line."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    quantized, full = [r for r in found if r["scheme"] != "full"], next(r for r in found if r["scheme"] == "full")
+    full, quantized = next(r for r in found if r["scheme"] == "full"), [r for r in found if r["scheme"] != "full"]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axis = figure.add_subplot()
     for r in quantized:
-        axis.plot(r["stored_bits"], r["ppl"], MARKERS[r["keep"]], color=COLORS[r["scheme"]], markersize=5, alpha=0.8)
+        how = {"color": COLORS[r["scheme"]], "markersize": 5, "alpha": 0.8}
+        axis.plot(r["stored_bits"], above(r), MARKERS[r["keep"]], **how)
     best = front(quantized)
-    axis.plot([r["stored_bits"] for r in best], [r["ppl"] for r in best], "k-", linewidth=1, zorder=0)
-    axis.axhline(full["ppl"], color="grey", linestyle="--")
-    axis.set(xlabel="stored bits a number", ylabel="PPL", yscale="log")
+    axis.plot([r["stored_bits"] for r in best], [above(r) for r in best], "k-", linewidth=1, zorder=0)
+    axis.set(xlabel="stored bits a number", ylabel="PPL above full precision, %", yscale="log")
     windows, n = len(full["nll"]), full["seq_len"]
     axis.set_title(f"{Path(full['model']).name} on {full['data']}, {windows} windows of {n} tokens", fontsize=10)
     names = {"none": "nothing kept", "pfn": "PFN-5", "kvsink": "KVSink-5", "pfn+kvsink": "PFN-1+KVSink-auto"}
     handles = [Line2D([], [], marker="o", linestyle="", color=color, label=name) for name, color in COLORS.items()]
     handles += [Line2D([], [], marker=MARKERS[k], linestyle="", color="k", label=name) for k, name in names.items()]
-    handles += [
-        Line2D([], [], color="k", label="the front"),
-        Line2D([], [], color="grey", linestyle="--", label="full precision"),
-    ]
-    axis.legend(handles=handles, fontsize=8)
+    axis.legend(handles=[*handles, Line2D([], [], color="k", label="the front")], fontsize=8)
     return figure
+
+
+def above(result):
+    """In percent; a tenth of one where it is less, which a logarithmic axis could not show."""
+    return max(100 * (result["ppl"] / result["ppl_fp"] - 1), 0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

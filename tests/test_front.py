@@ -54,7 +54,8 @@ def test_the_command(tiny, small, tmp_path, capsys):
         assert r["scheme"] == "full" or line.endswith(front.setting(r))
     drawn = front.picture(rows).axes[0]
     points = {tuple(map(float, (*line.get_xdata(), *line.get_ydata()))) for line in drawn.lines if len(line.get_xdata()) == 1}
-    assert points == {(r["stored_bits"], r["ppl"]) for r in rows if r["scheme"] != "full"}
+    assert points == {(r["stored_bits"], front.above(r)) for r in rows if r["scheme"] != "full"}
+    assert front.above({"ppl": 12.0, "ppl_fp": 10.0}) == pytest.approx(20) and front.above({"ppl": 9.0, "ppl_fp": 10.0}) == 0.1
     best = next(line for line in drawn.lines if line.get_color() == "k" and line.get_linestyle() == "-")
     assert list(best.get_xdata()) == [r["stored_bits"] for r in front.front([r for r in rows if r["scheme"] != "full"])]
     assert plot.read_bytes().startswith(b"\x89PNG")
