@@ -26,7 +26,7 @@ from tqdm import tqdm
 import kvsink
 from llama import Llama, LlamaConfig, rotate
 from paper import kvquant
-from paper.kvcache import KVCache, Plain, cache_bytes
+from paper.kvcache import KVCache, Plain, cache_bytes, pieces
 from quant import NotFinite
 from support import cli, hub, results, text
 from support.cache import say
@@ -103,34 +103,30 @@ def decode_block(block, H, cache, at, rope):
 
 def attention(Q, cache, at, rope, sliding_window=None):
     """Eq. 3 for one query of each sequence, (b, h, 1, d_k), over all that is in the cache: (b, 1, h d_k)."""
-    (b, h, _, d_k), n, device = Q.shape, cache.n, Q.device
-    slot = torch.arange(n + 1, device=device)
-    unseen = ((slot > at) | (slot <= at - (sliding_window or n)))[:, None, None]  # (b, 1, 1, n + 1)
+    (b, h, _, d_k), n = Q.shape, cache.n
+    slot = torch.arange(n + 1, device=Q.device)
+    unseen = (slot > at) | (slot <= at - (sliding_window or n))  # (b, n + 1)
     if isinstance(cache.K, Plain):
         Q = Q.view(b, -1, h // cache.K.X.shape[1], d_k)  # the G queries that share a Key, as if they were tokens
-        A = F.scaled_dot_product_attention(Q, cache.K.X, cache.V.X, attn_mask=~unseen[..., :n])
+        A = F.scaled_dot_product_attention(Q, cache.K.X, cache.V.X, attn_mask=~unseen[:, None, None, :n])
         return A.reshape(b, 1, h * d_k)
-    h_kv = cache.K.codes.shape[1]
+    h_kv, rope = cache.K.codes.shape[1], rope if cache.pre_rope else None
     q = Q.float().view(b, h_kv, h // h_kv, d_k) * d_k**-0.5
-    S = cache.K.scores(q, [table[:n] for table in rope] if cache.pre_rope else None)  # (b, h_kv, G, n)
-    S = F.pad(S, (0, 1))  # slot n is no token's: what unused slots hold goes there
-    for K, slots in full_precision_keys(cache, at):
-        K = rotate(K, [table[slots][:, None] for table in rope]) if cache.pre_rope else K
-        S = S.scatter(3, slots[:, None, None].expand(*S.shape[:3], -1), q @ K.float().mT)
-    p = S.masked_fill(unseen, -torch.inf).softmax(-1)  # (b, h_kv, G, n + 1)
-    kept = cache.kept[:, None, None].expand(*p.shape[:3], -1)
-    A = cache.V.weighted_sum(p.scatter(3, kept, 0.0)[..., :n]) + p.gather(3, kept) @ cache.kept_V.float()
+    # Kept tokens come from their side buffer. Unused slots of it hold n, one past the end, which is unseen.
+    K = cache.kept_K if rope is None else rotate(cache.kept_K, [table[cache.kept][:, None] for table in rope])
+    S_kept = (q @ K.float().mT).masked_fill(unseen.gather(1, cache.kept)[:, None, None], -torch.inf)  # (b, h_kv, G, k)
+    apart = unseen.scatter(1, cache.kept, True)[:, None, :n]
+    # Softmax by hand, a query at a time: what is as long as the cache is written once, and read once to find its maximum.
+    P, P_kept = [], []
+    for S_g, S_kept_g in zip(cache.K.scores(q, rope and [table[:n] for table in rope], at), S_kept.unbind(2)):
+        S_g = S_g.masked_fill(apart, -torch.inf)  # (b, h_kv, n)
+        m = torch.cat((S_g.amax(-1, keepdim=True), S_kept_g), dim=-1).amax(-1, keepdim=True)
+        P.append((S_g - m).exp())
+        P_kept.append((S_kept_g - m).exp())
+    P, P_kept = torch.stack(P, dim=2), torch.stack(P_kept, dim=2)
+    Z = pieces(P, 3).sum(4).sum(3) + P_kept.sum(3)  # (b, h_kv, G)
+    A = (cache.V.weighted_sum(P) + P_kept @ cache.kept_V.float()) / Z[..., None]
     return A.to(Q.dtype).view(b, 1, h * d_k)
-
-
-def full_precision_keys(cache, at):
-    """Keys that are not quantized (b, h_kv, m, d_k) and their slots (b, m): kept tokens, then the unfinished group of
-    tokens. Unused slots hold n, one past the end."""
-    yield cache.kept_K, cache.kept
-    if cache.K.tail is not None:
-        g = cache.K.g
-        slots = at // g * g + torch.arange(g, device=at.device)
-        yield cache.K.tail, torch.where(slots <= at, slots, cache.n)
 
 
 def decode(model, cache, tokens, step=decode_block):

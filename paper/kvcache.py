@@ -170,27 +170,37 @@ class Packed:
     # with the unpacking: each byte is read once, for all of its codes and for all G queries that share the head, and
     # what it decodes to is never in memory.
 
-    def scores(self, Q, rope):
-        """Q K^T, (b, h_kv, G, d_k) -> (b, h_kv, G, n), fp32. `rope` is given where Keys are stored before RoPE: a query
-        that is turned back by a Key's angle has the same product with it as the query has with the turned Key."""
-        K, S = list(self.dequantized()), []
-        for Q_g in Q.unbind(2):
-            Q_g = Q_g[:, :, None]  # (b, h_kv, 1, d_k)
-            Q_g = Q_g[:, :, None] if rope is None else rotate(Q_g, (rope[0], -rope[1])).unflatten(2, (-1, self.g))
-            S.append(sum(Q_g[..., channels] * K_ for channels, K_ in K).sum(-1).flatten(2))
-        S = torch.stack(S, dim=2)
-        return S if self.outliers is None else self.outliers.add_to_scores(S, Q, rope, self)
+    def scores(self, Q, rope, at):
+        """Q K^T of each query, (b, h_kv, G, d_k) -> G times (b, h_kv, n), fp32, for the token in slot `at` (b, 1). `rope` is
+        given where Keys are stored before RoPE: a query that is turned back by a Key's angle has the same product with it
+        as the query has with the turned Key."""
+        K, S, Q = list(self.dequantized()), [], Q[:, :, :, None]  # (b, h_kv, G, 1, d_k)
+        Q_n = Q[:, :, :, None] if rope is None else rotate(Q, (rope[0], -rope[1])).unflatten(3, (-1, self.g))
+        for Q_g in Q_n.unbind(2):
+            S.append(sum(Q_g[..., channels] * K_ for channels, K_ in K).sum(-1))  # (b, h_kv, n/g, g)
+        if self.tail is not None:  # whose codes are not made yet
+            group = torch.arange(S[0].shape[2], device=at.device)
+            newest = (group == at // self.g)[:, None, :, None]
+            slots = at // self.g * self.g + torch.arange(self.g, device=at.device)  # (b, g)
+            tail = self.tail if rope is None else rotate(self.tail, [table[slots][:, None] for table in rope])
+            of_tail = Q.squeeze(3) @ tail.float().mT  # (b, h_kv, G, g)
+            S = [torch.where(newest, of_tail[:, :, i, None], S_g) for i, S_g in enumerate(S)]
+        S = [S_g.flatten(2) for S_g in S]
+        return S if self.outliers is None else self.outliers.add_to_scores(torch.stack(S, 2), Q.squeeze(3), rope, self).unbind(2)
 
     def weighted_sum(self, p):
-        """p V, (b, h_kv, G, n) -> (b, h_kv, G, d_k), fp32. The sum over tokens is cut into pieces, as in flash decoding:
-        one of over 4,096 numbers would be a cascade of sums on a CPU, half as fast, and a GPU wants more than h_kv sums."""
-        piece = math.gcd(self.codes.shape[2], 4096)
-        piece = piece if piece >= 256 else self.codes.shape[2]
-        V = [V_.flatten(2, 3).unflatten(2, (-1, piece)) for _, V_ in self.dequantized()]
-        P = p.unflatten(-1, (-1, piece))[..., None].unbind(2)  # G times (b, h_kv, pieces, piece, 1)
-        A = [torch.cat([(p_g * V_).sum(3).sum(2) for V_ in V], dim=-1) for p_g in P]
-        A = torch.stack(A, dim=2)
+        """p V, (b, h_kv, G, n) -> (b, h_kv, G, d_k), fp32."""
+        V = [pieces(V_.flatten(2, 3), 2) for _, V_ in self.dequantized()]
+        P = pieces(p, 3)[..., None].unbind(2)  # G times (b, h_kv, n/piece, piece, 1)
+        A = torch.stack([torch.cat([(p_g * V_).sum(3).sum(2) for V_ in V], dim=-1) for p_g in P], dim=2)
         return A if self.outliers is None else self.outliers.add_to_sum(A, p, self)
+
+
+def pieces(X, axis):
+    """An axis of tokens cut in two, as flash decoding does: a sum of over 4,096 numbers would be a cascade of sums on a CPU,
+    half as fast, and a GPU wants more than a sum for each head."""
+    piece = math.gcd(X.shape[axis], 4096)
+    return X.unflatten(axis, (-1, piece if piece >= 256 else X.shape[axis]))
 
 
 @torch.library.custom_op("kvsink::to_fp32", mutates_args=())

@@ -277,7 +277,8 @@ def kernels(model, sizes, compiled):
     config, device, dtype = model.config, model.embedding.weight.device, model.embedding.weight.dtype
     h_kv, d_k = config.num_key_value_heads, config.head_dim
     G = config.num_attention_heads // h_kv
-    scores, weighted_sum = compiled(lambda K, q: K.scores(q, None)), compiled(lambda V, p: V.weighted_sum(p))
+    at = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    scores, weighted_sum = compiled(lambda K, q: K.scores(q, None, at)), compiled(lambda V, p: V.weighted_sum(p))
     print(f"\none block: Q K^T and p V, ms\n{'n':>8}{'bits':>8}{'Q K^T':>28}{'p V':>28}")
     for n in (-(-n // 128) * 128 for n in sizes.n):  # whole groups of tokens
         q = torch.randn(1, h_kv, G, d_k, device=device)

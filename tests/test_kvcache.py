@@ -234,7 +234,8 @@ def test_scores_and_weighted_sum_are_products_with_what_comes_back(scheme, n, gr
         quantizer.calibrate(X) if quantizer.static else None
         store = Packed(quantizer, 2, 2, n, 32, torch.float32, "cpu")
         store.fill(torch.arange(2)[:, None], torch.arange(n)[None], X, None)
-        out = store.scores(q, None) if X is K else store.weighted_sum(p)
+        at = torch.full((2, 1), n)  # the next token
+        out = torch.stack(store.scores(q, None, at), dim=2) if X is K else store.weighted_sum(p)
         torch.testing.assert_close(out, product(quantizer(X)), rtol=1e-4, atol=1e-4)
 
 
