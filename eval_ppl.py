@@ -51,7 +51,7 @@ def window_losses(model, tokens, cache, rule, how, label):
     w = rank
     try:
         for window, H, S_sink in algorithm_1(model, tokens[rank::ranks], cache, rule, how, label):
-            found[:, w] = torch.stack((how.nll(model, H, window), S_sink.sum()))
+            found[0, w], found[1, w] = how.nll(model, H, window), S_sink.sum()  # streamed, S_sink is on the host
             if not found[0, w].isfinite():
                 raise NotFinite
             w += ranks
@@ -100,7 +100,13 @@ class What:
     rope: str  # "post" or "pre"
 
 
-STORED_BITS = ("stored bits", 13, lambda result: f"{result['stored_bits']:.2f}" if "stored_bits" in result else "")
+STORED_BITS = ("stored bits", 13, lambda result: f"{result['stored_bits']:.2f}")
+
+
+def with_stored_bits(result, what, config):
+    """Old results lack them; None is another rank's."""
+    row = result and results.row_of(result)
+    return result and result | {"stored_bits": results.stored_bits(row, config, what.seq_len, what.group_size)}
 
 
 def settings(what, row, tokens, machine, weights, site):
@@ -144,9 +150,8 @@ def rows_of(what, model, tokenizer, tokens, site, how):
     def measure(row):
         rule, label = (row.keep, row.N, site), f"{what.rows.index(row) + 1}/{len(what.rows)} {row}"
         result = measured(model, tokens, cache_of(row, rule), rule, how, label)
-        kept, a_token = statistics.mean(result["kept"]), results.rtn_bits(row, config, what.group_size)
-        result["avg_bits"] = results.average_bits(row, config, what.seq_len, a_token, site.l_E, kept)
-        return result | {"stored_bits": results.stored_bits(row, config, what.seq_len, what.group_size)}
+        kept, stored = statistics.mean(result["kept"]), results.rtn_bits(row, config, what.group_size)
+        return result | {"avg_bits": results.average_bits(row, config, what.seq_len, stored, site.l_E, kept)}
 
     return measure
 
@@ -173,7 +178,7 @@ def parse_arguments(argv):
         "per-channel K and per-token V with static ranges (default: these three) or dynamic ones")
     add("--bits", nargs="+", type=cli.number(1, 8), help="bits a number, 1 to 8 (default: 4 2)")
     add("--keep", nargs="+", choices=results.KEEPS, help="which tokens to keep: the first N, the N "
-        "predicted sinks, or (not the paper's) token 0 before they are known and then them (default: none pfn kvsink)")
+        "predicted sinks, or (not the paper's) token 0 up to block l_E and then these (default: none pfn kvsink)")
     add("--sinks", nargs="+", type=cli.number_or_auto(0), metavar="N", help="how many of them, or auto: as many as stand "
         "out, at most 20 (default: 0 5 10 15 20)")
     add("--json", type=Path, metavar="FILE", help="write the results, row by row; rows already there are not run again")
@@ -212,7 +217,7 @@ def parse(argv):
     if args.scheme or args.bits or args.keep or args.sinks or texts != ["wiki-sample"] or not default_model:
         schemes = args.scheme or kvsink.PAPER_SCHEMES
         groups = [(scheme, bits, 0.0) for scheme in schemes for bits in args.bits or (4, 2)]
-        rows = with_rules(groups, args.keep or results.KEEPS[:3], args.sinks or SINKS)
+        rows = with_rules(groups, args.keep or results.PAPER_KEEPS, args.sinks or SINKS)
     whats = [
         What(
             model=args.model,
@@ -273,6 +278,7 @@ def run(whats, machine, streamed, place, json, plot):
             rules = {(row.keep, row.N) for row in rows if row.static()}
             stream.announce(model, tokens, [len(tokens)] * len(rows) + [what.calib_windows] * len(rules))
         found = results.evaluate(known, done, rows_of(what, model, tokenizer, tokens, site, how))
+        found = (with_stored_bits(result, what, model.config) for result in found)
         heading = f"{what.model} on {what.data}, {len(tokens)} windows of {what.seq_len} tokens, {groups}"
         shown += results.followed(heading, site, found, json, [STORED_BITS])
     if shown and plot:

@@ -2,19 +2,21 @@
 
     python -m beyond.front --json front.json --plot front.png
 
-The paper compares rules of preservation within a scheme. Who wants a small cache asks which scheme, width, group size
-and rule to take. The answer is the front: the settings that no other beats in both perplexity and stored bits.
+The paper compares rules of preservation within a scheme. If you want a small cache, you must choose scheme, width, group
+size and rule. The answer is the front: the settings that no other beats in both perplexity and stored bits.
 
 Read top to bottom: the settings; the front; the picture; the command. Rows are measured by eval_ppl.py.
 """
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import eval_ppl
 import kvsink
 from llama import LlamaConfig
 from support import cli, hub, results, text
-from support.results import FULL_PRECISION, row_of, with_rules
+from support.results import FULL_PRECISION, Row, row_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The settings
@@ -26,10 +28,8 @@ RULES = {"none": 0, "pfn": 5, "kvsink": 5, "pfn+kvsink": kvsink.AUTO}  # and N
 
 def rows():
     """Full precision, then every scheme, width and rule."""
-    groups = [(scheme, bits, 0.0) for scheme in kvsink.SCHEMES for bits in WIDTHS]
-    return FULL_PRECISION, *(
-        row for group in groups for rule in RULES.items() for row in with_rules([group], *zip(rule))
-    )
+    settings = itertools.product(kvsink.SCHEMES, WIDTHS, RULES.items())
+    return FULL_PRECISION, *(Row(scheme, bits, keep, N) for scheme, bits, (keep, N) in settings)
 
 
 def group_sizes(head_dim):
@@ -60,7 +60,7 @@ def setting(result):
 
 
 def print_front(found):
-    print("\nthe front: no other setting has both fewer bits and a lower perplexity")
+    print("\nthe front: every other setting has more bits or a higher perplexity")
     print(f"{'stored bits':>11}{'PPL':>10}   setting")
     for result in front(found):
         name = "full precision" if row_of(result) == FULL_PRECISION else setting(result)
@@ -88,9 +88,9 @@ def picture(found):
     best = front(quantized)
     axis.plot([r["stored_bits"] for r in best], [above(r) for r in best], "k-", linewidth=1, zorder=0)
     axis.set(xlabel="stored bits a number", ylabel="PPL above full precision, %", yscale="log")
-    windows, n = len(full["nll"]), full["seq_len"]
+    windows, n = full["windows"], full["seq_len"]
     axis.set_title(f"{Path(full['model']).name} on {full['data']}, {windows} windows of {n} tokens", fontsize=10)
-    names = {"none": "nothing kept", "pfn": "PFN-5", "kvsink": "KVSink-5", "pfn+kvsink": "PFN-1+KVSink-auto"}
+    names = {keep: f"{Row('', 0, keep, N).kept()} kept" for keep, N in RULES.items()}
     handles = [Line2D([], [], marker="o", linestyle="", color=color, label=name) for name, color in COLORS.items()]
     handles += [Line2D([], [], marker=MARKERS[k], linestyle="", color="k", label=name) for k, name in names.items()]
     axis.legend(handles=[*handles, Line2D([], [], color="k", label="the front")], fontsize=8)
@@ -98,7 +98,7 @@ def picture(found):
 
 
 def above(result):
-    """In percent; a tenth of one where it is less, which a logarithmic axis could not show."""
+    """In percent, at least 0.1, because the axis is logarithmic."""
     return max(100 * (result["ppl"] / result["ppl_fp"] - 1), 0.1)
 
 
@@ -136,7 +136,7 @@ def parse(argv):
 
 def run(what, machine, place, json, plot):
     config = LlamaConfig.from_pretrained(hub.model_directory(what.model))
-    whats = [eval_ppl.replace(what, group_size=size) for size in group_sizes(config.head_dim)]
+    whats = [replace(what, group_size=size) for size in group_sizes(config.head_dim)]
     found = eval_ppl.run(whats, machine, False, place, json, None)
     if found:  # on the first rank
         print_front(found)
@@ -145,7 +145,7 @@ def run(what, machine, place, json, plot):
 
 
 def main(argv=None):
-    return cli.guarded("beyond.front", lambda: run(*parse(argv)), "lower --limit")
+    return cli.guarded("beyond.front", lambda: run(*parse(argv)), "name another --device")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def attention(Q, cache, at, rope, sliding_window=None):
     K = cache.kept_K if rope is None else rotate(cache.kept_K, [table[cache.kept][:, None] for table in rope])
     S_kept = (q @ K.float().mT).masked_fill(unseen.gather(1, cache.kept)[:, None, None], -torch.inf)  # (b, h_kv, G, k)
     apart = unseen.scatter(1, cache.kept, True)[:, None, :n]
-    # Softmax by hand, a query at a time: what is as long as the cache is written once, and read once to find its maximum.
+    # Softmax by hand, one query at a time: the scores are written once, and read once for their maximum.
     P, P_kept = [], []
     for S_g, S_kept_g in zip(cache.K.scores(q, rope and [table[:n] for table in rope], at), S_kept.unbind(2)):
         S_g = S_g.masked_fill(apart, -torch.inf)  # (b, h_kv, n)
@@ -131,7 +131,7 @@ def attention(Q, cache, at, rope, sliding_window=None):
 
 def decode(model, cache, tokens, step=decode_block):
     """The next token of each sequence (b,) -> logits (b, vocab) for the one after it. `step` is eager or compiled.
-    On a CUDA device all of it is one graph. Raises ValueError where a sequence has no room left."""
+    On a CUDA device all of it is one graph, unless the cache has outliers. Raises ValueError where a sequence has no room left."""
     if max(cache.lengths) >= cache.n:
         raise ValueError(f"the cache was made for {cache.n} tokens and is full")
     for block_cache in cache.blocks:
@@ -156,9 +156,9 @@ def every_block(model, cache, step, tokens):
 
 
 def captured(model, cache, step):
-    """`every_block` as one CUDA graph: some forty launches a block become one a token. A graph repeats what it saw, at
-    the same addresses: caches are made at their full size, and `at` is a number on the device. KVQuant's outliers alone
-    grow, so a cache that has some is not captured."""
+    """`every_block` as one CUDA graph: some forty launches a block become one a token. A graph repeats the same work on
+    the same addresses. So caches have their full size from the start, and `at` lies on the device. KVQuant's outliers
+    grow: a cache with outliers is not captured."""
     work, at = functools.partial(every_block, model, cache, step), cache.at.clone()
     if any(store.outliers is not None for block in cache.blocks for store in (block.K, block.V)):
         return work
@@ -171,9 +171,10 @@ def captured(model, cache, step):
     torch.cuda.current_stream(at.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             logits = work(tokens)
     except RuntimeError as error:
+        cache.at.copy_(at)
         say(f"decoding without a CUDA graph, which could not be captured: {str(error).splitlines()[0]}")
         return work
 

@@ -186,7 +186,11 @@ class Packed:
             of_tail = Q.squeeze(3) @ tail.float().mT  # (b, h_kv, G, g)
             S = [torch.where(newest, of_tail[:, :, i, None], S_g) for i, S_g in enumerate(S)]
         S = [S_g.flatten(2) for S_g in S]
-        return S if self.outliers is None else self.outliers.add_to_scores(torch.stack(S, 2), Q.squeeze(3), rope, self).unbind(2)
+        return (
+            S
+            if self.outliers is None
+            else self.outliers.add_to_scores(torch.stack(S, 2), Q.squeeze(3), rope, self).unbind(2)
+        )
 
     def weighted_sum(self, p):
         """p V, (b, h_kv, G, n) -> (b, h_kv, G, d_k), fp32."""

@@ -57,8 +57,9 @@ KEPT = {"none": (0,), "pfn": (1,), "kvsink": (5,), "pfn+kvsink": (kvsink.AUTO,)}
 def rows_for(widths, rhos, keeps, sinks):
     """The rows of a run in the order of the table. Without `sinks` (None) each rule has its own N."""
     groups = [("kvquant", bits, rho) for bits in widths for rho in rhos]
-    rows = [row for g in groups for keep in keeps for row in with_rules([g], [keep], sinks or KEPT[keep])]
-    return FULL_PRECISION, *dict.fromkeys(rows)
+    if sinks:
+        return FULL_PRECISION, *with_rules(groups, keeps, sinks)
+    return FULL_PRECISION, *(row for g in groups for keep in keeps for row in with_rules([g], [keep], KEPT[keep]))
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,8 @@ def kernels(model, sizes, compiled):
     at = torch.zeros(1, 1, dtype=torch.int64, device=device)
     scores, weighted_sum = compiled(lambda K, q: K.scores(q, None, at)), compiled(lambda V, p: V.weighted_sum(p))
     print(f"\none block: Q K^T and p V, ms\n{'n':>8}{'bits':>8}{'Q K^T':>28}{'p V':>28}")
-    for n in (-(-n // 128) * 128 for n in sizes.n):  # whole groups of tokens
+    g = min(128, d_k)
+    for n in (-(-n // g) * g for n in sizes.n):  # whole groups of tokens
         q = torch.randn(1, h_kv, G, d_k, device=device)
         p = torch.randn(1, h_kv, G, n, device=device).softmax(-1)
         for bits in (16, *sizes.bits):

@@ -114,7 +114,7 @@ def write_atomically(path, data):
 
 
 def save(path, data):
-    """Write bytes, all or nothing, where no other run has to read them before."""
+    """Write a file that is never read back, as a picture or a table: all or nothing, under its lock."""
     with lock(path):
         write_atomically(path.resolve(), data)
 

@@ -55,7 +55,14 @@ def number(low, high=math.inf):
 
 def number_or_auto(low):
     """An argparse type: a whole number of at least `low`, or AUTO."""
-    return lambda text: text if text == kvsink.AUTO else number(low)(text)
+
+    def parse(text):
+        try:
+            return text if text == kvsink.AUTO else number(low)(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, or {kvsink.AUTO}") from None
+
+    return parse
 
 
 def fraction(text):

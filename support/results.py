@@ -38,7 +38,7 @@ class Row(NamedTuple):
         return (names | {"pfn+kvsink": f"PFN-1+KVSink-{self.N}"})[self.keep]
 
     def most(self):
-        """So many tokens are kept at most."""
+        """The most tokens that this row may keep."""
         return AT_MOST if self.N == AUTO else self.N
 
     def name(self):
@@ -55,7 +55,8 @@ class Row(NamedTuple):
 
 
 FULL_PRECISION = Row("full", 16, "none", 0)
-KEEPS = ("none", "pfn", "kvsink", "pfn+kvsink")  # the last is not the paper's
+PAPER_KEEPS = ("none", "pfn", "kvsink")
+KEEPS = (*PAPER_KEEPS, "pfn+kvsink")
 
 
 def row_of(result):
@@ -81,7 +82,7 @@ def with_rules(groups, keeps, sinks):
 
 
 def average_bits(row, config, n, stored, l_E, N):
-    """Table 2's last column: codes and what undoes them, and kept tokens in 16 bits with their places.
+    """Table 2's last column: codes, scales and zeros; kept tokens in 16 bits, with their places.
 
     stored   bits of a token, and bits that are stored once, as `rtn_bits` gives them
     N        how many tokens are kept after block l_E, on average over windows
@@ -103,8 +104,9 @@ def rtn_bits(row, config, group_size):
 
 
 def stored_bits(row, config, n, group_size):
-    """What the packed cache (paper/kvcache.py) takes: it has codes for kept tokens, too, room for as many as are kept
-    at most in every block, and for an unfinished group of tokens in 16 bits."""
+    """Bits a number in the packed cache (paper/kvcache.py) of a 16-bit model: codes of all tokens, also the kept ones; in
+    every block room for the most tokens that may be kept; one group of tokens in 16 bits where groups span tokens; and
+    static scales and zeros, in 16 bits."""
     if row == FULL_PRECISION:
         return 16.0
     d, (a_token, once) = config.num_key_value_heads * config.head_dim, rtn_bits(row, config, group_size)
@@ -139,6 +141,7 @@ def is_result(x):
     return (
         all(key in x and fits(x[key]) for key, fits in FIELDS.items())
         and all(is_number(number) for key in LISTS for number in x.get(key, []))
+        and (x["sinks"] != AUTO or x["kept"])
         and all(value is None or is_name(value) or is_number(value) or value in (True, False) for value in others)
     )
 
@@ -226,7 +229,9 @@ def followed(heading, site, found, json, columns=()):
     """Prints results as they come, and adds them to the JSON file (None: none). Gives them all; none but on the first
     rank."""
     if rank_and_ranks()[0]:
-        return [result for result in found if result]
+        for _ in found:  # measures its share
+            pass
+        return []
     print(heading)
     if site.l_E:
         print(f"sinks predicted after block {site.l_E} (counted from 1) in channel {site.c}")
@@ -239,8 +244,7 @@ def followed(heading, site, found, json, columns=()):
 
 
 def print_comparisons(group):
-    """The best row of a scheme and width; and what each rule that predicts sinks gains over the first N tokens: over as
-    many, or where there is no such row, over the best N."""
+    """The best row, and what each rule that predicts sinks gains over PFN with the same N, else over the best PFN row."""
     rows = {row_of(result): result for result in group}
     by_ppl = sorted(rows, key=lambda row: rows[row]["ppl"])
     if len(rows) > 1:
@@ -270,7 +274,7 @@ def gain(ours, theirs):
     if math.isnan(error):
         return f"PPL {100 * abs(1 - math.exp(mean)):.1f} % {'lower' if mean < 0 else 'higher'}, of one window"
     if abs(mean) <= 2 * error:
-        return f"not resolved ({100 * (math.exp(mean) - 1):+.1f} % +- {100 * error:.1f})"
+        return f"not resolved (gain {100 * (1 - math.exp(mean)):.1f} % +- {100 * error:.1f})"
     return f"PPL {100 * abs(1 - math.exp(mean)):.1f} % {'lower' if mean < 0 else 'higher'}, +- {100 * error:.1f}"
 
 
@@ -295,7 +299,7 @@ def figure_9(results):
     panels = list(dict.fromkeys(panel(r) for r in results if r["scheme"] != "full"))
     if not panels:
         raise ValueError("there are no results to draw: a Figure 9 needs rows with a scheme")
-    full = {(r["model"], r["data"]): r for r in results if r["scheme"] == "full"}
+    full = {run_of(r): r for r in results if r["scheme"] == "full"}
     columns = min(3, len(panels))
     lines, ticks = -(-len(panels) // columns), sorted({r["sinks"] for r in results} - {AUTO})
     figure = Figure(figsize=(4 * columns, 3.1 * lines), layout="constrained")
@@ -306,7 +310,7 @@ def figure_9(results):
             if len({row.get(setting) for row in rows}) > 1:
                 where = f"{model}, {scheme}, {bits} bits"
                 raise ValueError(f"{where}: results of runs that differ in {setting}: give each run a file of its own")
-        draw_rules(axis, rows, full.get((model, text)))
+        draw_rules(axis, rows, full.get(run_of(rows[0])))
         axis.axhline(rows[0]["ppl_fp"], color=COLORS["full"], linestyle="--", label="full precision")
         names = f"{Path(model).name} on {Path(text).name}".replace("$", r"\$")  # $ would begin a formula
         right = max(map(tokens_kept, results)) + 1
@@ -323,7 +327,7 @@ def draw_rules(axis, rows, full):
         own = [r for r in rows if r["keep"] == keep]
         auto = [r for r in own if r["sinks"] == AUTO]
         of_N = [r for r in rows if r["keep"] in (keep, "none") and r not in auto]
-        if not own and keep not in KEEPS[:3]:  # the paper's two rules show at least where nothing is kept
+        if own == auto and keep not in PAPER_KEEPS:  # the paper's two rules show at least where nothing is kept
             of_N = []
         for points, name, style in ((of_N, label, f"{marker}-"), (auto, f"{label}-auto", marker)):
             if points:
@@ -331,6 +335,11 @@ def draw_rules(axis, rows, full):
                 N, ppl, bars = zip(*((tokens_kept(r), r["ppl"], error_bar(r, full)) for r in points))
                 axis.plot(N, ppl, style, color=COLORS[keep], label=name)
                 axis.errorbar(N, ppl, bars, fmt="none", ecolor=COLORS[keep], capsize=2)
+
+
+def run_of(result):
+    """Results with the same are of the same model on the same windows."""
+    return tuple(result.get(key) for key in ("model", "data", "tokens", "dtype", "weights"))
 
 
 def tokens_kept(result):

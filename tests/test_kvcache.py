@@ -260,7 +260,7 @@ def test_a_step_as_a_graph(planted, sequences, monkeypatch, capsys, fails):
             logits.copy_(every_block(planted, cache, generate.decode_block, tokens))
 
     @contextmanager
-    def capture(graph):
+    def capture(graph, stream):
         if fails:
             raise RuntimeError("operation not permitted\nand more")
         yield

@@ -104,10 +104,10 @@ def test_a_gain_and_its_standard_error_by_hand():
     assert results.gain([1.97, 3.0, 2.48], [2.0, 3.01, 2.5]) == "PPL 2.0 % lower, +- 0.6"
     assert results.gain([2.0, 3.01, 2.5], [1.97, 3.0, 2.48]) == "PPL 2.0 % higher, +- 0.6"
     # d = 0.03, -0.01, -0.02: mean 0, error 0.0265 / sqrt(3) = 0.0153
-    assert results.gain([2.03, 3.0, 2.48], [2.0, 3.01, 2.5]) == "not resolved (+0.0 % +- 1.5)"
-    assert results.gain([2.0, 3.0], [2.0, 3.0]) == "not resolved (+0.0 % +- 0.0)"
+    assert results.gain([2.03, 3.0, 2.48], [2.0, 3.01, 2.5]) == "not resolved (gain 0.0 % +- 1.5)"
+    assert results.gain([2.0, 3.0], [2.0, 3.0]) == "not resolved (gain 0.0 % +- 0.0)"
     # d = -0.05, -0.01, -0.01: mean -0.0233, error 0.0231 / sqrt(3) = 0.0133, 1.75 of them
-    assert results.gain([1.95, 2.99, 2.49], [2.0, 3.0, 2.5]) == "not resolved (-2.3 % +- 1.3)"
+    assert results.gain([1.95, 2.99, 2.49], [2.0, 3.0, 2.5]) == "not resolved (gain 2.3 % +- 1.3)"
     assert results.gain([1.9], [2.0]) == "PPL 9.5 % lower, of one window"
 
 

@@ -78,7 +78,7 @@ def test_the_hot_path_alone_and_another_scheme(tiny, capsys, tmp_path):
     assert table4.main([*command, "--only", "kernel", "decode", "--scheme", "channel-dynamic"]) == 0
     records = json.loads(out.read_text())
     alone = [(r["what"], r["n"], r["bits"]) for r in records if r["what"] != "decode"]
-    assert alone == [(what, 128, bits) for bits in (16, 3) for what in ("Q K^T", "p V")]
+    assert alone == [(what, 104, bits) for bits in (16, 3) for what in ("Q K^T", "p V")]
     assert [r["bits"] for r in records if r["what"] == "decode"] == [16, 3]
     waiting = 6 * 2 * 8 * 8 * 4  # 6 blocks, a tail of 8 tokens in 2 heads of 8 channels, fp32
     assert records[-1]["cache"] > records[-1]["computed"] + waiting
