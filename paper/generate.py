@@ -131,7 +131,8 @@ def attention(Q, cache, at, rope, sliding_window=None):
 
 def decode(model, cache, tokens, step=decode_block):
     """The next token of each sequence (b,) -> logits (b, vocab) for the one after it. `step` is eager or compiled.
-    On a CUDA device all of it is one graph, unless the cache has outliers. Raises ValueError where a sequence has no room left."""
+    On a CUDA device all of it is one graph, unless the cache has outliers. Raises ValueError where a sequence has no
+    room left."""
     if max(cache.lengths) >= cache.n:
         raise ValueError(f"the cache was made for {cache.n} tokens and is full")
     for block_cache in cache.blocks:

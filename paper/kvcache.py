@@ -152,7 +152,7 @@ class Packed:
             self.outliers.append(rows, slots, X, is_outlier)
 
     def dequantized(self):
-        """Yields a few neighbouring channels at a time: their slice, and their numbers (b, h_kv, n/g, g, a few), fp32."""
+        """Yields a few neighbouring channels at a time: their slice, and their numbers (b, h_kv, n/g, g, a few)."""
         wide = [widened(numbers) for numbers in self.parameters]
         for channels, codes in slices(self.codes, self.quantizer.bits):
             one, two = (self.of_channels(numbers, channels) for numbers in wide)
@@ -161,36 +161,37 @@ class Packed:
     def of_channels(self, numbers, channels):
         """One of the two parameters for a slice of channels, to broadcast against (b, h_kv, n/g, g, a few)."""
         width = self.d_k // numbers.shape[-1]  # so many channels share one
-        numbers = numbers[..., channels.start // width : -(-channels.stop // width)]
-        if width > 1 < numbers.shape[-1]:  # several groups in the slice
+        first, last = channels.start // width, -(-channels.stop // width)
+        numbers = numbers[..., first:last]
+        if width > 1 < last - first:  # the slice has several groups, or parts of them
             numbers = numbers[..., None].expand(*numbers.shape, width).flatten(-2)
+            numbers = numbers[..., channels.start - first * width : channels.stop - first * width]
         return numbers[..., None, :]
 
     # The next two are the hot path. They are products and sums, not matrix products, because torch.compile fuses these
     # with the unpacking: each byte is read once, for all of its codes and for all G queries that share the head, and
-    # what it decodes to is never in memory.
+    # what it decodes to is never in memory. (Eager, the Keys or Values of a block are.)
 
     def scores(self, Q, rope, at):
-        """Q K^T of each query, (b, h_kv, G, d_k) -> G times (b, h_kv, n), fp32, for the token in slot `at` (b, 1). `rope` is
-        given where Keys are stored before RoPE: a query that is turned back by a Key's angle has the same product with it
-        as the query has with the turned Key."""
-        K, S, Q = list(self.dequantized()), [], Q[:, :, :, None]  # (b, h_kv, G, 1, d_k)
-        Q_n = Q[:, :, :, None] if rope is None else rotate(Q, (rope[0], -rope[1])).unflatten(3, (-1, self.g))
-        for Q_g in Q_n.unbind(2):
-            S.append(sum(Q_g[..., channels] * K_ for channels, K_ in K).sum(-1))  # (b, h_kv, n/g, g)
+        """Q K^T of each query, (b, h_kv, G, d_k) -> G times (b, h_kv, n), fp32, for the token in slot `at` (b, 1). `rope`
+        is given where Keys are stored before RoPE: a query that is turned back by a Key's angle has the same product
+        with it as the query has with the turned Key."""
+        K, Q_n = list(self.dequantized()), Q[:, :, :, None, None]  # (b, h_kv, G, 1, 1, d_k)
+        if rope is not None:
+            Q_n = rotate(Q[:, :, :, None], (rope[0], -rope[1])).unflatten(3, (-1, self.g))  # (b, h_kv, G, n/g, g, d_k)
+        # Of each query (b, h_kv, n/g, g):
+        S = [sum(Q_g[..., channels] * K_ for channels, K_ in K).sum(-1) for Q_g in Q_n.unbind(2)]
         if self.tail is not None:  # whose codes are not made yet
             group = torch.arange(S[0].shape[2], device=at.device)
             newest = (group == at // self.g)[:, None, :, None]
             slots = at // self.g * self.g + torch.arange(self.g, device=at.device)  # (b, g)
             tail = self.tail if rope is None else rotate(self.tail, [table[slots][:, None] for table in rope])
-            of_tail = Q.squeeze(3) @ tail.float().mT  # (b, h_kv, G, g)
+            of_tail = Q @ tail.float().mT  # (b, h_kv, G, g)
             S = [torch.where(newest, of_tail[:, :, i, None], S_g) for i, S_g in enumerate(S)]
         S = [S_g.flatten(2) for S_g in S]
-        return (
-            S
-            if self.outliers is None
-            else self.outliers.add_to_scores(torch.stack(S, 2), Q.squeeze(3), rope, self).unbind(2)
-        )
+        if self.outliers is not None:
+            S = self.outliers.add_to_scores(torch.stack(S, dim=2), Q, rope, self).unbind(2)
+        return S
 
     def weighted_sum(self, p):
         """p V, (b, h_kv, G, n) -> (b, h_kv, G, d_k), fp32."""
@@ -201,15 +202,15 @@ class Packed:
 
 
 def pieces(X, axis):
-    """An axis of tokens cut in two, as flash decoding does: a sum of over 4,096 numbers would be a cascade of sums on a CPU,
-    half as fast, and a GPU wants more than a sum for each head."""
+    """An axis of tokens cut in pieces, as flash decoding does: on a CPU a sum over more than 4,096 numbers is half as
+    fast, and a GPU needs more parallel sums than there are heads."""
     piece = math.gcd(X.shape[axis], 4096)
     return X.unflatten(axis, (-1, piece if piece >= 256 else X.shape[axis]))
 
 
 @torch.library.custom_op("kvsink::to_fp32", mutates_args=())
 def to_fp32(X: torch.Tensor) -> torch.Tensor:
-    """An operation that torch.compile leaves alone. Fused into a loop on a CPU, this conversion made it four times slower."""
+    """An operation that torch.compile leaves alone: fused, the conversion made a loop on a CPU four times slower."""
     return X.to(torch.float32, copy=True)
 
 

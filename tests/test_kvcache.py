@@ -221,18 +221,18 @@ def test_decoding_in_full_precision_is_the_model(family, tmp_path):
     assert 0 < (logits_8 - logits).norm() < 0.02 * logits.norm()
 
 
-@pytest.mark.parametrize("group", [4, 16, 32])
+@pytest.mark.parametrize("d_k, group", [(32, 4), (32, 16), (32, 32), (48, 16), (48, 24)])  # slices of 8 and 12 channels
 @pytest.mark.parametrize("n", [96, 768])  # one piece of tokens, three of 256
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_scores_and_weighted_sum_are_products_with_what_comes_back(scheme, n, group):
-    """Of two sequences, two heads of 32 channels, three queries each; several groups in a slice of channels, or one."""
+def test_scores_and_weighted_sum_are_products_with_what_comes_back(scheme, n, d_k, group):
+    """Of two sequences, two heads of 32 or 48 channels, three queries each; several groups in a slice of channels, or one."""
     draw = torch.Generator().manual_seed(0)
-    K, V = torch.randn(2, 2, 2, n, 32, generator=draw)
-    q, p = torch.randn(2, 2, 3, 32, generator=draw), torch.randn(2, 2, 3, n, generator=draw).softmax(-1)
+    K, V = torch.randn(2, 2, 2, n, d_k, generator=draw)
+    q, p = torch.randn(2, 2, 3, d_k, generator=draw), torch.randn(2, 2, 3, n, generator=draw).softmax(-1)
     pair = as_stored(kvsink.rtn_cache(SimpleNamespace(blocks=[0]), scheme, 3, group))[0]
     for quantizer, X, product in zip(pair, (K, V), (lambda X: q @ X.mT, lambda X: p @ X)):
         quantizer.calibrate(X) if quantizer.static else None
-        store = Packed(quantizer, 2, 2, n, 32, torch.float32, "cpu")
+        store = Packed(quantizer, 2, 2, n, d_k, torch.float32, "cpu")
         store.fill(torch.arange(2)[:, None], torch.arange(n)[None], X, None)
         at = torch.full((2, 1), n)  # the next token
         out = torch.stack(store.scores(q, None, at), dim=2) if X is K else store.weighted_sum(p)
