@@ -115,8 +115,11 @@ def write_atomically(path, data):
 
 def save(path, data):
     """Write a file that is never read back, as a picture or a table: all or nothing, under its lock."""
-    with lock(path):
-        write_atomically(path.resolve(), data)
+    try:
+        with lock(path):
+            write_atomically(path.resolve(), data)
+    finally:
+        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)  # nobody waits for a picture
 
 
 def check_room(folder, size, what, setting):

@@ -19,7 +19,7 @@ from tests.helpers import FAMILIES, SITE, SMALL
 _setup_privateuseone_for_python_backend("card")  # torch knows a kind of device of this name from here on
 CARD = torch.device("card:0")
 RULES = (("none", 0), ("pfn", 2), ("kvsink", 2), ("pfn+kvsink", kvsink.AUTO))
-MISTRAL = {**SMALL, **FAMILIES["mistral"], "num_hidden_layers": 4}  # two Key heads of 16 channels, a window of 16
+MISTRAL = {**SMALL, **FAMILIES["mistral"], "num_hidden_layers": 3}  # two Key heads of 16 channels, a window of 16
 
 
 @pytest.fixture
@@ -128,5 +128,5 @@ def test_kvquant_stays_on_the_card(model, sparse, keep):
     V = kvquant.NonUniformQuantizer(midpoints, levels, sparse, tail=1)
     H = model.embedding(torch.zeros(2, 40, dtype=torch.int64, device=CARD))
     with CopiesToTheHost() as copies:
-        H, _ = prefill(model, H, [(K, V)] * 4, pre_rope=True, **preservation(keep, 2, SITE, H))
+        H, _ = prefill(model, H, [(K, V)] * 3, pre_rope=True, **preservation(keep, 2, SITE, H))
     assert H.device == CARD and copies.count == 0

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import eval_ppl
 from llama import Llama, LlamaConfig
 from paper import __main__ as whole_paper
-from paper import activations, figures, generate, kvquant, table1, table2, table3, table4
+from paper import activations, command, figures, generate, kvquant, table1, table2, table3, table4
 from support import hub, results
 from support.tokenizer import Tokenizer
 from tests.helpers import (
@@ -409,6 +409,7 @@ def killed_runs(name, file, folder, *arguments):
     torch.set_num_threads(1)  # a forked process has no other thread
     program = {"eval_ppl": eval_ppl, "table2": table2, "table1": table1, "figures": figures}[name]
     kvquant.weighted_kmeans, hub.documents, hub.PROMPTS = even_codebooks, sample_documents, SITE_PROMPTS
+    command.calibration_windows = one_window
     for i, moment in enumerate(MOMENTS):
         os.environ["KVSINK_CACHE"] = f"{folder}/{i}/cache"
         output = ["--json", f"{folder}/{i}/out.json"] if name in ("eval_ppl", "table2") else ["--out", f"{folder}/{i}"]
@@ -424,8 +425,13 @@ def even_codebooks(x, w, k):
     return torch.linspace(-1, 1, k).double().expand(len(x), k)
 
 
+def one_window(what, loaded):
+    """Of Table 1's and Figure 7's calibration."""
+    return torch.arange(32, 96)[None]
+
+
 def sample_documents(name, split="test", real=hub.documents):
-    return ["A calibration text of bytes. " * 400] * 2 if split == "train" else real(name, split)
+    return ["A calibration text of bytes. " * 10] * 20 if split == "train" else real(name, split)
 
 
 def be_killed(name, file, arguments, tmp_path):
@@ -434,13 +440,8 @@ def be_killed(name, file, arguments, tmp_path):
     for folder in (tmp_path / "undisturbed", *folders):
         folder.mkdir()
     code = "import sys; from tests import test_damage; test_damage.killed_runs(*sys.argv[1:])"
-    command, environment = (
-        [sys.executable, "-c", code, name, file, str(tmp_path)],
-        os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    done = subprocess.run(
-        [*command, *arguments], cwd=HERE, env=environment, capture_output=True, text=True, timeout=300
-    )
+    run, environment = [sys.executable, "-c", code, name, file, str(tmp_path)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*run, *arguments], cwd=HERE, env=environment, capture_output=True, text=True, timeout=300)
     ends = [line for line in done.stdout.splitlines() if line.isdecimal()]
     assert ends == [str(int(signal.SIGKILL))] * len(MOMENTS), done.stderr
     return folders
@@ -499,6 +500,7 @@ def test_killed_while_it_writes_a_table_or_a_picture_a_run_spoils_nothing(progra
     leaves no more than the undisturbed."""
     monkeypatch.setattr(hub, "documents", sample_documents)
     monkeypatch.setattr(hub, "PROMPTS", SITE_PROMPTS)
+    monkeypatch.setattr(command, "calibration_windows", one_window)
     prompt = ["--prompt", f"Some text{chr(STRONG)} and more of it"]
     arguments = [*tiny[:2], *prompt, *(["--fig", "2"] if name == "figures" else [])]
 
