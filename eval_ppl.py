@@ -256,7 +256,8 @@ def opened(whats, machine, streamed, place, check):
         check(what, config)
     load = stream.from_pretrained if streamed else Llama.from_pretrained
     model, tokenizer = load(directory, machine.device, machine.torch_dtype), Tokenizer.from_pretrained(directory)
-    texts = [text.windows(tokenizer, w.data, "test", w.seq_len, w.limit, w.seed) for w in whats]
+    windows = functools.cache(functools.partial(text.windows, tokenizer))  # several may be of one text
+    texts = [windows(w.data, "test", w.seq_len, w.limit, w.seed) for w in whats]
     text.check_vocabulary(torch.cat([tokens.flatten() for tokens in texts]), config, directory)
     if site is None and any("kvsink" in row.keep for row in whats[0].rows):
         site = hub.site_of(model, tokenizer, name, directory)

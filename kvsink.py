@@ -60,9 +60,6 @@ def table_site(name):
 # which quantizes and dequantizes.
 # The numbers on the right are the printed lines.
 
-AUTO = "auto"  # in the place of k
-AT_MOST = 20  # so many tokens are kept then: the paper's largest N
-
 
 # fmt: off
 def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope=False):
@@ -87,8 +84,12 @@ def predict_sinks(H, c, k):
     return nothing.scatter(1, S_outliers, True)                   # 16  (b, n)
 
 
+AUTO = "auto"  # in the place of k, which is not the paper's
+AT_MOST = 20  # so many tokens are kept then: the paper's largest N
+
+
 def predict_auto(H, c):
-    """Not the paper's, lines 15-16 without k: of the AT_MOST tokens that `predict_sinks` marks, those that reach a
+    """Lines 15-16 without k, not the paper's: of the AT_MOST tokens that `predict_sinks` marks, those that reach a
     tenth of the largest of their sequence. Sinks are some hundred times larger than the rest, so the tenth is not
     delicate; the bound holds where there is no gap, as in a text of one token again and again."""
     X = H[:, :, c].abs()                                          #     (b, n)

@@ -115,9 +115,10 @@ def write_atomically(path, data):
 
 def save(path, data):
     """Write a file that is never read back, as a picture or a table: all or nothing, under its lock."""
+    path = path.resolve()  # beside which the lock lies
     try:
         with lock(path):
-            write_atomically(path.resolve(), data)
+            write_atomically(path, data)
     finally:
         path.with_name(f".{path.name}.lock").unlink(missing_ok=True)  # nobody waits for a picture
 

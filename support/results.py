@@ -217,7 +217,7 @@ def shown(results, columns=()):
             kept = over = ""
         line = f"{name:<20}   {kept:<17}{result['ppl']:>10.3f}{over:>12}"
         line += "".join(f"{text(result):>{width}}" for _, width, text in columns)
-        if row.N == AUTO and "kept" in result:
+        if row.N == AUTO:
             line += f"   {statistics.mean(result['kept']):.1f} tokens, at most {max(result['kept'])}"
         print(line.rstrip(), flush=True)
         group.append(result)
@@ -249,9 +249,9 @@ def print_comparisons(group):
     by_ppl = sorted(rows, key=lambda row: rows[row]["ppl"])
     if len(rows) > 1:
         print(f"{'':<23}{by_ppl[0].kept()} is the best of these", flush=True)
+    first_N = [row for row in by_ppl if row.keep == "pfn"]
     for row in (row for row in rows if "kvsink" in row.keep):
-        first = [other for other in by_ppl if other.keep == "pfn"]
-        rival = next((other for other in first if other.N == row.N), first[0] if first else None)
+        rival = next((other for other in first_N if other.N == row.N), first_N[0] if first_N else None)
         if rival and "nll" in rows[row] and "nll" in rows[rival]:  # older files lack it
             what = gain(rows[row]["nll"], rows[rival]["nll"])
             print(f"{'':<23}{row.kept()} against {rival.kept()}: {what}", flush=True)

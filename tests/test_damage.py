@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import eval_ppl
 from llama import Llama, LlamaConfig
 from paper import __main__ as whole_paper
-from paper import activations, command, figures, generate, kvquant, table1, table2, table3, table4
+from paper import command as shared
+from paper import activations, figures, generate, kvquant, table1, table2, table3, table4
 from support import hub, results
 from support.tokenizer import Tokenizer
 from tests.helpers import (
@@ -409,7 +410,7 @@ def killed_runs(name, file, folder, *arguments):
     torch.set_num_threads(1)  # a forked process has no other thread
     program = {"eval_ppl": eval_ppl, "table2": table2, "table1": table1, "figures": figures}[name]
     kvquant.weighted_kmeans, hub.documents, hub.PROMPTS = even_codebooks, sample_documents, SITE_PROMPTS
-    command.calibration_windows = one_window
+    shared.calibration_windows = one_window
     for i, moment in enumerate(MOMENTS):
         os.environ["KVSINK_CACHE"] = f"{folder}/{i}/cache"
         output = ["--json", f"{folder}/{i}/out.json"] if name in ("eval_ppl", "table2") else ["--out", f"{folder}/{i}"]
@@ -500,7 +501,7 @@ def test_killed_while_it_writes_a_table_or_a_picture_a_run_spoils_nothing(progra
     leaves no more than the undisturbed."""
     monkeypatch.setattr(hub, "documents", sample_documents)
     monkeypatch.setattr(hub, "PROMPTS", SITE_PROMPTS)
-    monkeypatch.setattr(command, "calibration_windows", one_window)
+    monkeypatch.setattr(shared, "calibration_windows", one_window)
     prompt = ["--prompt", f"Some text{chr(STRONG)} and more of it"]
     arguments = [*tiny[:2], *prompt, *(["--fig", "2"] if name == "figures" else [])]
 

@@ -30,7 +30,13 @@ def test_every_setting_is_there_once():
 @pytest.fixture
 def small(monkeypatch):
     """The sample in bytes, windows and groups for the tiny model."""
-    monkeypatch.setattr(hub, "documents", lambda name, split="test": ["A text of bytes, again and again. " * 20])
+
+    def documents(name, split="test"):
+        documents.asked.append(split)
+        return ["A text of bytes, again and again. " * 20]
+
+    documents.asked = []
+    monkeypatch.setattr(hub, "documents", documents)
     monkeypatch.setattr(front, "GROUPS", (4, 8, 16))
     parse = front.parse
 
@@ -48,6 +54,7 @@ def test_the_command(tiny, small, tmp_path, capsys, monkeypatch):
     assert front.main(command) == 0
     rows, printed = results_of(out), capsys.readouterr().out
     assert len(rows) == 2 * (1 + 4 * 3 * 4) and {r["group_size"] for r in rows} == {4, 8}
+    assert hub.documents.asked.count("test") == 1  # both groups are of one text
     assert "groups of 4 channels" in printed and "groups of 8 channels" in printed
     found = front.front(rows)
     table = printed.split("the front:")[1].splitlines()[2:]

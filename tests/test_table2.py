@@ -109,7 +109,7 @@ def test_the_papers_figures_stand_beside_its_own_setting_only():
 def test_the_papers_figures_in_the_table(capsys):
     (what, _), kvq, *_ = table2.parse(["--model", "llama2-7b"])
     measured = [{"scheme": row.scheme, "bits": row.bits, "keep": row.keep, "sinks": row.N, "outliers": row.rho,
-                 "ppl": 8.0, "ppl_fp": 5.0, "avg_bits": 2.02} for row in what.rows]  # fmt: skip
+                 "ppl": 8.0, "ppl_fp": 5.0, "avg_bits": 2.02, "kept": [5]} for row in what.rows]  # fmt: skip
     list(results.shown(measured, table2.columns(what, kvq)))
     header, full, first, second, *_ = capsys.readouterr().out.splitlines()
     assert header.endswith("avg. bits   Table 2 (paper)") and full.split()[-1] == "5.12"
