@@ -1,0 +1,118 @@
+"""Functions as text: cut out of the reference for the handout, put in from a submission for the grader.
+
+Read top to bottom: where the functions of a file are; the stub that a student gets; the file that the grader runs.
+
+What this file does not do: it runs nothing of what it reads. A name is qualified, as in "Quantizer.calibrate".
+"""
+
+import ast
+import textwrap
+
+
+def functions_of(tree):
+    """Qualified name -> node, of the functions and methods at the top of a file. The last definition counts."""
+    found = {}
+    for node in tree.body:
+        is_class = isinstance(node, ast.ClassDef)
+        for part in node.body if is_class else [node]:
+            if isinstance(part, ast.FunctionDef):
+                found[f"{node.name}.{part.name}" if is_class else part.name] = part
+    return found
+
+
+def lines_of(node):
+    """The first and the last line of a function, from 1, decorators included."""
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]), node.end_lineno
+
+
+def replaced(text, changes):
+    """The text with lines first to last, from 1, replaced: `changes` are (first, last, new text)."""
+    lines = text.splitlines(keepends=True)
+    for first, last, new in sorted(changes, reverse=True):
+        lines[first - 1 : last] = [new]
+    return "".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The handout
+
+
+def stubbed(text, stubs):
+    """The file with the body of each function in `stubs`, name -> (message, cut), replaced by NotImplementedError(message).
+    Signature and docstring stay; with `cut` only the docstring's first paragraph does."""
+    functions, changes, lines = functions_of(ast.parse(text)), [], text.splitlines()
+    for name, (message, cut) in stubs.items():
+        node, doc = functions[name], functions[name].body[0]
+        indent = " " * doc.col_offset
+        kept = lines[doc.lineno - 1 : doc.end_lineno]
+        if cut and "" in kept:
+            kept = kept[: kept.index("")]
+            kept[-1] += '"""'
+        stub = [*kept, f'{indent}raise NotImplementedError("{message}")', ""]
+        changes.append((doc.lineno, node.end_lineno, "\n".join(stub)))
+    return replaced(text, changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grader
+
+
+def parsed(path):
+    """The tree of a student's file. Raises ValueError, in one line, where there is none."""
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path.name} is not there")
+    if path.stat().st_size > 1_000_000:
+        raise ValueError(f"{path.name} is larger than 1 MB")
+    try:
+        return ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise ValueError(f"{path.name}, line {error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError):
+        raise ValueError(f"{path.name} is not Python") from None
+
+
+def merged(text, tree, name):
+    """The reference's file with the student's function `name` in the place of its own, and what this function needs of
+    the student's own names: imports, functions, classes and constants, after the reference's imports; methods beside it.
+    All else of the student's file is left out, above all what would run when it is imported.
+    Raises ValueError where the student has no such function."""
+    reference, theirs, own = ast.parse(text), functions_of(tree), functions_of(ast.parse(text))
+    if name not in theirs:
+        raise ValueError(f"{name} is not there")
+    owner, _, short = name.rpartition(".")
+    known = set(bindings(reference)) | set(own)
+    offered = {n: node for n, node in bindings(tree).items() if n not in known}
+    methods = {n.rpartition(".")[2]: node for n, node in theirs.items() if owner and n.startswith(f"{owner}.")}
+    methods = {n: node for n, node in methods.items() if f"{owner}.{n}" not in known and n != short}
+    wanted, waiting = [], [theirs[name]]
+    while waiting:  # what is needed by what is needed
+        node = waiting.pop()
+        wanted.append(node)
+        for n in names_in(node):
+            waiting += [found for found in (offered.pop(n, None), methods.pop(n, None)) if found and found not in wanted]
+    beside = [node for node in tree.body if node in wanted and node is not theirs[name]]
+    inside = [theirs[name]] + [node for node in wanted[1:] if node not in beside]
+    last_import = max(node.end_lineno for node in reference.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    extra = text.splitlines(keepends=True)[last_import - 1] + "".join(f"{ast.unparse(node)}\n" for node in beside)
+    body = "\n".join(textwrap.indent(ast.unparse(node), " " * own[name].col_offset) for node in inside)
+    return replaced(text, [(last_import, last_import, extra), (*lines_of(own[name]), body + "\n")])
+
+
+def bindings(tree):
+    """Name -> statement, for what a file binds at its top by import, def, class or plain assignment."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name.partition(".")[0]: node for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {part.id: node for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return found
+
+
+def names_in(node):
+    """All names and attributes that a piece of code mentions, in order."""
+    parts = [getattr(part, "id", None) or getattr(part, "attr", None) for part in ast.walk(node)]
+    return dict.fromkeys(part for part in parts if isinstance(part, str))
