@@ -89,6 +89,106 @@ PROBLEMS = (
         hint="Turn with complex numbers on paper first: (x + iy)(cos a + i sin a). For the heads, `repeat` and `repeat_interleave` "
         "differ: write down which Key head each of four query heads gets from two.",
     ),
+    Problem(
+        number=4,
+        title="Algorithm 1",
+        paper="Section 4.3, Appendix G with Algorithm 1, Section 4.1 on Preserve-First-N",
+        hours="3 hours",
+        functions=(
+            Function(KVSINK, "decoder_block", 6, "Algorithm 1, lines 6-13"),
+            Function(KVSINK, "predict_sinks", 4, "Algorithm 1, lines 15-16"),
+            Function(KVSINK, "prefill", 6, "Algorithm 1"),
+            Function(KVSINK, "pfn", 2, "Preserve-First-N"),
+            Function(KVSINK, "observers", 4, "calibration without sinks, Appendix G"),
+        ),
+        write="Algorithm 1, line by line. Lay the print beside the code. S_sink is a mask: every sequence has its own sinks, and nothing "
+        "is kept up to and including block l_E unless `prefill` is given a mask. Quantizers see all tokens, and the mask of those "
+        "to leave out; what they make of a sink is thrown away. Sinks are left out of calibration as well: `observers` makes, in "
+        "the place of a cache, functions that only look, so that calibration is `prefill` itself.",
+        hint="A sink is one in every head: which axes does a mask (b, n) lack beside Keys (b, h_kv, n, d_k)? When does line 14 look "
+        "at H^l, before line 13 or after it, and in which block does its result first matter?",
+    ),
+    Problem(
+        number=5,
+        title="The finder",
+        paper="Section 3.1 and Appendix D, with Table 3",
+        hours="1.5 hours",
+        functions=(
+            Function(KVSINK, "stable_outliers", 7, "Section 3.1, Appendix D"),
+            Function(KVSINK, "find_site", 3, "Appendix D"),
+        ),
+        write="The paper lists where outliers emerge, not how to find it. Here is a way. In H^l a number is an outlier when its magnitude is above "
+        "`OUTLIER` times the median magnitude of H^l and above `SPARSE` times the median of its channel over the tokens. A channel's "
+        "peak in a block is its largest outlier there, or 0; its level is the median of its peaks over all blocks. The channel of the "
+        "highest level emerges in the first block where it is an outlier above a quarter of its level; that is l_E, from 1. "
+        "The channels are all that have a level and are outliers in that block, the largest peak first. See `check_hidden_state` for NaN. "
+        "`find_site` asks each prompt, and refuses prompts that disagree on block or first channel.",
+        hint="Forward hooks on the blocks see every H^l without a change to the model. Take them off again, also when the forward "
+        "pass fails.",
+    ),
+    Problem(
+        number=6,
+        title="A cache that is really small",
+        paper="Appendix F with Table 4; Equations 5 and 6",
+        hours="2.5 hours",
+        functions=(
+            Function(KVCACHE, "pack", 4, "codes to bytes, Appendix F"),
+            Function(KVCACHE, "slices", 3, "bytes to codes, a few channels at a time"),
+            Function(KVCACHE, "unpack", 2, "bytes to codes"),
+            Function(KVCACHE, "Packed.scores", 5, "Q K^T of Eq. 6, from packed codes"),
+        ),
+        write="The docstrings say how bits lie in bytes; `planes` says which widths a number of bits is made of. `scores` multiplies a query with "
+        "Keys that exist as codes only: go through the slices of `dequantized`, and never make all of K. Three cases: Keys "
+        "after RoPE; Keys before it; and a newest group of g tokens, still in full precision, whose scores take the place of those from its "
+        "codes, in another slot for each sequence. Outliers, where there are any, add to the scores of all queries at once, in (b, h_kv, G, n).",
+        hint="Write the eight codes of the first test on paper, and draw their bytes. For Keys before RoPE: (R q) . (R' k) needs a turned "
+        "Key, but it equals (R'^-1 R q) . k, which turns the query back instead.",
+    ),
+    Problem(
+        number=7,
+        title="An experiment",
+        paper="Section 4.3 and Section 5.2, Figure 9",
+        hours="2 hours, half of it the machine's",
+        by_hand=12,
+        functions=(),
+        write="""Two pages, with tables. The default model is small and real; your own Problems 1 to 5 run it.
+
+1. **Predict** (3 points), before you run anything. The default text is Wikipedia articles end to end, an `<|endoftext|>` after each. The
+   other text is prose of your choice without separators, in a file of at least 60 kB. For each: where are the sinks? Which rule will be
+   better at 4 bits, PFN-5 or KVSink-5? Is KVSink-5 better or worse than PFN-20? Give reasons from Sections 3 and 4.
+2. **Run** (3 points). Keep the tables and the JSON files.
+
+   ```
+   python eval_ppl.py --scheme channel-static --bits 4 3 --keep none pfn kvsink --sinks 1 5 20 --json packed.json
+   python eval_ppl.py --data FILE --seq-len 1024 --limit 8 --scheme channel-static --bits 4 3 --keep none pfn kvsink --sinks 1 5 20 --json prose.json
+   ```
+
+3. **Explain** (6 points). Where were you right, and where not? Why does the one text gain from prediction and the other not? In this model
+   outliers emerge after block 12 of 30: what does KVSink lose in blocks 1 to 12, and which two rows show it best? Which differences
+   does the table call "not resolved", what does that mean, and what would you change to resolve them? Do not call a rule better
+   where it is not resolved. Would you expect the same of LLaMA2-7B, whose outliers emerge after block 2 of 32?""",
+        hint="The lines `KVSink-5 against PFN-5` are paired over windows; `+-` is one standard error. With four times as many windows it "
+        "halves. For prose compare KVSink-1 with PFN-1: in the end they keep the same token.",
+    ),
+    Problem(
+        number=8,
+        title="Open problems",
+        paper="the reference of the one that you choose",
+        hours="a day, or a thesis",
+        by_hand=10,
+        functions=(),
+        write="""Choose one. For each: where in the code to start, what to observe, and a reference. A clean negative result, with its error, has all points.
+
+| question | start | observe | reference |
+|---|---|---|---|
+| Is a sink harmful because it widens a range, or because it is rounded itself? Leave sinks out of the range and quantize them; or keep them and let them widen it. | `decoder_block`, `observers` | PPL of both halves beside KVSink-5, channel-static, 4 and 3 bits, paired over windows | IntactKV, arXiv 2403.01241 |
+| One channel, or all of them? RotateKV takes the top k of the magnitudes over all channels. | `predict_sinks` | how many of the k tokens are the same; PPL; time of the top k | RotateKV, arXiv 2501.16383 |
+| Sinks have small Keys. Can one trace them by their Key norms, also while decoding, with no l_E and no c? | `decoder_block`, `Packed.append` | precision and recall against `predict_sinks`, block by block | Outlier Tokens Tracing, arXiv 2505.10938 |
+| Weaker sinks live in other blocks. Predict a second time, after a second l_E, and keep both sets. | `prefill` | where a second set emerges (`stable_outliers` passes over it); PPL at the same number of kept tokens | secondary attention sinks, arXiv 2512.22213 |
+| Put a few tokens first that take the sinks' place, and keep only these. | `prefill` with `pfn`; windows in `support/text.py` | whether sinks still stand in the middle of the text; PPL of the same predicted tokens | PrefixQuant, arXiv 2410.05265 |
+| The paper predicts once, in the prefill. Predict again after every N new tokens. | `prefill`, on a prompt cut in pieces | how many new sinks a long text of many documents has; PPL after them | KVSink itself, Section 4.3, arXiv 2508.04257 |
+| Scale a token to the length of the others before quantization, instead of keeping it. | `Quantizer.__call__` | PPL and stored bits beside KVSink-5, channel-dynamic, 2 bits | OScaR, arXiv 2605.19660 |""",
+    ),
 )
 
 BY_NAME = {function.name: function for problem in PROBLEMS for function in problem.functions}
