@@ -167,7 +167,9 @@ def grade_function(server, problem, function, folder):
             except (EOFError, TimeoutError) as error:  # nothing more to be had from this process
                 failed.append((name, str(error)))
                 break
-    return Grade(problem.number, function.name, 0 if failed else function.points, function.points, len(tests), tuple(failed))
+    return Grade(
+        problem.number, function.name, 0 if failed else function.points, function.points, len(tests), tuple(failed)
+    )
 
 
 def grade(server, folder, disable=None):
@@ -188,7 +190,10 @@ def points_of(grades, number=None):
 
 
 def print_table(folder, grades):
-    print(f"{folder}: {points_of(grades)[0]} of {points_of(grades)[1]} points; Problem 7 is graded by hand")
+    hand = " and ".join(f"Problem {problem.number}" for problem in PROBLEMS if problem.by_hand)
+    print(
+        f"{folder}: {points_of(grades)[0]} of {points_of(grades)[1]} points, besides {hand}, which are graded by hand"
+    )
     for problem in PROBLEMS:
         own = [g for g in grades if g.problem == problem.number]
         if own:
@@ -211,7 +216,12 @@ def gradescope(grades, seconds):
         }
         for g in grades
     ]
-    return {"score": points_of(grades)[0], "execution_time": round(seconds), "stdout_visibility": "hidden", "tests": tests}
+    return {
+        "score": points_of(grades)[0],
+        "execution_time": round(seconds),
+        "stdout_visibility": "hidden",
+        "tests": tests,
+    }
 
 
 def grade_one(folder, file):

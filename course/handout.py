@@ -23,7 +23,9 @@ def files():
     given = [path.relative_to(ROOT).as_posix() for pattern in GIVEN for path in sorted(ROOT.glob(pattern))]
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*given, *FILES)}
     for name in FILES:
-        stubs = {f.name: (f"Problem {p.number}: {f.says}", f.cut) for p in PROBLEMS for f in p.functions if f.file == name}
+        stubs = {
+            f.name: (f"Problem {p.number}: {f.says}", f.cut) for p in PROBLEMS for f in p.functions if f.file == name
+        }
         texts[name] = source.stubbed(texts[name], stubs)
     for path in sorted((ROOT / "course/checks").glob("*.py")):
         name = f"test_{path.name}" if path.name.startswith("problem") else path.name
@@ -37,14 +39,28 @@ def files():
 
 
 def readme():
-    """handout.md, with a section for each problem in the place of its line {problems}."""
+    """handout.md, with a table and a section for each problem in the places of {overview} and {problems}."""
     text = (ROOT / "course/handout.md").read_text(encoding="utf-8")
-    return text.replace("{problems}\n", "\n".join(map(section, PROBLEMS)))
+    return text.replace("{overview}\n", overview()).replace("{problems}\n", "\n".join(map(section, PROBLEMS)))
+
+
+def overview():
+    """The problems as a table; the lecturer's README has it too."""
+    rows = ["| problem | functions | points | about |", "|---|---|---|---|"]
+    for p in PROBLEMS:
+        names = ", ".join(f"`{f.name}`" for f in p.functions) or "in writing"
+        rows.append(f"| {p.number} {p.title} | {names} | {p.points}{' (bonus)' if p.bonus else ''} | {p.hours} |")
+    return "\n".join(rows) + "\n"
 
 
 def section(problem):
-    points = f"{problem.points} points" + (" (bonus)" if problem.number == 8 else "")
-    lines = [f"## Problem {problem.number}: {problem.title} ({points}, about {problem.hours})", "", f"**Read:** {problem.paper}.", ""]
+    points = f"{problem.points} points" + (" (bonus)" if problem.bonus else "")
+    lines = [
+        f"## Problem {problem.number}: {problem.title} ({points}, about {problem.hours})",
+        "",
+        f"**Read:** {problem.paper}.",
+        "",
+    ]
     if problem.functions:
         lines += ["| write | in | points |", "|---|---|---|"]
         lines += [f"| `{f.name}` | `{f.file}` | {f.points} |" for f in problem.functions] + [""]
@@ -60,6 +76,9 @@ def section(problem):
 # No solution in it
 
 
+EVERYDAY = ("device = model.embedding.weight.device",)  # stands elsewhere too, and says nothing of how it is done
+
+
 def solution_parts(name, file):
     """The statements of an assigned function, and the parts of what it returns, as `ast.unparse` writes them: those of more than 32
     characters, which no other code has by chance."""
@@ -69,7 +88,7 @@ def solution_parts(name, file):
     for node in list(nodes):
         if isinstance(node, ast.Return) and node.value:
             nodes += [part for part in ast.walk(node.value) if isinstance(part, ast.expr)]
-    return {text for node in nodes if len(text := ast.unparse(node)) > 32}
+    return {text for node in nodes if len(text := ast.unparse(node)) > 32} - set(EVERYDAY)
 
 
 def leaks(texts):

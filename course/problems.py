@@ -28,6 +28,7 @@ class Problem(NamedTuple):
     write: str
     hint: str = ""
     by_hand: int = 0  # points for a written answer, which no program gives
+    bonus: bool = False  # on top of the 100
 
     @property
     def points(self):
@@ -151,12 +152,14 @@ PROBLEMS = (
         hours="2 hours, half of it the machine's",
         by_hand=12,
         functions=(),
-        write="""Two pages, with tables. The default model is small and real; your own Problems 1 to 5 run it.
+        write="""Two pages, with tables. The default model is small and real; your own Problems 1 to 4 run it.
 
 1. **Predict** (3 points), before you run anything. The default text is Wikipedia articles end to end, an `<|endoftext|>` after each. The
    other text is prose of your choice without separators, in a file of at least 60 kB. For each: where are the sinks? Which rule will be
    better at 4 bits, PFN-5 or KVSink-5? Is KVSink-5 better or worse than PFN-20? Give reasons from Sections 3 and 4.
 2. **Run** (3 points). Keep the tables and the JSON files.
+
+   Each command takes about ten minutes on two cores.
 
    ```
    python eval_ppl.py --scheme channel-static --bits 4 3 --keep none pfn kvsink --sinks 1 5 20 --json packed.json
@@ -176,6 +179,7 @@ PROBLEMS = (
         paper="the reference of the one that you choose",
         hours="a day, or a thesis",
         by_hand=10,
+        bonus=True,
         functions=(),
         write="""Choose one. For each: where in the code to start, what to observe, and a reference. A clean negative result, with its error, has all points.
 

@@ -89,7 +89,9 @@ def merged(text, tree, name):
         node = waiting.pop()
         wanted.append(node)
         for n in names_in(node):
-            waiting += [found for found in (offered.pop(n, None), methods.pop(n, None)) if found and found not in wanted]
+            waiting += [
+                found for found in (offered.pop(n, None), methods.pop(n, None)) if found and found not in wanted
+            ]
     beside = [node for node in tree.body if node in wanted and node is not theirs[name]]
     inside = [theirs[name]] + [node for node in wanted[1:] if node not in beside]
     last_import = max(node.end_lineno for node in reference.body if isinstance(node, (ast.Import, ast.ImportFrom)))

@@ -45,7 +45,9 @@ def test_clipped_range_against_loops(run):
             hidden = np.broadcast_to(False if mask is None else mask, BOTH.shape)
             at = members(7, 8, granularity, g)
             low = [[np.where(hidden[b, h], np.inf, BOTH[b, h])[i].min() for i in at] for b in (0, 1) for h in range(3)]
-            high = [[np.where(hidden[b, h], -np.inf, BOTH[b, h])[i].max() for i in at] for b in (0, 1) for h in range(3)]
+            high = [
+                [np.where(hidden[b, h], -np.inf, BOTH[b, h])[i].max() for i in at] for b in (0, 1) for h in range(3)
+            ]
             close(lo.reshape(6, -1), low, f"{granularity}: lo")
             close(hi.reshape(6, -1), high, f"{granularity}: hi")
 

@@ -41,7 +41,10 @@ def test_rotate_against_complex_numbers(run):
 
 def test_rotate_in_fp32(run):
     """Half precision is turned in fp32 and rounded once."""
-    X, angle = drawn(12, 1, 1, 500, 8).astype(np.float16).astype(np.float32), np.outer(np.arange(500), [1, 0.3, 0.1, 0.02])
+    X, angle = (
+        drawn(12, 1, 1, 500, 8).astype(np.float16).astype(np.float32),
+        np.outer(np.arange(500), [1, 0.3, 0.1, 0.02]),
+    )
     table = [f(np.tile(angle, 2)).astype(np.float32) for f in (np.cos, np.sin)]
     exact, _ = run(rotated, X, *table)
     out, dtype = run(rotated, X, *table, "float16")

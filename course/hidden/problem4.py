@@ -3,7 +3,15 @@
 import numpy as np
 
 from course.checks.compare import close, same
-from course.checks.scenarios import first, observed, observers_refused, predicted, prefill_refused, prefill_rule, through_block
+from course.checks.scenarios import (
+    first,
+    observed,
+    observers_refused,
+    predicted,
+    prefill_refused,
+    prefill_rule,
+    through_block,
+)
 
 
 def drawn(seed, *shape):
