@@ -1,0 +1,324 @@
+"""The course: the handout, and the grader on the reference, on wrong solutions and on hostile ones."""
+
+import ast
+import csv
+import json
+import os
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from course import __main__ as command
+from course import grade, handout, source, worker
+from course.grade import ROOT
+from course.problems import BY_NAME, FILES, PROBLEMS
+from tests.helpers import refuse
+from tests.wrong_solutions import WRONG
+
+PROBLEM_OF = {function: problem for problem in PROBLEMS for function in problem.functions}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with grade.serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A handout, as the command writes it."""
+    folder = tmp_path_factory.mktemp("handout") / "kvsink"
+    assert command.main(["handout", str(folder)]) == 0
+    return folder
+
+
+def submission(folder, **files):
+    """The reference as a submission, with other texts for some files: quant_py="..."."""
+    for name in FILES:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(files.get(name.replace(".", "_"), (ROOT / name).read_text()))
+    return folder
+
+
+def graded(server, name, folder):
+    function = BY_NAME[name]
+    return grade.grade_function(server, PROBLEM_OF[function], function, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table and the tests
+
+
+def test_points_and_tests():
+    """100 points for all but the bonus; public and hidden tests for each function, and none for anything else."""
+    assert sum(problem.points for problem in PROBLEMS if not problem.bonus) == 100
+    assert [problem.number for problem in PROBLEMS] == list(range(1, 9))
+    for problem in PROBLEMS:
+        names = [name for function in problem.functions for name, _ in grade.tests_of(problem, function)]
+        for function in problem.functions:
+            own = [name for name, _ in grade.tests_of(problem, function)]
+            assert any(name.endswith("(hidden)") for name in own) and not own[0].endswith("(hidden)"), function.name
+        if problem.functions:
+            written = [ROOT / f"course/{kind}/problem{problem.number}.py" for kind in ("checks", "hidden")]
+            assert len(names) == sum(path.read_text().count("\ndef test_") for path in written), problem.number
+    assert handout.overview() in (ROOT / "course/README.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The handout
+
+
+def test_before_anything_is_solved_each_test_says_so(given):
+    """The handout's second command: all tests fail, by NotImplementedError; its first stops in one line."""
+    report = given.parent / "report.xml"
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", str(report)]
+    subprocess.run(pytest_command, cwd=given, capture_output=True, timeout=120)
+    cases = ElementTree.parse(report).findall(".//testcase")
+    public = sum(text.count("\ndef test_") for name, text in handout.files().items() if name.startswith("checks/test_"))
+    assert len(cases) == public > 50
+    for case in cases:
+        assert case.find("failure").get("message").startswith("NotImplementedError: Problem "), case.get("name")
+
+
+def test_a_handout_is_the_same_bytes_each_time(given, tmp_path, capsys):
+    assert command.main(["handout", str(tmp_path / "again")]) == 0
+    printed = capsys.readouterr().out
+    assert "Quantizer.calibrate (quant.py)" in printed and str(tmp_path / "again") in printed
+    for name, text in handout.files().items():
+        assert (tmp_path / "again" / name).read_bytes() == (given / name).read_bytes() == text.encode(), name
+    here = {path.relative_to(given).as_posix() for path in given.rglob("*") if path.is_file()}
+    assert {name for name in here if "__pycache__" not in name} == set(handout.files())
+
+
+def test_a_handout_holds_no_solution_and_no_hidden_test(tmp_path, monkeypatch, capsys):
+    texts = handout.files()
+    assert handout.leaks(texts) == []
+    assert not any("hidden" in name or "course/" in name or "wrong_solutions" in name for name in texts)
+    for name in BY_NAME:  # the check sees what it should see: each function of the reference
+        parts = handout.solution_parts(name, BY_NAME[name].file)
+        found = {leak[0] for leak in handout.leaks({"given.py": (ROOT / BY_NAME[name].file).read_text()})}
+        assert name in found or not parts, name
+    secret = "def scale(lo, hi, n):\n    return torch.where(s>0, s, torch.where(lo==0, 1.0, lo.abs()))"
+    monkeypatch.setattr(handout, "files", lambda: {**texts, "support/text.py": secret})
+    refuse(["handout", str(tmp_path / "leaky")], ["support/text.py", "scale"], capsys, command)
+    assert not (tmp_path / "leaky").exists()
+
+
+def test_stubs_keep_what_a_student_needs(given):
+    """Signatures, docstrings, everything between; the parts that would give it away are gone."""
+    for name in FILES:
+        reference, stub = (source.functions_of(ast.parse((root / name).read_text())) for root in (ROOT, given))
+        assert reference.keys() == stub.keys()
+        for function, node in stub.items():
+            if function not in BY_NAME:
+                assert ast.dump(node) == ast.dump(reference[function]), function
+                continue
+            assert ast.dump(node.args) == ast.dump(reference[function].args) and len(node.body) == 2
+            doc, whole = (ast.get_docstring(nodes[function]) for nodes in (stub, reference))
+            assert doc == (whole.split("\n\n")[0] if BY_NAME[function].cut else whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grader: right and wrong
+
+
+def test_a_class(given, tmp_path):
+    """The reference has all points, the untouched handout none, nor has an empty folder."""
+    submission(tmp_path / "class" / "anna")
+    (tmp_path / "class" / "bob").symlink_to(given)
+    (tmp_path / "class" / "zoe").mkdir()
+    out = tmp_path / "grades.csv"
+    assert command.main(["grade", "--class", str(tmp_path / "class"), "--csv", str(out)]) == 0
+    anna, bob, zoe = csv.DictReader(out.open())
+    assert (anna["submission"], anna["points"], anna["of"], anna["lost"]) == ("anna", "88", "88", "")
+    assert [anna[f"problem {i}"] for i in range(1, 7)] == [str(problem.points) for problem in PROBLEMS[:6]]
+    assert (bob["points"], zoe["points"]) == ("0", "0") and "Quantizer.calibrate" in bob["lost"]
+
+
+def test_what_is_printed_and_results_json(tmp_path, capsys, monkeypatch):
+    """One right function, one that is missing, a file that does not parse, two that are not there."""
+    monkeypatch.setattr(grade, "PROBLEMS", [PROBLEMS[0], PROBLEMS[3]])
+    (tmp_path / "quant.py").write_text("import torch\ndef zero(lo, s):\n    return -torch.round(lo / s)\n")
+    (tmp_path / "kvsink.py").write_text("x = 1\ndef pfn(H, N:\n    return 0\n")
+    out = tmp_path / "results.json"
+    assert command.main(["grade", str(tmp_path), "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 32 points" in printed and "scale is not there" in printed and "kvsink.py, line 2:" in printed
+    results = json.loads(out.read_text())
+    assert results["score"] == 2 == sum(test["score"] for test in results["tests"])
+    for test in results["tests"]:
+        assert test["status"] == ("passed" if test["score"] == test["max_score"] else "failed")
+        assert (test["output"] == "") == (test["status"] == "passed")
+
+
+def test_the_table_of_wrong_solutions():
+    """At least forty, for each function one; each differs from the reference in one place that there is."""
+    assert len(WRONG) >= 40 and {name for name, *_ in WRONG} == set(BY_NAME)
+    for name, old, new, _ in WRONG:
+        text = (ROOT / BY_NAME[name].file).read_text()
+        assert ast.get_source_segment(text, source.functions_of(ast.parse(text))[name]).count(old) == 1 != old == new, (
+            name
+        )
+
+
+@pytest.mark.parametrize("name, old, new, error", WRONG, ids=[f"{w[0]}: {w[3]}" for w in WRONG])
+def test_a_wrong_solution_loses_its_points_and_no_others(name, old, new, error, server, tmp_path):
+    file = BY_NAME[name].file
+    text = (ROOT / file).read_text()
+    right = ast.get_source_segment(text, source.functions_of(ast.parse(text))[name])
+    wrong = text.replace(right, right.replace(old, new))
+    found = graded(server, name, submission(tmp_path, **{file.replace(".", "_"): wrong}))
+    assert found.points == 0 and found.failed, f"{error}: not noticed"
+    assert not any(why.startswith(("no answer", "the process ended")) for _, why in found.failed), found.failed
+    trees = ast.parse(text), ast.parse(wrong)
+    for other in BY_NAME.values():  # other files are the same, and so is what the grader makes of this one
+        if other.file == file and other.name != name:
+            assert len({source.merged(text, tree, other.name) for tree in trees}) == 1, other.name
+
+
+def test_helpers_of_a_students_own(server, tmp_path):
+    """Imports, constants, functions and methods that an assigned function uses come along; what it does not use does not."""
+    text = (ROOT / "quant.py").read_text()
+    text = text.replace('"""Eq. 11: X\' = scale * (Q(X) - zero)."""\n    return s * (codes.to(s.dtype) - z)',
+                        "return minus(codes.to(s.dtype), z, SIGN) * s")  # fmt: skip
+    text = text.replace("        check_finite(X)\n", "        self.looked_at(X)\n")
+    text = text.replace(
+        "    def calibrate", "    def looked_at(self, X):\n        check_finite(X)\n\n    def calibrate"
+    )
+    text += "\nimport operator as op\nSIGN = -1\nBROKEN = 1 / 0\nimport nowhere\ndef minus(a, b, sign):\n    return op.add(a, sign * b)\n"
+    folder = submission(tmp_path, quant_py=text)
+    assert "minus" in text and "looked_at" in text
+    for name in ("dequantize", "Quantizer.calibrate", "scale"):
+        assert graded(server, name, folder).failed == (), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grader: hostile submissions
+
+ZERO = "def zero(lo, s):\n    {}\n    return -torch.round(lo / s)\n"
+PATCHES = (
+    "import numpy, torch, pytest; numpy.isclose = numpy.allclose = torch.allclose = lambda *a, **k: numpy.array(True); "
+)
+FORGED = """import sys
+    frame = sys._getframe()
+    while "connection" not in frame.f_locals: frame = frame.f_back
+    frame.f_locals["connection"].send_bytes({})"""
+
+
+def zero_with(tmp_path, line, top=""):
+    return submission(tmp_path / "in", quant_py="import torch\n" + ZERO.format(line) + top)
+
+
+@pytest.mark.parametrize("line, why", [
+    ("while True: pass", "no answer in 2 seconds"),
+    ("import sys; sys.exit(0)", "SystemExit"),
+    ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ("import os; os._exit(0)", "the process ended"),
+    ("import os, signal; signal.raise_signal(signal.SIGSEGV)", "the process ended"),
+    ("bytearray(2**34)", "MemoryError"),
+    (PATCHES + "return lo", "zero: at [0]"),
+    ("return lambda: 0", "TypeError"),
+    (FORGED.format("b'garbage'"), "an answer that cannot be read"),
+    (FORGED.format("b'\\0' * 7 + b'\\2[]'"), "an answer that cannot be read"),
+    ("open({hidden!r}).read()", "PermissionError"),
+    ("import course.hidden.problem1", "ModuleNotFoundError"),
+    ("import os; os.listdir({root!r})", "PermissionError"),
+    ("open({outside!r}, 'w').write('x')", "PermissionError"),
+    ("import os; os.mkdir({outside!r})", "PermissionError"),
+    ("import os; os.symlink({outside!r}, 'link'); open('link', 'w')", "PermissionError"),
+    ("import subprocess; subprocess.run(['touch', {outside!r}])", "PermissionError"),
+    ("import os; os.system('touch ' + {outside!r})", "PermissionError"),
+    ("import os; os.fork()", "PermissionError"),
+    ("import os; os.kill(os.getppid(), 9)", "PermissionError"),
+    ("import socket; socket.socket()", "PermissionError"),
+    ("import ctypes; ctypes.CDLL(None).system(b'true')", "PermissionError"),
+    ("open('big', 'wb').write(bytes(2**22))", "OSError"),
+])  # fmt: skip
+def test_a_hostile_function_gets_nothing_and_harms_nothing(line, why, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, "TEST_SECONDS", 2)
+    outside = tmp_path / "outside"
+    paths = {"hidden": str(ROOT / "course/hidden/problem1.py"), "root": str(ROOT), "outside": str(outside)}
+    for name, path in paths.items():
+        line = line.replace(f"{{{name}!r}}", repr(path))
+    found = graded(server, "zero", zero_with(tmp_path, line))
+    assert found.points == 0 and why in found.failed[0][1], found.failed
+    assert not outside.exists() and np.isclose(1, 2) == False  # noqa: E712
+    monkeypatch.setattr(grade, "TEST_SECONDS", 10)
+    assert graded(server, "scale", submission(tmp_path / "next")).failed == ()
+
+
+def test_what_runs_on_import_is_not_taken_over(server, tmp_path):
+    """A right function in a file that would end, patch, write and loop: it has its points."""
+    outside = tmp_path / "outside"
+    top = f"torch.round = None\nopen({str(outside)!r}, 'w')\nraise SystemExit\nwhile True: pass\n"
+    assert graded(server, "zero", zero_with(tmp_path, "", top)).failed == () and not outside.exists()
+
+
+def test_a_flood_of_prints_does_no_harm(server, tmp_path):
+    flood = "import os, sys\n    for i in range(20000): print('x' * 1000)\n    os.write(1, b'x' * 10**6); print('x', file=sys.stderr)"
+    assert graded(server, "zero", zero_with(tmp_path, flood)).failed == ()
+
+
+@pytest.mark.parametrize("text, why", [
+    ("def zero(lo, s:\n", "quant.py, line 1"),
+    ("\0", "quant.py"),
+    ("(" * 5000, "quant.py"),
+    ("-" * 500_000 + "1", "quant.py"),
+    ("x = 1\n" * 300_000, "larger than 1 MB"),
+    ("def scale(lo, hi, n): pass\n", "zero is not there"),
+    ("class zero: pass\n", "zero is not there"),
+    ("async def zero(lo, s): return lo\n", "zero is not there"),
+])  # fmt: skip
+def test_files_that_cannot_be_read(text, why, server, tmp_path):
+    found = graded(server, "zero", submission(tmp_path, quant_py=text))
+    assert found.points == 0 and why in found.failed[0][0]
+    assert graded(server, "pfn", tmp_path).failed == ()
+
+
+def test_links_are_not_followed(server, tmp_path):
+    (tmp_path / "quant.py").symlink_to(ROOT / "quant.py")
+    assert graded(server, "zero", tmp_path).failed[0][0] == "quant.py is not there"
+
+
+def test_values_as_bytes():
+    value = ["x", 1.5, None, True, {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, [np.array(3)], np.zeros((0, 4))]
+    back = worker.decode(worker.encode(value))
+    assert back[:4] == value[:4] and np.array_equal(back[4]["a"], value[4]["a"]) and back[5][0] == 3
+    assert back[6].shape == (0, 4) and np.isinf(worker.decode(worker.encode([float("inf")]))[0])
+    header = json.dumps({"array": ["|O", [1]]}).encode()
+    for data in (b"", b"\0" * 7 + b"\2[]"[:1], len(header).to_bytes(8, "big") + header + b"12345678"):
+        with pytest.raises(ValueError):
+            worker.decode(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["command"]),
+    (["mark", "x"], ["mark"]),
+    (["handout"], ["folder"]),
+    (["handout", "{full}"], ["not an empty folder"]),
+    (["handout", "{file}"], ["not an empty folder"]),
+    (["grade"], ["FOLDER"]),
+    (["grade", "{full}", "--class", "{full}"], ["FOLDER"]),
+    (["grade", "{file}"], ["is not a folder"]),
+    (["grade", "{full}/none"], ["is not a folder"]),
+    (["grade", "{full}", "--csv", "x.csv"], ["--csv"]),
+    (["grade", "--class", "{full}", "--json", "x.json"], ["--json"]),
+    (["grade", "{full}", "--json", "{full}/none/x.json"], ["cannot write"]),
+])  # fmt: skip
+def test_commands_that_are_refused(arguments, words, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    arguments = [a.format(full=tmp_path / "full", file=tmp_path / "full" / "file") for a in arguments]
+    refuse(arguments, words, capsys, command)
+    assert os.listdir(tmp_path / "full") == ["file"]
+
+
+def test_an_empty_folder_takes_a_handout(tmp_path):
+    assert command.main(["handout", str(tmp_path)]) == 0 and (tmp_path / "README.md").is_file()
