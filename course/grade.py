@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -27,8 +28,7 @@ from course import source, worker
 from course.problems import BY_NAME, FILES, PROBLEMS
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST_SECONDS = 10  # a test
-CPU_SECONDS = 60  # all tests of a function
+SECONDS = 20  # for all tests of a function, which take a tenth of one
 REPLY_BYTES = 2**26
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,7 +39,8 @@ def sources(function, folder):
     """File name -> text: the reference, in which one function is that of the submission in `folder`.
     Raises ValueError, in one line, where the submission has no such function."""
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
-    texts[function.file] = source.merged(texts[function.file], source.parsed(folder / function.file), function.name)
+    tree = source.parsed(folder, function.file)
+    texts[function.file] = source.merged(texts[function.file], tree, function.name)
     texts["paper/__init__.py"] = ""
     texts["scenarios.py"] = (ROOT / "course/checks/scenarios.py").read_text(encoding="utf-8")
     return texts
@@ -50,7 +51,11 @@ def sources(function, folder):
 
 
 class Failed(Exception):
-    """A test that failed in the student's process, and why, in one line."""
+    """A scenario that raised an exception in the student's process, in one line."""
+
+
+class Gone(Exception):
+    """A process of which nothing more is to be had, and why."""
 
 
 @contextmanager
@@ -60,52 +65,70 @@ def serving():
     wanted = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
     environment = {**wanted, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, worker.__file__, str(theirs.fileno())]
-    with ours, theirs:
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
-        theirs.close()
-        yield ours
-    process.wait()
+    with ours:
+        with theirs:
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
+        try:
+            yield ours
+        finally:
+            ours.close()  # which ends it
+            process.wait()
 
 
 @contextmanager
 def student(server, texts):
-    """A process of the student's: the function `run(scenario, *arguments)` of the tests."""
+    """A process of the student's, with these files: the function `run(scenario, *arguments)` of the tests."""
     with tempfile.TemporaryDirectory(prefix="kvsink-grade-") as folder:
         folder = Path(folder).resolve()
         for name, text in texts.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
         ours, theirs = socket.socketpair()
-        request = json.dumps({"folder": str(folder), "seconds": CPU_SECONDS}).encode()
-        with theirs:
+        with ours, theirs:
+            request = json.dumps({"folder": str(folder), "seconds": SECONDS}).encode()
             socket.send_fds(server, [request], [theirs.fileno()])
-        pid = int(server.recv(64))
-        connection = Connection(ours.detach())
-        try:
-            yield lambda scenario, *arguments: ask(connection, scenario, arguments)
-        finally:
-            connection.close()
-            server.send(json.dumps({"end": pid}).encode())
-            server.recv(64)
+            theirs.close()
+            if not (pid := server.recv(64)):
+                raise RuntimeError("the server of the students' processes did not start: does torch import?")
+            timer, start = threading.Timer(SECONDS, ours.shutdown, [socket.SHUT_RDWR]), time.monotonic()
+            timer.start()  # whatever we wait for, to send or to receive, ends then
+            connection = Connection(os.dup(ours.fileno()))
+
+            def run(scenario, *arguments):
+                try:
+                    return ask(connection, scenario, arguments)
+                except (EOFError, OSError):
+                    late = time.monotonic() - start >= SECONDS
+                    by_itself = "the process ended by itself: exit, crash, or too much memory or time"
+                    raise Gone(f"no answer in {SECONDS} seconds" if late else by_itself) from None
+
+            try:
+                yield run
+            finally:
+                timer.cancel()
+                connection.close()
+                server.send(json.dumps({"end": int(pid)}).encode())
+                server.recv(64)
 
 
 def ask(connection, scenario, arguments):
-    """What the scenario returns in the student's process. Raises Failed; EOFError or TimeoutError where that process is
-    of no use any more."""
+    """What the scenario returns in the student's process. Raises Failed where it raises there, Gone where the answer is none,
+    EOFError or OSError where there is no process any more."""
+    connection.send_bytes(worker.encode([scenario.__name__, arguments]))
+    data = connection.recv_bytes(REPLY_BYTES)
     try:
-        connection.send_bytes(worker.encode([scenario.__name__, arguments]))
-        if not connection.poll(TEST_SECONDS):
-            raise TimeoutError(f"no answer in {TEST_SECONDS} seconds")
-        reply = worker.decode(connection.recv_bytes(REPLY_BYTES))
-    except (EOFError, ConnectionError):
-        raise EOFError("the process ended by itself: exit, too much memory or time, or a crash") from None
-    except (ValueError, OSError) as error:
-        if isinstance(error, TimeoutError):
-            raise
-        raise EOFError(f"an answer that cannot be read ({type(error).__name__})") from None
-    if not isinstance(reply, dict) or "value" not in reply:
-        raise Failed(reply.get("error") if isinstance(reply, dict) else "an answer that cannot be read")
-    return reply["value"]
+        reply = worker.decode(data)
+        if "error" in reply:
+            printed = one_line(reply["printed"].strip().rpartition("\n")[2])
+            raise Failed(one_line(reply["error"]) + (f" (printed: {printed})" if printed else ""))
+        return reply["value"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Gone("an answer that cannot be read") from None
+
+
+def one_line(text):
+    """A student's text, as a terminal may show it."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:300]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,17 +146,16 @@ def tests_of(problem, function):
 
 
 def reason(test, run):
-    """Why a test fails, in one line; None where it passes."""
+    """Why a test fails, in one line; None where it passes. Raises Gone."""
     try:
         test(run)
-    except (EOFError, TimeoutError):
+    except Gone:
         raise
     except Failed as error:
         return str(error)
-    except Exception as error:  # what came back is not what the test can compare
-        what = " ".join((test.__doc__ or "").split())
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        return f"{said} [{what}]"
+    except Exception as error:  # an assertion; or what came back is nothing that the test can compare
+        said = one_line(str(error)) or type(error).__name__
+        return f"{said} [{one_line(test.__doc__ or '')}]"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +185,7 @@ def grade_function(server, problem, function, folder):
             try:
                 if why := reason(test, run):
                     failed.append((name, why))
-            except (EOFError, TimeoutError) as error:  # nothing more to be had from this process
+            except Gone as error:
                 failed.append((name, str(error)))
                 break
     return Grade(
@@ -172,7 +194,10 @@ def grade_function(server, problem, function, folder):
 
 
 def grade(server, folder, disable=None):
-    """The Grade of each function of a submission."""
+    """The Grade of each function of a submission: of the folder, or of the one folder in it, as archives have it."""
+    if not any((folder / name).exists() for name in FILES):
+        inside = [path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"]
+        folder = inside[0] if len(inside) == 1 and not inside[0].is_symlink() else folder
     every = [(problem, function) for problem in PROBLEMS for function in problem.functions]
     bar = tqdm(every, desc=folder.name[:30], unit="function", leave=False, disable=disable)
     return [grade_function(server, *pair, folder) for pair in bar]
@@ -236,6 +261,8 @@ def grade_one(folder, file):
 def grade_class(folder, file):
     """Grades each folder in `folder`, and writes a row of each to a CSV file as it is done."""
     submissions = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not submissions:
+        raise ValueError(f"{folder} has no folders in it: --class takes a folder with one for each submission")
     numbers = [problem.number for problem in PROBLEMS if problem.functions]
     with serving() as server, open(file, "w", newline="", encoding="utf-8") as out:
         rows = csv.writer(out)

@@ -57,18 +57,19 @@ def stubbed(text, stubs):
 # The grader
 
 
-def parsed(path):
-    """The tree of a student's file. Raises ValueError, in one line, where there is none."""
-    if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path.name} is not there")
+def parsed(folder, name):
+    """The tree of a file in a student's folder. Raises ValueError, in one line, where there is none."""
+    path = folder / name
+    if not path.is_file() or folder.resolve() not in path.resolve().parents:  # a link may lead to the reference
+        raise ValueError(f"{name} is not there")
     if path.stat().st_size > 1_000_000:
-        raise ValueError(f"{path.name} is larger than 1 MB")
+        raise ValueError(f"{name} is larger than 1 MB")
     try:
         return ast.parse(path.read_bytes())
     except SyntaxError as error:
-        raise ValueError(f"{path.name}, line {error.lineno}: {error.msg}") from None
+        raise ValueError(f"{name}, line {error.lineno}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{path.name} is not Python") from None
+        raise ValueError(f"{name} is not Python") from None
 
 
 def merged(text, tree, name):

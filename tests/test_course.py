@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -71,16 +72,29 @@ def test_points_and_tests():
 # The handout
 
 
-def test_before_anything_is_solved_each_test_says_so(given):
-    """The handout's second command: all tests fail, by NotImplementedError; its first stops in one line."""
-    report = given.parent / "report.xml"
+def public_tests(folder):
+    """The test cases of `python -m pytest` in a handout."""
+    report = folder.parent / "report.xml"
     pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", str(report)]
-    subprocess.run(pytest_command, cwd=given, capture_output=True, timeout=120)
-    cases = ElementTree.parse(report).findall(".//testcase")
+    subprocess.run(pytest_command, cwd=folder, capture_output=True, timeout=120)
+    return ElementTree.parse(report).findall(".//testcase")
+
+
+def test_before_anything_is_solved_each_test_says_so(given, tiny):
+    """The handout's second command: all tests fail, by NotImplementedError. Its first stops, and says so in one line."""
+    cases = public_tests(given)
     public = sum(text.count("\ndef test_") for name, text in handout.files().items() if name.startswith("checks/test_"))
     assert len(cases) == public > 50
     for case in cases:
         assert case.find("failure").get("message").startswith("NotImplementedError: Problem "), case.get("name")
+    run = subprocess.run([sys.executable, "eval_ppl.py", *tiny], cwd=given, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and run.stderr.startswith("eval_ppl.py: Problem 3: ") and run.stderr.count("\n") == 1
+
+
+def test_once_all_is_solved_each_test_passes(given, tmp_path):
+    shutil.copytree(given, tmp_path / "solved")
+    submission(tmp_path / "solved")
+    assert all(case.find("failure") is None for case in public_tests(tmp_path / "solved"))
 
 
 def test_a_handout_is_the_same_bytes_each_time(given, tmp_path, capsys):
@@ -159,9 +173,8 @@ def test_the_table_of_wrong_solutions():
     assert len(WRONG) >= 40 and {name for name, *_ in WRONG} == set(BY_NAME)
     for name, old, new, _ in WRONG:
         text = (ROOT / BY_NAME[name].file).read_text()
-        assert ast.get_source_segment(text, source.functions_of(ast.parse(text))[name]).count(old) == 1 != old == new, (
-            name
-        )
+        right = ast.get_source_segment(text, source.functions_of(ast.parse(text))[name])
+        assert right.count(old) == 1 and old != new, (name, old)
 
 
 @pytest.mark.parametrize("name, old, new, error", WRONG, ids=[f"{w[0]}: {w[3]}" for w in WRONG])
@@ -172,7 +185,9 @@ def test_a_wrong_solution_loses_its_points_and_no_others(name, old, new, error, 
     wrong = text.replace(right, right.replace(old, new))
     found = graded(server, name, submission(tmp_path, **{file.replace(".", "_"): wrong}))
     assert found.points == 0 and found.failed, f"{error}: not noticed"
-    assert not any(why.startswith(("no answer", "the process ended")) for _, why in found.failed), found.failed
+    assert not any(why.startswith(("no answer", "the process ended", "an answer")) for _, why in found.failed), (
+        found.failed
+    )
     trees = ast.parse(text), ast.parse(wrong)
     for other in BY_NAME.values():  # other files are the same, and so is what the grader makes of this one
         if other.file == file and other.name != name:
@@ -202,10 +217,10 @@ ZERO = "def zero(lo, s):\n    {}\n    return -torch.round(lo / s)\n"
 PATCHES = (
     "import numpy, torch, pytest; numpy.isclose = numpy.allclose = torch.allclose = lambda *a, **k: numpy.array(True); "
 )
-FORGED = """import sys
+FIND = """import os, sys, time
     frame = sys._getframe()
     while "connection" not in frame.f_locals: frame = frame.f_back
-    frame.f_locals["connection"].send_bytes({})"""
+    connection = frame.f_locals["connection"]; """
 
 
 def zero_with(tmp_path, line, top=""):
@@ -221,8 +236,10 @@ def zero_with(tmp_path, line, top=""):
     ("bytearray(2**34)", "MemoryError"),
     (PATCHES + "return lo", "zero: at [0]"),
     ("return lambda: 0", "TypeError"),
-    (FORGED.format("b'garbage'"), "an answer that cannot be read"),
-    (FORGED.format("b'\\0' * 7 + b'\\2[]'"), "an answer that cannot be read"),
+    (FIND + "connection.send_bytes(b'garbage')", "an answer that cannot be read"),
+    (FIND + "connection.send_bytes(bytes(7) + b'\\2[]')", "an answer that cannot be read"),
+    (FIND + "os.write(connection.fileno(), b'\\0\\0\\1\\0half'); time.sleep(9)", "no answer in 2 seconds"),
+    (FIND + "os.write(connection.fileno(), b'\\x7f' * 8); time.sleep(9)", "the process ended"),
     ("open({hidden!r}).read()", "PermissionError"),
     ("import course.hidden.problem1", "ModuleNotFoundError"),
     ("import os; os.listdir({root!r})", "PermissionError"),
@@ -238,7 +255,7 @@ def zero_with(tmp_path, line, top=""):
     ("open('big', 'wb').write(bytes(2**22))", "OSError"),
 ])  # fmt: skip
 def test_a_hostile_function_gets_nothing_and_harms_nothing(line, why, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(grade, "TEST_SECONDS", 2)
+    monkeypatch.setattr(grade, "SECONDS", 2)
     outside = tmp_path / "outside"
     paths = {"hidden": str(ROOT / "course/hidden/problem1.py"), "root": str(ROOT), "outside": str(outside)}
     for name, path in paths.items():
@@ -246,7 +263,7 @@ def test_a_hostile_function_gets_nothing_and_harms_nothing(line, why, server, tm
     found = graded(server, "zero", zero_with(tmp_path, line))
     assert found.points == 0 and why in found.failed[0][1], found.failed
     assert not outside.exists() and np.isclose(1, 2) == False  # noqa: E712
-    monkeypatch.setattr(grade, "TEST_SECONDS", 10)
+    monkeypatch.setattr(grade, "SECONDS", 20)
     assert graded(server, "scale", submission(tmp_path / "next")).failed == ()
 
 
@@ -279,8 +296,21 @@ def test_files_that_cannot_be_read(text, why, server, tmp_path):
 
 
 def test_links_are_not_followed(server, tmp_path):
+    """A file, the folder paper/, or the whole submission, as a link to the reference."""
     (tmp_path / "quant.py").symlink_to(ROOT / "quant.py")
+    (tmp_path / "paper").symlink_to(ROOT / "paper")
     assert graded(server, "zero", tmp_path).failed[0][0] == "quant.py is not there"
+    assert graded(server, "pack", tmp_path).failed[0][0] == "paper/kvcache.py is not there"
+    (tmp_path / "zip").mkdir()
+    (tmp_path / "zip" / "in").symlink_to(ROOT)
+    assert grade.points_of(grade.grade(server, tmp_path / "zip"))[0] == 0
+
+
+def test_one_folder_in_the_submission_is_the_submission(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, "PROBLEMS", PROBLEMS[:1])
+    submission(tmp_path / "in")
+    (tmp_path / "__MACOSX").mkdir()
+    assert grade.points_of(grade.grade(server, tmp_path)) == (10, 10)
 
 
 def test_values_as_bytes():
@@ -299,7 +329,7 @@ def test_values_as_bytes():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([], ["command"]),
+    ([], ["handout or grade"]),
     (["mark", "x"], ["mark"]),
     (["handout"], ["folder"]),
     (["handout", "{full}"], ["not an empty folder"]),
@@ -308,6 +338,7 @@ def test_values_as_bytes():
     (["grade", "{full}", "--class", "{full}"], ["FOLDER"]),
     (["grade", "{file}"], ["is not a folder"]),
     (["grade", "{full}/none"], ["is not a folder"]),
+    (["grade", "--class", "{full}", "--csv", "{full}/../x.csv"], ["no folders in it"]),
     (["grade", "{full}", "--csv", "x.csv"], ["--csv"]),
     (["grade", "--class", "{full}", "--json", "x.json"], ["--json"]),
     (["grade", "{full}", "--json", "{full}/none/x.json"], ["cannot write"]),

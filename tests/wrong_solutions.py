@@ -17,7 +17,7 @@ WRONG = [
     ("quantize", "torch.clamp(torch.round(X / s) + z, 0, 2**n - 1)", "(torch.round(X / s) + z)", "not clamped"),
     ("quantize", "0, 2**n - 1", "-(2 ** (n - 1)), 2 ** (n - 1) - 1", "signed codes"),
     ("quantize", ".to(torch.uint8)", "", "codes as floats"),
-    ("dequantize", "- z", "+ z", "zero added"),
+    ("dequantize", "s.dtype) - z", "s.dtype) + z", "zero added"),
     ("dequantize", "codes.to(s.dtype) - z", "codes - z.to(torch.uint8)", "codes below zero wrap around"),
     ("dequantize", "(codes.to(s.dtype) - z)", "codes.to(s.dtype) - z", "the parentheses of Eq. 11"),
     # Problem 2

@@ -280,6 +280,6 @@ def scored(codes, bits, s, z, Q, at, tail=None, rope=None, sparse=False):
     store.quantizer = SimpleNamespace(bits=bits, decode=decode)
     store.codes, store.parameters = tensor(codes), [tensor(s), tensor(z)]
     store.d_k, store.g = Q.shape[-1], 1 if tail is None else tail.shape[2]
-    store.tail, store.outliers = tensor(tail), Sparse() if sparse else None
+    store.static, store.tail, store.outliers = False, tensor(tail), Sparse() if sparse else None
     S = store.scores(tensor(Q), rope and tuple(map(tensor, rope)), tensor(at))
     return plain(torch.stack(list(S), dim=2))
