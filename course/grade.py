@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from course import source, worker
 from course.problems import BY_NAME, FILES, PROBLEMS
+from course.source import Absent
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 20  # for all tests of a function, which take a tenth of one
@@ -37,7 +38,7 @@ REPLY_BYTES = 2**26
 
 def sources(function, folder):
     """File name -> text: the reference, in which one function is that of the submission in `folder`.
-    Raises ValueError, in one line, where the submission has no such function."""
+    Raises Absent where the submission has no such function."""
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
     tree = source.parsed(folder, function.file)
     texts[function.file] = source.merged(texts[function.file], tree, function.name)
@@ -169,28 +170,26 @@ class Grade(NamedTuple):
     name: str
     points: int
     of: int
+    passed: int  # tests
     tests: int
     failed: tuple[tuple[str, str], ...]  # test and reason
 
 
 def grade_function(server, problem, function, folder):
     """All its points when all tests pass, none otherwise."""
-    tests, failed = tests_of(problem, function), []
+    tests, failed, passed = tests_of(problem, function), [], 0
     try:
-        texts = sources(function, folder)
-    except ValueError as error:
-        return Grade(problem.number, function.name, 0, function.points, len(tests), ((str(error), ""),))
-    with student(server, texts) as run:
-        for name, test in tests:
-            try:
+        with student(server, sources(function, folder)) as run:
+            for name, test in tests:
                 if why := reason(test, run):
                     failed.append((name, why))
-            except Gone as error:
-                failed.append((name, str(error)))
-                break
-    return Grade(
-        problem.number, function.name, 0 if failed else function.points, function.points, len(tests), tuple(failed)
-    )
+                passed += not why
+    except Gone as error:  # in the test that is next
+        failed.append((name, str(error)))
+    except Absent as error:
+        failed.append((str(error), ""))
+    points = function.points if passed == len(tests) else 0
+    return Grade(problem.number, function.name, points, function.points, passed, len(tests), tuple(failed))
 
 
 def grade(server, folder, disable=None):
@@ -223,7 +222,7 @@ def print_table(folder, grades):
         if own:
             print(f"\nProblem {problem.number}, {problem.title}: {points_of(own)[0]} of {points_of(own)[1]}")
         for g in own:
-            print(f"  {g.name:<22}{g.points:>3} of {g.of:<4}{g.tests - len(g.failed)} of {g.tests} tests passed")
+            print(f"  {g.name:<22}{g.points:>3} of {g.of:<4}{g.passed} of {g.tests} tests passed")
             for name, why in g.failed:
                 print(f"      {name}{': ' if why else ''}{why}")
 

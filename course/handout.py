@@ -80,15 +80,16 @@ EVERYDAY = ("device = model.embedding.weight.device",)  # stands elsewhere too, 
 
 
 def solution_parts(name, file):
-    """The statements of an assigned function, and the parts of what it returns, as `ast.unparse` writes them: those of more than 32
-    characters, which no other code has by chance."""
+    """The statements of an assigned function, and the parts of what it returns, as `ast.unparse` writes them: those of more
+    than 32 characters, which no other code has by chance, or else the longest."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     body = source.functions_of(tree)[name].body[1:]  # without the docstring
     nodes = [node for statement in body for node in ast.walk(statement) if isinstance(node, ast.stmt)]
     for node in list(nodes):
         if isinstance(node, ast.Return) and node.value:
             nodes += [part for part in ast.walk(node.value) if isinstance(part, ast.expr)]
-    return {text for node in nodes if len(text := ast.unparse(node)) > 32} - set(EVERYDAY)
+    texts = {ast.unparse(node) for node in nodes}
+    return {text for text in texts if len(text) > 32} - set(EVERYDAY) or {max(texts, key=len)}
 
 
 def leaks(texts):

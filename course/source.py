@@ -57,29 +57,34 @@ def stubbed(text, stubs):
 # The grader
 
 
+class Absent(Exception):
+    """A file or a function that a student's folder does not have, in one line."""
+
+
 def parsed(folder, name):
-    """The tree of a file in a student's folder. Raises ValueError, in one line, where there is none."""
+    """The tree of a file in a student's folder. Raises Absent where there is none."""
     path = folder / name
     if not path.is_file() or folder.resolve() not in path.resolve().parents:  # a link may lead to the reference
-        raise ValueError(f"{name} is not there")
+        raise Absent(f"{name} is not there")
     if path.stat().st_size > 1_000_000:
-        raise ValueError(f"{name} is larger than 1 MB")
+        raise Absent(f"{name} is larger than 1 MB")
     try:
         return ast.parse(path.read_bytes())
     except SyntaxError as error:
-        raise ValueError(f"{name}, line {error.lineno}: {error.msg}") from None
+        raise Absent(f"{name}, line {error.lineno}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{name} is not Python") from None
+        raise Absent(f"{name} is not Python") from None
 
 
 def merged(text, tree, name):
     """The reference's file with the student's function `name` in the place of its own, and what this function needs of
     the student's own names: imports, functions, classes and constants, after the reference's imports; methods beside it.
     All else of the student's file is left out, above all what would run when it is imported.
-    Raises ValueError where the student has no such function."""
-    reference, theirs, own = ast.parse(text), functions_of(tree), functions_of(ast.parse(text))
+    Raises Absent where the student has no such function."""
+    reference, theirs = ast.parse(text), functions_of(tree)
+    own = functions_of(reference)
     if name not in theirs:
-        raise ValueError(f"{name} is not there")
+        raise Absent(f"{name} is not there")
     owner, _, short = name.rpartition(".")
     known = set(bindings(reference)) | set(own)
     offered = {n: node for n, node in bindings(tree).items() if n not in known}
