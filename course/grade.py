@@ -3,8 +3,8 @@
 Read top to bottom: what the student's process gets; the process; the tests; a submission; what is printed and written.
 
 What this file does not do: it runs no line of a student's in this process. worker.py does, and what it sends back is
-compared here, with tests that the student's process has never seen. Each function is graded alone: the reference has the
-place of all others, so that one that is wrong costs no point of another.
+compared here, with tests that the student's process has never seen. Each function is graded alone: the reference has
+the place of all others, so that one that is wrong costs no point of another.
 """
 
 import csv
@@ -83,7 +83,7 @@ def student(server, texts):
         folder = Path(folder).resolve()
         for name, text in texts.items():
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         ours, theirs = socket.socketpair()
         with ours, theirs:
             request = json.dumps({"folder": str(folder), "seconds": SECONDS}).encode()
@@ -113,8 +113,8 @@ def student(server, texts):
 
 
 def ask(connection, scenario, arguments):
-    """What the scenario returns in the student's process. Raises Failed where it raises there, Gone where the answer is none,
-    EOFError or OSError where there is no process any more."""
+    """What the scenario returns in the student's process. Raises Failed where it raises there, Gone where the answer is
+    none, EOFError or OSError where there is no process any more."""
     connection.send_bytes(worker.encode([scenario.__name__, arguments]))
     data = connection.recv_bytes(REPLY_BYTES)
     try:
@@ -186,7 +186,7 @@ def grade_function(server, problem, function, folder):
                 passed += not why
     except Gone as error:  # in the test that is next
         failed.append((name, str(error)))
-    except Absent as error:
+    except (Absent, RecursionError) as error:  # or code nested too deeply to be written down again
         failed.append((str(error), ""))
     points = function.points if passed == len(tests) else 0
     return Grade(problem.number, function.name, points, function.points, passed, len(tests), tuple(failed))

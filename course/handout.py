@@ -6,6 +6,7 @@ What this file does not do: problems.py says which functions are assigned, sourc
 """
 
 import ast
+import textwrap
 from pathlib import Path
 
 from course import source
@@ -64,12 +65,16 @@ def section(problem):
     if problem.functions:
         lines += ["| write | in | points |", "|---|---|---|"]
         lines += [f"| `{f.name}` | `{f.file}` | {f.points} |" for f in problem.functions] + [""]
-    lines += [problem.write, ""]
+    lines += [wrapped(problem.write), ""]
     if problem.functions:
         lines += [f"**Check:** `python -m pytest checks/test_problem{problem.number}.py`", ""]
     if problem.hint:
-        lines += ["<details><summary>A hint</summary>", "", problem.hint, "", "</details>", ""]
+        lines += ["<details><summary>A hint</summary>", "", wrapped(problem.hint), "", "</details>", ""]
     return "\n".join(lines)
+
+
+def wrapped(text):
+    return text if "\n" in text else textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,8 +85,8 @@ EVERYDAY = ("device = model.embedding.weight.device",)  # stands elsewhere too, 
 
 
 def solution_parts(name, file):
-    """The statements of an assigned function, and the parts of what it returns, as `ast.unparse` writes them: those of more
-    than 32 characters, which no other code has by chance, or else the longest."""
+    """The statements of an assigned function, and the parts of what it returns, as `ast.unparse` writes them: those of
+    more than 32 characters, which no other code has by chance, or else the longest."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     body = source.functions_of(tree)[name].body[1:]  # without the docstring
     nodes = [node for statement in body for node in ast.walk(statement) if isinstance(node, ast.stmt)]

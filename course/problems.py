@@ -4,6 +4,7 @@ This is the only place that knows. To change an assignment, change it here and i
 found by name: `test_rotate_...` checks `rotate`, and a function has its points when all tests of its name pass.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -24,15 +25,19 @@ class Problem(NamedTuple):
     title: str
     paper: str  # what to read
     hours: str
-    functions: tuple[Function, ...]
     write: str
     hint: str = ""
+    functions: tuple[Function, ...] = ()
     by_hand: int = 0  # points for a written answer, which no program gives
     bonus: bool = False  # on top of the 100
 
     @property
     def points(self):
         return sum(function.points for function in self.functions) + self.by_hand
+
+
+def text_of(name):
+    return (Path(__file__).parent / name).read_text(encoding="utf-8").strip()
 
 
 QUANT, LLAMA, KVSINK, KVCACHE = "quant.py", "llama.py", "kvsink.py", "paper/kvcache.py"
@@ -50,10 +55,11 @@ PROBLEMS = (
             Function(QUANT, "quantize", 3, "Eq. 10"),
             Function(QUANT, "dequantize", 1, "Eq. 11"),
         ),
-        write="The four equations, each in one to three lines. A constant group (`lo` equals `hi`) has to come back exactly, "
-        "so choose its scale with care; it is positive. Only codes are clamped. Halves are rounded to even, as `torch.round` does.",
-        hint="Put a constant x into Equations 13, 10 and 11. With which scale is x / scale a whole number, and scale times "
-        "that number x again, bit for bit? What if x is 0?",
+        write="The four equations, each in one to three lines. A constant group (`lo` equals `hi`) has to come back "
+        "exactly, so choose its scale with care; it is positive. Only codes are clamped. Halves are rounded to "
+        "even, as `torch.round` does.",
+        hint="Put a constant x into Equations 13, 10 and 11. With which scale is x / scale a whole number, and scale"
+        " times that number x again, bit for bit? What if x is 0?",
     ),
     Problem(
         number=2,
@@ -65,11 +71,14 @@ PROBLEMS = (
             Function(QUANT, "clipped_range", 6, "clipped_min and clipped_max of Eq. 12 and 13"),
             Function(QUANT, "Quantizer.calibrate", 5, "static ranges, Appendix C"),
         ),
-        write="`grouped` brings the numbers that share a scale into an axis of their own; `clipped_range` looks for the ends of each "
-        "group, without what is left out; `calibrate` widens a static range by one more tensor. Sequences and tokens share a static "
-        "range, heads do not. `nanquantile` is there.",
-        hint="What must not count is easiest to replace by a number that changes nothing: inf where you look for a minimum, "
-        "-inf for a maximum, NaN for a quantile. The tokens that are missing in the last group are such numbers too.",
+        write="`grouped` brings the numbers that share a scale into an axis of their own, and refuses with ValueError"
+        " an unknown granularity (see `check_granularity`) and a group size that does not divide the channels. "
+        "`clipped_range` looks for the ends of each group, without what is left out; `nanquantile` is there. "
+        "`calibrate` widens a static range by one more tensor, in fp32, after a look at it with `check_finite`."
+        " Sequences and tokens share a static range, heads do not.",
+        hint="What must not count is easiest to replace by a number that changes nothing: inf where you look for a "
+        "minimum, -inf for a maximum, NaN for a quantile. The tokens that are missing in the last group are "
+        "such numbers too.",
     ),
     Problem(
         number=3,
@@ -82,13 +91,14 @@ PROBLEMS = (
             Function(LLAMA, "causal", 3, "M of Eq. 3"),
             Function(LLAMA, "attention", 5, "Eq. 3"),
         ),
-        write="Pair i of a head turns by `rope_theta ** (-2 i / d_k)` a token, and is channels i and i + d_k/2. The type "
-        "`linear` divides that frequency by `rope_factor`. The type `llama3` does so for slow pairs only: count the turns that a "
-        "pair makes in `rope_original_context` tokens; from `rope_high_freq_factor` turns on its frequency stays, up to "
-        "`rope_low_freq_factor` turns it is divided, and between them it is mixed linearly. In grouped-query attention "
-        "h / h_kv neighbouring query heads share a Key head. A window w lets a token see itself and the w - 1 before it.",
-        hint="Turn with complex numbers on paper first: (x + iy)(cos a + i sin a). For the heads, `repeat` and `repeat_interleave` "
-        "differ: write down which Key head each of four query heads gets from two.",
+        write="Pair i of a head turns by `rope_theta ** (-2 i / d_k)` a token, and is channels i and i + d_k/2. The "
+        "type `linear` divides that frequency by `rope_factor`. The type `llama3` does so for slow pairs only: "
+        "count the turns that a pair makes in `rope_original_context` tokens; from `rope_high_freq_factor` "
+        "turns on its frequency stays, up to `rope_low_freq_factor` turns it is divided, and between them it is"
+        " mixed linearly. In grouped-query attention h / h_kv neighbouring query heads share a Key head. A "
+        "window w lets a token see itself and the w - 1 before it.",
+        hint="Turn with complex numbers on paper first: (x + iy)(cos a + i sin a). For the heads, `repeat` and "
+        "`repeat_interleave` differ: write down which Key head each of four query heads gets from two.",
     ),
     Problem(
         number=4,
@@ -102,12 +112,13 @@ PROBLEMS = (
             Function(KVSINK, "pfn", 2, "Preserve-First-N"),
             Function(KVSINK, "observers", 4, "calibration without sinks, Appendix G"),
         ),
-        write="Algorithm 1, line by line. Lay the print beside the code. S_sink is a mask: every sequence has its own sinks, and nothing "
-        "is kept up to and including block l_E unless `prefill` is given a mask. Quantizers see all tokens, and the mask of those "
-        "to leave out; what they make of a sink is thrown away. Sinks are left out of calibration as well: `observers` makes, in "
-        "the place of a cache, functions that only look, so that calibration is `prefill` itself.",
-        hint="A sink is one in every head: which axes does a mask (b, n) lack beside Keys (b, h_kv, n, d_k)? When does line 14 look "
-        "at H^l, before line 13 or after it, and in which block does its result first matter?",
+        write="Algorithm 1, line by line. Lay the print beside the code. S_sink is a mask: every sequence has its own"
+        " sinks, and nothing is kept up to and including block l_E unless `prefill` is given a mask. Quantizers"
+        " see all tokens, and the mask of those to leave out; what they make of a sink is thrown away. Sinks "
+        "are left out of calibration as well: `observers` makes, in the place of a cache, functions that only "
+        "look, so that calibration is `prefill` itself.",
+        hint="A sink is one in every head: which axes does a mask (b, n) lack beside Keys (b, h_kv, n, d_k)? When "
+        "does line 14 look at H^l, before line 13 or after it, and in which block does its result first matter?",
     ),
     Problem(
         number=5,
@@ -118,14 +129,16 @@ PROBLEMS = (
             Function(KVSINK, "stable_outliers", 7, "Section 3.1, Appendix D"),
             Function(KVSINK, "find_site", 3, "Appendix D"),
         ),
-        write="The paper lists where outliers emerge, not how to find it. Here is a way. In H^l a number is an outlier when its magnitude is above "
-        "`OUTLIER` times the median magnitude of H^l and above `SPARSE` times the median of its channel over the tokens. A channel's "
-        "peak in a block is its largest outlier there, or 0; its level is the median of its peaks over all blocks. The channel of the "
-        "highest level emerges in the first block where it is an outlier above a quarter of its level; that is l_E, from 1. "
-        "The channels are all that have a level and are outliers in that block, the largest peak first. See `check_hidden_state` for NaN. "
-        "`find_site` asks each prompt, and refuses prompts that disagree on block or first channel.",
-        hint="Forward hooks on the blocks see every H^l without a change to the model. Take them off again, also when the forward "
-        "pass fails.",
+        write="The paper lists where outliers emerge, not how to find it. Here is a way. In H^l a number is an "
+        "outlier when its magnitude is above `OUTLIER` times the median magnitude of H^l and above `SPARSE` "
+        "times the median of its channel over the tokens. A channel's peak in a block is its largest outlier "
+        "there, or 0; its level is the median of its peaks over all blocks. The channel of the highest level "
+        "emerges in the first block where it is an outlier above a quarter of its level; that is l_E, from 1. "
+        "The channels are all that have a level and are outliers in that block, the largest peak first. "
+        "`check_hidden_state` refuses NaN. Leave the model as it was. `find_site` asks each prompt, and refuses"
+        " prompts that disagree on block or first channel.",
+        hint="Forward hooks on the blocks see every H^l without a change to the model. Take them off again, also "
+        "when the forward pass fails.",
     ),
     Problem(
         number=6,
@@ -138,12 +151,14 @@ PROBLEMS = (
             Function(KVCACHE, "unpack", 2, "bytes to codes"),
             Function(KVCACHE, "Packed.scores", 5, "Q K^T of Eq. 6, from packed codes"),
         ),
-        write="The docstrings say how bits lie in bytes; `planes` says which widths a number of bits is made of. `scores` multiplies a query with "
-        "Keys that exist as codes only: go through the slices of `dequantized`, and never make all of K. Three cases: Keys "
-        "after RoPE; Keys before it; and a newest group of g tokens, still in full precision, whose scores take the place of those from its "
-        "codes, in another slot for each sequence. Outliers, where there are any, add to the scores of all queries at once, in (b, h_kv, G, n).",
-        hint="Write the eight codes of the first test on paper, and draw their bytes. For Keys before RoPE: (R q) . (R' k) needs a turned "
-        "Key, but it equals (R'^-1 R q) . k, which turns the query back instead.",
+        write="The docstrings say how bits lie in bytes; `planes` says which widths a number of bits is made of. "
+        "`scores` multiplies a query with Keys that exist as codes only: go through the slices of "
+        "`dequantized`, and never make all of K. Three cases: Keys after RoPE; Keys before it; and a newest "
+        "group of g tokens, still in full precision, whose scores take the place of those from its codes, in "
+        "another slot for each sequence. Outliers, where there are any, add to the scores of all queries at "
+        "once, in (b, h_kv, G, n).",
+        hint="Write the eight codes of the first test on paper, and draw their bytes. For Keys before RoPE: (R q) . "
+        "(R' k) needs a turned Key, but it equals (R'^-1 R q) . k, which turns the query back instead.",
     ),
     Problem(
         number=7,
@@ -151,27 +166,10 @@ PROBLEMS = (
         paper="Section 4.3 and Section 5.2, Figure 9",
         hours="2 hours, half of it the machine's",
         by_hand=12,
-        functions=(),
-        write="""Two pages, with tables. The default model is small and real; your own Problems 1 to 4 run it.
-
-1. **Predict** (3 points), before you run anything. The default text is Wikipedia articles end to end, an `<|endoftext|>` after each. The
-   other text is prose of your choice without separators, in a file of at least 60 kB. For each: where are the sinks? Which rule will be
-   better at 4 bits, PFN-5 or KVSink-5? Is KVSink-5 better or worse than PFN-20? Give reasons from Sections 3 and 4.
-2. **Run** (3 points). Keep the tables and the JSON files.
-
-   Each command takes about ten minutes on two cores.
-
-   ```
-   python eval_ppl.py --scheme channel-static --bits 4 3 --keep none pfn kvsink --sinks 1 5 20 --json packed.json
-   python eval_ppl.py --data FILE --seq-len 1024 --limit 8 --scheme channel-static --bits 4 3 --keep none pfn kvsink --sinks 1 5 20 --json prose.json
-   ```
-
-3. **Explain** (6 points). Where were you right, and where not? Why does the one text gain from prediction and the other not? In this model
-   outliers emerge after block 12 of 30: what does KVSink lose in blocks 1 to 12, and which two rows show it best? Which differences
-   does the table call "not resolved", what does that mean, and what would you change to resolve them? Do not call a rule better
-   where it is not resolved. Would you expect the same of LLaMA2-7B, whose outliers emerge after block 2 of 32?""",
-        hint="The lines `KVSink-5 against PFN-5` are paired over windows; `+-` is one standard error. With four times as many windows it "
-        "halves. For prose compare KVSink-1 with PFN-1: in the end they keep the same token.",
+        write=text_of("problem7.md"),
+        hint="The lines `KVSink-5 against PFN-5` are paired over windows; `+-` is one standard error. With four "
+        "times as many windows it halves. For prose compare KVSink-1 with PFN-1: in the end they keep the same "
+        "token.",
     ),
     Problem(
         number=8,
@@ -180,18 +178,7 @@ PROBLEMS = (
         hours="a day, or a thesis",
         by_hand=10,
         bonus=True,
-        functions=(),
-        write="""Choose one. For each: where in the code to start, what to observe, and a reference. A clean negative result, with its error, has all points.
-
-| question | start | observe | reference |
-|---|---|---|---|
-| Is a sink harmful because it widens a range, or because it is rounded itself? Leave sinks out of the range and quantize them; or keep them and let them widen it. | `decoder_block`, `observers` | PPL of both halves beside KVSink-5, channel-static, 4 and 3 bits, paired over windows | IntactKV, arXiv 2403.01241 |
-| One channel, or all of them? RotateKV takes the top k of the magnitudes over all channels. | `predict_sinks` | how many of the k tokens are the same; PPL; time of the top k | RotateKV, arXiv 2501.16383 |
-| Sinks have small Keys. Can one trace them by their Key norms, also while decoding, with no l_E and no c? | `decoder_block`, `Packed.append` | precision and recall against `predict_sinks`, block by block | Outlier Tokens Tracing, arXiv 2505.10938 |
-| Weaker sinks live in other blocks. Predict a second time, after a second l_E, and keep both sets. | `prefill` | where a second set emerges (`stable_outliers` passes over it); PPL at the same number of kept tokens | secondary attention sinks, arXiv 2512.22213 |
-| Put a few tokens first that take the sinks' place, and keep only these. | `prefill` with `pfn`; windows in `support/text.py` | whether sinks still stand in the middle of the text; PPL of the same predicted tokens | PrefixQuant, arXiv 2410.05265 |
-| The paper predicts once, in the prefill. Predict again after every N new tokens. | `prefill`, on a prompt cut in pieces | how many new sinks a long text of many documents has; PPL after them | KVSink itself, Section 4.3, arXiv 2508.04257 |
-| Scale a token to the length of the others before quantization, instead of keeping it. | `Quantizer.__call__` | PPL and stored bits beside KVSink-5, channel-dynamic, 2 bits | OScaR, arXiv 2605.19660 |""",
+        write=text_of("problem8.md"),
     ),
 )
 

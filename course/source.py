@@ -38,8 +38,8 @@ def replaced(text, changes):
 
 
 def stubbed(text, stubs):
-    """The file with the body of each function in `stubs`, name -> (message, cut), replaced by NotImplementedError(message).
-    Signature and docstring stay; with `cut` only the docstring's first paragraph does."""
+    """The file with the body of each function in `stubs`, name -> (message, cut), replaced by
+    NotImplementedError(message). Signature and docstring stay; with `cut` only the docstring's first paragraph does."""
     functions, changes, lines = functions_of(ast.parse(text)), [], text.splitlines()
     for name, (message, cut) in stubs.items():
         node, doc = functions[name], functions[name].body[0]
@@ -78,9 +78,9 @@ def parsed(folder, name):
 
 def merged(text, tree, name):
     """The reference's file with the student's function `name` in the place of its own, and what this function needs of
-    the student's own names: imports, functions, classes and constants, after the reference's imports; methods beside it.
-    All else of the student's file is left out, above all what would run when it is imported.
-    Raises Absent where the student has no such function."""
+    the student's own names: imports, functions, classes and constants, after the reference's imports; methods beside
+    it. All else of the student's file is left out, above all what would run when it is imported. Raises Absent where
+    the student has no such function."""
     reference, theirs = ast.parse(text), functions_of(tree)
     own = functions_of(reference)
     if name not in theirs:

@@ -5,8 +5,9 @@ Read top to bottom: values as bytes; what the process may not do; the process; t
 What this file does not do: it judges nothing. grade.py sends the name of a scenario (checks/scenarios.py) and its
 arguments, and gets back plain values or the text of an exception. No pickle: what comes back is a student's.
 
-`python course/worker.py FD` is the server. It imports torch once and forks a process for each function, which then starts
-in milliseconds. It guards against accidents and plain tricks; only a container guards against a determined attacker.
+`python course/worker.py FD` is the server. It imports torch once and forks a process for each function, which then
+starts in milliseconds. It guards against accidents and plain tricks; only a container guards against a determined
+attacker.
 """
 
 import io
@@ -130,7 +131,8 @@ def limit(seconds):
 
 
 class Tail(io.TextIOBase):
-    """In the place of stdout and stderr: remembers the last that was printed, so that a flood costs time and no memory."""
+    """In the place of stdout and stderr: remembers the last that was printed, so that a flood costs time and no
+    memory."""
 
     last = ""
 
@@ -198,8 +200,8 @@ def become_student(connection, folder, seconds):
 
 
 def serve(control):
-    """Each message is JSON. {"folder", "seconds"} comes with a socket: forks a process that serves on it, and answers with its
-    id. {"end": id} ends that process and all that it started. The server leaves when grade.py does."""
+    """Each message is JSON. {"folder", "seconds"} comes with a socket: forks a process that serves on it, and answers
+    with its id. {"end": id} ends that process and all that it started. The server leaves when grade.py does."""
     torch.set_num_threads(1)
     while True:
         message, fds, _, _ = socket.recv_fds(control, 4096, 1)

@@ -1,5 +1,5 @@
-"""Plausible errors of students: the assigned function, what stands in the reference, what the student writes, and the error
-in words. Each has to lose the points of its function. Lecturers only: the handout does not have it."""
+"""Plausible errors of students: the assigned function, what stands in the reference, what the student writes, and the
+error in words. Each has to lose the points of its function. Lecturers only: the handout does not have it."""
 
 WRONG = [
     # Problem 1
@@ -32,9 +32,11 @@ WRONG = [
     ("clipped_range", "groups_with(torch.inf)", "groups_with(0.0)", "what is missing counts as 0 for the minimum"),
     ("clipped_range", "groups_with(-torch.inf)", "groups_with(0.0)", "what is missing counts as 0 for the maximum"),
     ("clipped_range", "X if leave_out is None else X.masked_fill(leave_out, value)", "X", "nothing left out"),
-    ("clipped_range", "masked_fill(leave_out, value)", "masked_fill(~leave_out, value)", "the mask the wrong way round"),
+    ("clipped_range", "masked_fill(leave_out, value)", "masked_fill(~leave_out, value)",
+     "the mask the wrong way round"),
     ("clipped_range", "(1 - ratio) / 2 * (hi - lo)", "(1 - ratio) * (hi - lo)", "cut twice"),
-    ("clipped_range", "torch.where(lo <= hi, (1 - ratio) / 2 * (hi - lo), 0.0)", "(1 - ratio) / 2 * (hi - lo)", "inf - inf"),
+    ("clipped_range", "torch.where(lo <= hi, (1 - ratio) / 2 * (hi - lo), 0.0)", "(1 - ratio) / 2 * (hi - lo)",
+     "inf - inf"),
     ("clipped_range", "nanquantile(Xg, 1 - quantile,", "nanquantile(Xg, quantile,", "both ends at one quantile"),
     ("Quantizer.calibrate", "range(X.ndim - 3)", "range(X.ndim - 2)", "heads share a range"),
     ("Quantizer.calibrate", "(*range(X.ndim - 3), -3)", "(-3,)", "each sequence has a range"),
@@ -99,7 +101,8 @@ WRONG = [
     ("pfn", "< N", "<= N", "one token too many"),
     ("pfn", "< N", ">= n - N", "the last N"),
     ("observers", "quantizer.calibrate(X, leave_out)", "quantizer.calibrate(X)", "calibration with the sinks in"),
-    ("observers", "quantizer.calibrate(X, leave_out)", "quantizer.calibrate(X, ~leave_out)", "calibrated on sinks only"),
+    ("observers", "quantizer.calibrate(X, leave_out)", "quantizer.calibrate(X, ~leave_out)",
+     "calibrated on sinks only"),
     ("observers", "enumerate(zip(*caches), start=1)", "enumerate(zip(*caches))", "blocks counted from 0"),
     ("observers", "for quantizer in quantizers:", "for quantizer in quantizers[:1]:", "the first cache only"),
     ("observers", "return X", "return X.masked_fill(leave_out, 0)", "an observer that touches"),
@@ -113,7 +116,8 @@ WRONG = [
     ("stable_outliers", "descending=True", "descending=False", "the smallest channel first"),
     ("stable_outliers", "hook.remove()", "pass", "hooks left on the model"),
     ("stable_outliers", "if not level.max() > 0:", "if False:", "no outliers, and no refusal"),
-    ("stable_outliers", "check_hidden_state(H, len(peak) + 1, L)", "check_hidden_state(H, len(peak), L)", "NaN's block from 0"),
+    ("stable_outliers", "check_hidden_state(H, len(peak) + 1, L)", "check_hidden_state(H, len(peak), L)",
+     "NaN's block from 0"),
     ("find_site", "other.l_E != found[0].l_E or ", "", "blocks not compared"),
     ("find_site", " or other.channels[0] != found[0].channels[0]", "", "channels not compared"),
     ("find_site", "other.channels[0] != found[0].channels[0]", "other.channels != found[0].channels", "too strict"),

@@ -28,7 +28,8 @@ def test_rope_table_linear(run):
 
 
 def test_rope_table_llama3(run):
-    """Pair 0 turns ten times in the 64 tokens of training, which is fast; pair 1 a thousandth of that, which is slow."""
+    """Pair 0 turns ten times in the 64 tokens of training, which is fast; pair 1 a thousandth of that, which is
+    slow."""
     cos, _ = run(rope, {"head_dim": 4, "rope_theta": 1e6, "rope_scaling": LLAMA31}, 5)
     close(cos[4], np.cos([4, 4e-3 / 8, 4, 4e-3 / 8]), "cos")
 

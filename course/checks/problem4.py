@@ -1,5 +1,5 @@
-"""Problem 4, Algorithm 1: a block whose parts can be followed by hand, and a model whose blocks add what is written down.
-Nothing here needs your solutions of other problems."""
+"""Problem 4, Algorithm 1: a block whose parts can be followed by hand, and a model whose blocks add what is written
+down. Nothing here needs your solutions of other problems."""
 
 import numpy as np
 
@@ -12,8 +12,8 @@ ZERO = np.zeros((2, 4, 3), np.float32)  # H^0 of two sequences of four tokens
 
 
 def test_decoder_block_by_hand(run):
-    """scenarios.py says what the parts do. X is 1 and 2; K is 10.5 and 20.5, V 100 and 200; the first token is quantized:
-    -10.5 and -100. So A is -110.5 and 220.5, H' is -221 and 442, and 4 H' + 7 is the output."""
+    """scenarios.py says what the parts do. X is 1 and 2; K is 10.5 and 20.5, V 100 and 200; the first token is
+    quantized: -10.5 and -100. So A is -110.5 and 220.5, H' is -221 and 442, and 4 H' + 7 is the output."""
     seen = run(through_block, TWO, SECOND, False)
     close(seen["attention"][0].ravel(), [1.5, 2.5], "Q")
     close(seen["attention"][1].ravel(), [-10.5, 20.5], "K after quantization")

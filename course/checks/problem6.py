@@ -47,7 +47,8 @@ def test_scores_by_hand(run):
 
 
 def test_scores_of_the_newest_group(run):
-    """Groups of two tokens with a scale for each channel. The next token goes to slot 3: tokens 2 and 3 are in the tail."""
+    """Groups of two tokens with a scale for each channel. The next token goes to slot 3: tokens 2 and 3 are in the
+    tail."""
     codes = np.ones((1, 1, 4, 8), np.uint8)
     s, z = np.ones((1, 1, 2, 8), np.float32), np.zeros((1, 1, 2, 8), np.float32)
     tail = np.float32([5] * 8 + [6] * 8).reshape(1, 1, 2, 8)
@@ -56,7 +57,8 @@ def test_scores_of_the_newest_group(run):
 
 
 def test_scores_of_keys_before_rope(run):
-    """Token 1's angle is a quarter of a turn. Turned, its Key (1, 0, 0, 0, 0, 0, 0, 0) is 1 in channel 4. (This uses `rotate`.)"""
+    """Token 1's angle is a quarter of a turn. Turned, its Key (1, 0, 0, 0, 0, 0, 0, 0) is 1 in channel 4. (This uses
+    `rotate`.)"""
     codes = np.zeros((1, 1, 2, 8), np.uint8)
     codes[..., 0] = 1
     s, z = np.ones((1, 1, 2, 1), np.float32), np.zeros((1, 1, 2, 1), np.float32)

@@ -103,9 +103,9 @@ def attended(Q, K, V, window):
 
 
 def through_block(H, S_sink, pre_rope):
-    """decoder_block with h = h_kv = H's third axis / 2 heads of 2 channels, or one head where there is one channel. Its parts:
-    LN_mhsa adds 1; Q is X, K is 10 X, V is 100 X; RoPE adds 0.5; to quantize is to change the sign; attention is K + V;
-    W_o doubles; LN_ffn triples; the FFN adds 7. Returns what each part was given."""
+    """decoder_block with h = h_kv = H's third axis / 2 heads of 2 channels, or one head where there is one channel. Its
+    parts: LN_mhsa adds 1; Q is X, K is 10 X, V is 100 X; RoPE adds 0.5; to quantize is to change the sign; attention is
+    K + V; W_o doubles; LN_ffn triples; the FFN adds 7. Returns what each part was given."""
     seen, d_k = {}, min(2, H.shape[2])
 
     def heads(X):
@@ -172,8 +172,8 @@ def first(H, N):
 
 
 def observed(caches, L, X, leave_out, broken=None):
-    """Of `caches` caches with L blocks: what calibrate of each quantizer was given when block l's Keys are l X and its Values
-    -l X, and what the observers returned. The quantizers of block `broken` refuse theirs."""
+    """Of `caches` caches with L blocks: what calibrate of each quantizer was given when block l's Keys are l X and its
+    Values -l X, and what the observers returned. The quantizers of block `broken` refuse theirs."""
     seen, returned = {}, []
 
     def quantizer(name, l):
@@ -269,8 +269,8 @@ class Sparse:
 
 
 def scored(codes, bits, s, z, Q, at, tail=None, rope=None, sparse=False):
-    """Scores (b, h_kv, G, n) from packed codes; `at` (b, 1) is the slot of each sequence's next token; `tail` (b, h_kv, g, d_k) are
-    the Keys of the newest group."""
+    """Scores (b, h_kv, G, n) from packed codes; `at` (b, 1) is the slot of each sequence's next token; `tail` (b, h_kv,
+    g, d_k) are the Keys of the newest group."""
     from paper import kvcache
 
     def decode(codes, s, z):

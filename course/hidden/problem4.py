@@ -93,7 +93,8 @@ def test_pfn_of_none_and_of_more(run):
 
 
 def test_observers_serve_several_caches(run):
-    """Three caches of four blocks, in one pass: each quantizer sees its own block's Keys or Values, without the sinks."""
+    """Three caches of four blocks, in one pass: each quantizer sees its own block's Keys or Values, without the
+    sinks."""
     X, mask = drawn(7, 2, 3, 5, 4), drawn(8, 2, 1, 5, 1) > 0
     seen, returned = run(observed, 3, 4, X, mask)
     same(sorted(seen), sorted(f"{i} {l} {name}" for i in range(3) for l in range(1, 5) for name in "KV"), "quantizers")

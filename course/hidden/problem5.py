@@ -22,8 +22,8 @@ def test_stable_outliers_in_noise(run):
 
 
 def test_stable_outliers_by_their_level(run):
-    """The channel whose median over the blocks is largest says where: 800 from block 4 on, beside 300 from block 2 on. The
-    channels are those that stand out in block 4, by magnitude there."""
+    """The channel whose median over the blocks is largest says where: 800 from block 4 on, beside 300 from block 2 on.
+    The channels are those that stand out in block 4, by magnitude there."""
     H = noise(3)
     H[1:, 6, 2], H[3:, 6, 9] = 300, 800
     same(run(outliers, H)[0][:2], [4, [9, 2]], "block and channels")

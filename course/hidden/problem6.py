@@ -53,7 +53,8 @@ def test_slices_cover_the_channels_in_order(run):
 
 
 def case(seed, bits, n, d_k, group, g):
-    """Codes, scale, zero, queries, and the Keys that they stand for, of two sequences, two heads, three queries each."""
+    """Codes, scale, zero, queries, and the Keys that they stand for, of two sequences, two heads, three queries
+    each."""
     draw = np.random.RandomState(seed)
     codes = draw.randint(0, 2**bits, (2, 2, n, d_k)).astype(np.uint8)
     shape = (2, 2, n // g, d_k // group)
