@@ -3,8 +3,11 @@
 Read top to bottom: what the student's process gets; the process; the tests; a submission; what is printed and written.
 
 What this file does not do: it runs no line of a student's in this process. worker.py does, and what it sends back is
-compared here, with tests that the student's process has never seen. Each function is graded alone: the reference has
-the place of all others, so that one that is wrong costs no point of another.
+compared here, with tests that the student's process has never seen.
+
+Each function is graded alone: the reference has the place of all others, so that one that is wrong costs no point of
+another. Where that fails, it is tried with the student's other functions of its problem: each of two may be right, and
+both use another of the two than the reference's do.
 """
 
 import csv
@@ -36,12 +39,13 @@ REPLY_BYTES = 2**26
 # What the student's process gets
 
 
-def sources(function, folder):
-    """File name -> text: the reference, in which one function is that of the submission in `folder`.
+def sources(functions, folder):
+    """File name -> text: the reference, in which these functions of one file are those of the submission in `folder`.
     Raises Absent where the submission has no such function."""
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
-    tree = source.parsed(folder, function.file)
-    texts[function.file] = source.merged(texts[function.file], tree, function.name)
+    file = functions[0].file
+    tree = source.parsed(folder, file)
+    texts[file] = source.merged(texts[file], tree, [function.name for function in functions])
     texts["paper/__init__.py"] = ""
     texts["scenarios.py"] = (ROOT / "course/checks/scenarios.py").read_text(encoding="utf-8")
     return texts
@@ -170,26 +174,36 @@ class Grade(NamedTuple):
     name: str
     points: int
     of: int
-    passed: int  # tests
     tests: int
+    passed: int  # of them
     failed: tuple[tuple[str, str], ...]  # test and reason
+
+
+def tried(server, texts, tests):
+    """Of each test its name, and why it fails or None: up to the one after which the process is gone."""
+    found = []
+    with student(server, texts) as run:
+        for name, test in tests:
+            try:
+                found.append((name, reason(test, run)))
+            except Gone as error:
+                return [*found, (name, str(error))]
+    return found
 
 
 def grade_function(server, problem, function, folder):
     """All its points when all tests pass, none otherwise."""
-    tests, failed, passed = tests_of(problem, function), [], 0
+    tests, found = tests_of(problem, function), []
     try:
-        with student(server, sources(function, folder)) as run:
-            for name, test in tests:
-                if why := reason(test, run):
-                    failed.append((name, why))
-                passed += not why
-    except Gone as error:  # in the test that is next
-        failed.append((name, str(error)))
+        found = tried(server, sources([function], folder), tests)
+        if len(found) == len(tests) and any(why for _, why in found):
+            again = tried(server, sources(problem.functions, folder), tests)
+            found = found if any(why for _, why in again) else again
     except (Absent, RecursionError) as error:  # or code nested too deeply to be written down again
-        failed.append((str(error), ""))
-    points = function.points if passed == len(tests) else 0
-    return Grade(problem.number, function.name, points, function.points, passed, len(tests), tuple(failed))
+        found = found or [(str(error), "it has no points")]
+    failed = tuple((name, why) for name, why in found if why)
+    points = 0 if failed else function.points
+    return Grade(problem.number, function.name, points, function.points, len(tests), len(found) - len(failed), failed)
 
 
 def grade(server, folder, disable=None):
@@ -224,7 +238,7 @@ def print_table(folder, grades):
         for g in own:
             print(f"  {g.name:<22}{g.points:>3} of {g.of:<4}{g.passed} of {g.tests} tests passed")
             for name, why in g.failed:
-                print(f"      {name}{': ' if why else ''}{why}")
+                print(f"      {name}: {why}")
 
 
 def gradescope(grades, seconds):
@@ -235,7 +249,7 @@ def gradescope(grades, seconds):
             "score": g.points,
             "max_score": g.of,
             "status": "passed" if g.points == g.of else "failed",
-            "output": "\n".join(f"{name}: {why}" if why else name for name, why in g.failed),
+            "output": "\n".join(f"{name}: {why}" for name, why in g.failed),
         }
         for g in grades
     ]

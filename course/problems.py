@@ -103,7 +103,7 @@ PROBLEMS = (
     Problem(
         number=4,
         title="Algorithm 1",
-        paper="Section 4.3, Appendix G with Algorithm 1, Section 4.1 on Preserve-First-N",
+        paper="Section 4.3 and Appendix G, with Algorithm 1",
         hours="3 hours",
         functions=(
             Function(KVSINK, "decoder_block", 6, "Algorithm 1, lines 6-13"),

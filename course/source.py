@@ -76,34 +76,37 @@ def parsed(folder, name):
         raise Absent(f"{name} is not Python") from None
 
 
-def merged(text, tree, name):
-    """The reference's file with the student's function `name` in the place of its own, and what this function needs of
-    the student's own names: imports, functions, classes and constants, after the reference's imports; methods beside
-    it. All else of the student's file is left out, above all what would run when it is imported. Raises Absent where
-    the student has no such function."""
+def merged(text, tree, names):
+    """The reference's file with the student's functions `names` in the places of its own, and what these
+    need of the student's own names: imports, functions, classes and constants, after the reference's imports; methods
+    beside them. All else of the student's file is left out, above all what would run when it is imported.
+    Raises Absent where the student has no such function."""
     reference, theirs = ast.parse(text), functions_of(tree)
     own = functions_of(reference)
-    if name not in theirs:
-        raise Absent(f"{name} is not there")
-    owner, _, short = name.rpartition(".")
-    known = set(bindings(reference)) | set(own)
-    offered = {n: node for n, node in bindings(tree).items() if n not in known}
-    methods = {n.rpartition(".")[2]: node for n, node in theirs.items() if owner and n.startswith(f"{owner}.")}
-    methods = {n: node for n, node in methods.items() if f"{owner}.{n}" not in known and n != short}
-    wanted, waiting = [], [theirs[name]]
+    if missing := [name for name in names if name not in theirs]:
+        raise Absent(f"{missing[0]} is not there")
+    known = bindings(reference).keys() | own.keys()
+    offered = {name: node for name, node in (bindings(tree) | theirs).items() if name not in known}
+    needed, waiting = {}, [theirs[name] for name in names]
     while waiting:  # what is needed by what is needed
-        node = waiting.pop()
-        wanted.append(node)
-        for n in names_in(node):
-            waiting += [
-                found for found in (offered.pop(n, None), methods.pop(n, None)) if found and found not in wanted
-            ]
-    beside = [node for node in tree.body if node in wanted and node is not theirs[name]]
-    inside = [theirs[name]] + [node for node in wanted[1:] if node not in beside]
+        for name in names_in(waiting.pop()):
+            for full in {name, *(f"{owner_of(n)}.{name}" for n in names)} & offered.keys():
+                needed[full] = offered.pop(full)
+                waiting.append(needed[full])
+    beside = [node for node in tree.body if node in needed.values()]
     last_import = max(node.end_lineno for node in reference.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    extra = text.splitlines(keepends=True)[last_import - 1] + "".join(f"{ast.unparse(node)}\n" for node in beside)
-    body = "\n".join(textwrap.indent(ast.unparse(node), " " * own[name].col_offset) for node in inside)
-    return replaced(text, [(last_import, last_import, extra), (*lines_of(own[name]), body + "\n")])
+    line = text.splitlines(keepends=True)[last_import - 1]
+    changes = [(last_import, last_import, line + "".join(f"{ast.unparse(node)}\n" for node in beside))]
+    for name in names:
+        methods = [node for full, node in needed.items() if "." in full and owner_of(full) == owner_of(name)]
+        body = "\n".join(ast.unparse(node) for node in [theirs[name], *methods])
+        changes.append((*lines_of(own[name]), textwrap.indent(body, " " * own[name].col_offset) + "\n"))
+    return replaced(text, changes)
+
+
+def owner_of(name):
+    """The class of a method; nothing for a function."""
+    return name.rpartition(".")[0]
 
 
 def bindings(tree):

@@ -20,6 +20,7 @@ from course import grade, handout, source, worker
 from course.grade import ROOT
 from course.problems import BY_NAME, FILES, PROBLEMS
 from tests.helpers import refuse
+from tests.other_solutions import OTHER
 from tests.wrong_solutions import WRONG
 
 PROBLEM_OF = {function: problem for problem in PROBLEMS for function in problem.functions}
@@ -194,13 +195,20 @@ def test_a_wrong_solution_loses_its_points_and_no_others(name, old, new, error, 
     tree = ast.parse(wrong)
     for other in BY_NAME.values():  # other files are the same, and so is what the grader makes of this one
         if other.file == file and other.name != name:
-            assert source.merged(text, tree, other.name) == of_the_reference(other), other.name
+            assert source.merged(text, tree, [other.name]) == of_the_reference(other), other.name
 
 
 @functools.cache
 def of_the_reference(function):
     text = (ROOT / function.file).read_text()
-    return source.merged(text, ast.parse(text), function.name)
+    return source.merged(text, ast.parse(text), [function.name])
+
+
+def test_another_right_solution_has_all_points(server, tmp_path):
+    """All functions in other words, with helpers, loops, keywords, lists for tuples; nothing else is in these files."""
+    folder = submission(tmp_path, **{file.replace(".", "_"): text for file, text in OTHER.items()})
+    grades = grade.grade(server, folder, disable=True)
+    assert [(g.name, g.failed) for g in grades if g.failed] == [] and grade.points_of(grades) == (88, 88)
 
 
 def test_helpers_of_a_students_own(server, tmp_path):
