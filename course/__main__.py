@@ -7,7 +7,7 @@ python -m course grade --class FOLDER [--csv FILE]  grade a folder of submission
 
 from pathlib import Path
 
-from course import grade, handout
+from course import handout
 from support import cli
 
 
@@ -25,6 +25,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.command == "handout":
         return lambda: handout.write(args.folder)
+    from course import grade  # which wants fork and resource limits: Linux, macOS
+
     if bool(args.folder) == bool(args.many):
         raise ValueError("grade takes a submission's FOLDER, or --class FOLDER")
     if args.many and args.json or args.folder and args.csv:

@@ -71,7 +71,7 @@ def serving():
     ours, theirs = socket.socketpair()
     wanted = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
     environment = {**wanted, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, worker.__file__, str(theirs.fileno())]
+    command = [sys.executable, "-W", "ignore", worker.__file__, str(theirs.fileno())]
     with ours:
         with theirs:
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)

@@ -77,9 +77,9 @@ def parsed(folder, name):
 
 
 def merged(text, tree, names):
-    """The reference's file with the student's functions `names` in the places of its own, and what these
-    need of the student's own names: imports, functions, classes and constants, after the reference's imports; methods
-    beside them. All else of the student's file is left out, above all what would run when it is imported.
+    """The reference's file with the student's functions `names` in the places of its own, and what these need of the
+    student's own names: imports, functions, classes and constants, after the reference's imports; methods beside them.
+    All else of the student's file is left out, above all what would run when it is imported.
     Raises Absent where the student has no such function."""
     reference, theirs = ast.parse(text), functions_of(tree)
     own = functions_of(reference)
