@@ -108,11 +108,12 @@ def landlock_version():
 
 def landlock(folder):
     """From now on the kernel lets this process change files in `folder` only, and read there and where Python and its
-    packages are; native code too."""
+    packages are; native code too. Newer kernels also refuse TCP (version 4) and signals to other processes (6)."""
     libc, version = ctypes.CDLL(None), landlock_version()
     everything = 2 ** (13 + (version >= 2) + (version >= 3)) - 1  # kinds of access; the second and third added one each
     to_read = (*packages(folder), "/sys/devices/system/cpu", "/proc/cpuinfo")  # torch asks what the processor can do
-    ruleset = libc.syscall(444, ctypes.byref(ctypes.c_uint64(everything)), 8, 0)
+    refused = struct.pack("=QQQ", everything, 0b11, 0b11)[: 8 if version < 4 else 16 if version < 6 else 24]
+    ruleset = libc.syscall(444, refused, len(refused), 0)
     for path in filter(os.path.exists, (folder, *to_read)):
         reading = 0b1101 if os.path.isdir(path) else 0b0101  # to execute, to read files, to read folders
         access = everything if path == folder else reading

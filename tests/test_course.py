@@ -248,6 +248,8 @@ NATIVE = (  # which audit hooks do not see, and Landlock does
     ("torch.save(lo, {outside!r})", "RuntimeError"),
     ("import os; os.mkfifo({outside!r})", "PermissionError"),
 )
+if worker.landlock_version() >= 6:
+    NATIVE += (("import os, signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)", "PermissionError"),)
 
 
 def zero_with(tmp_path, line, top=""):
@@ -285,7 +287,7 @@ def zero_with(tmp_path, line, top=""):
     *(NATIVE if worker.landlock_version() else ()),
 ])  # fmt: skip
 def test_a_hostile_function_gets_nothing_and_harms_nothing(line, why, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(grade, "SECONDS", 1)
+    monkeypatch.setattr(grade, "SECONDS", 1 if why.startswith("no answer") else 20)
     outside = tmp_path / "outside"
     paths = {"hidden": str(ROOT / "course/hidden/problem1.py"), "root": str(ROOT), "outside": str(outside)}
     for name, path in paths.items():
