@@ -221,11 +221,16 @@ def fingerprint(directory):
     return hashlib.sha256(repr((str(directory.resolve()), known, config)).encode()).hexdigest()[:16]
 
 
+def listed_site(name, layers, hidden_size):
+    """Table 3's site for a name of the paper's; None where it is not listed, or its model has another shape."""
+    row = TABLE_3.get(name)
+    return table_site(name) if row and (row.layers, row.hidden_size) == (layers, hidden_size) else None
+
+
 def site_of(model, tokenizer, name, directory):
     """The site of a model: Table 3's where it lists the name, else found once and remembered in our own cache."""
-    row, config = TABLE_3.get(name), model.config
-    if row and (row.layers, row.hidden_size) == (config.num_hidden_layers, config.hidden_size):
-        return table_site(name)
+    if site := listed_site(name, model.config.num_hidden_layers, model.config.hidden_size):
+        return site
     memory = cache_directory() / "sites" / f"{fingerprint(directory)}.json"
     with lock(memory):
         if verified(memory):

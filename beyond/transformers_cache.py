@@ -1,0 +1,250 @@
+"""KVSink for the models of the transformers package: a quantized cache that keeps the sinks in full precision.
+
+    cache = KVSinkCache(model, bits=4)
+    model.generate(**inputs, past_key_values=cache)
+    cache.sinks(), cache.bytes()
+
+Read top to bottom: where sinks emerge; a layer's cache; the cache. beyond/README.md says more.
+
+What this file does not do: kvsink.py predicts, quant.py quantizes, paper/kvcache.py packs (`Growing`).
+transformers runs the model, asks a cache for Keys and Values, and shows it no hidden state. So one hook on the decoder
+sees which tokens come, and one on block l_E sees channel c.
+
+Shapes: b sequences, n tokens so far (padding too), h_kv Key/Value heads, d_k channels a head.
+"""
+
+import warnings
+import weakref
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+
+import kvsink
+from kvsink import AUTO, predict_auto, predict_sinks
+from paper.kvcache import Growing
+from quant import NotFinite
+from support import cli, hub, results
+
+if __name__ == "__main__":  # first of all, because without transformers the command says what to install
+    from beyond import side_by_side
+
+    cli.leave(side_by_side.main())
+
+try:
+    import transformers
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+except ImportError:
+    raise ImportError("KVSinkCache needs transformers: pip install transformers==5.23.0") from None
+if not transformers.__version__.startswith("5.23."):
+    raise ImportError(f"KVSinkCache was tested with transformers 5.23, not with {transformers.__version__}")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where sinks emerge
+
+NOWHERE = kvsink.Site(0, 0)
+
+
+class Decoder(SimpleNamespace):
+    """A decoder of transformers as `kvsink.find_site` looks at one."""
+
+    def __call__(self, tokens):
+        return self.decoder(input_ids=tokens, use_cache=False)
+
+
+@torch.no_grad()
+def site_of(decoder, tokenizer=None):
+    """Table 3's, by the model's name and shape; else what the finder sees with a tokenizer, by default the model's.
+    Where it sees no stable outliers: NOWHERE, and a warning."""
+    name = decoder.config._name_or_path
+    short = next(
+        (short for short, repository in hub.MODELS.items() if repository == name), name.rstrip("/").rpartition("/")[2]
+    )
+    if site := hub.listed_site(short, len(decoder.layers), decoder.config.hidden_size):
+        return site
+    tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name)
+    model = Decoder(decoder=decoder, blocks=decoder.layers, embedding=decoder.get_input_embeddings())
+    try:
+        return kvsink.find_site(model, [tokenizer(prompt).input_ids for prompt in kvsink.PROMPTS])
+    except NotFinite:
+        raise
+    except ValueError as error:
+        warnings.warn(f"no sink will be predicted: {error}. A site that you know is given as site=Site(l_E, c)")
+        return NOWHERE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+class KVSinkLayer(DynamicLayer):
+    """One layer in transformers' terms: Keys and Values (b, h_kv, new, d_k) come in, all of them go out."""
+
+    is_croppable = False  # would mean without a trace: the range of a group remembers what was cut off
+    observing = False  # while a static scheme is calibrated
+
+    def __init__(self, quantizers, tokens, S_sink):
+        super().__init__()
+        self.quantizers, self.tokens, self.S_sink, self.length, self.stores = quantizers, tokens, S_sink, 0, []
+
+    def update(self, K, V, *args, **kwargs):
+        """Raises ValueError where the cache's hooks have not seen these tokens."""
+        past, self.length = self.length, self.length + K.shape[2]
+        if self.S_sink not in self.tokens or self.tokens["real"].shape != (len(K), self.length):
+            raise ValueError("this KVSinkCache is closed, a copy, of another model, or not given as past_key_values=")
+        S_sink, real = (self.tokens[name].to(K.device) for name in (self.S_sink, "real"))
+        if self.observing:
+            for quantizer, X in zip(self.quantizers, (K, V)):
+                quantizer.calibrate(X, (S_sink | ~real)[:, None, :, None])
+            return K, V
+        self.stores = self.stores or [Growing(quantizer, X) for quantizer, X in zip(self.quantizers, (K, V))]
+        prompt = past == 0 or K.shape[2] > 1
+        return [store.update(X, S_sink, real, prompt) for store, X in zip(self.stores, (K, V))]
+
+    def get_seq_length(self):
+        return self.length
+
+    def reset(self):
+        self.length, self.stores = 0, []
+
+    def crop(self, tokens_to_remove):
+        self.length = max(self.length + tokens_to_remove, 0)
+        for store in self.stores:
+            store.crop(self.length)
+
+    def reorder_cache(self, beam_idx):  # sequence i becomes what sequence beam_idx[i] was
+        for store in self.stores:
+            store.t = {name: part[beam_idx.to(part.device)] for name, part in store.t.items()}
+
+
+def hook(cache, method, module, args, kwargs, *output):
+    """On a model: calls a method of a cache where a forward pass fills this one. `cache` is a weak reference."""
+    if cache() is not None and kwargs.get("past_key_values") is cache():
+        getattr(cache(), method)(kwargs, *output)
+
+
+class KVSinkCache(Cache):
+    """A cache for `model(..., past_key_values=)` and `model.generate`. Its defaults are the best that was measured.
+
+    scheme      one of kvsink.SCHEMES; a static one needs `calibrate` first. `bits` are 1 to 8
+    group_size  channels of a Value, tokens of a channel of Keys, that share scale and zero; at most a head
+    keep        "none", "pfn", "kvsink" or "pfn+kvsink"; `sinks` is N, or "auto": as many as stand out, at most 20
+    rule        in the place of lines 15-16, H^{l_E} (b, n, d) -> mask (b, n). RotateKV's, for example, looks at all
+                channels: `lambda H: predict_sinks(H.abs().amax(-1, keepdim=True), c=0, k=20)`
+    site        kvsink.Site(l_E, c); else Table 3's, else found with the `tokenizer`
+
+    Sinks are predicted in prompts: in the first forward pass, and in each of two or more tokens. A prompt in chunks
+    keeps a running top-k. Raises ValueError for what cannot be.
+    """
+
+    def __init__(self, model, bits=4, scheme="channel-dynamic", group_size=128, keep="pfn+kvsink", sinks=AUTO,
+                 rule=None, site=None, tokenizer=None):  # fmt: skip
+        if scheme not in kvsink.SCHEMES or keep not in results.KEEPS:
+            raise ValueError(f"scheme is one of {', '.join(kvsink.SCHEMES)}; keep one of {', '.join(results.KEEPS)}")
+        if sinks != AUTO and not (type(sinks) is int and sinks >= 0) or (keep, sinks) == ("pfn", AUTO):
+            raise ValueError(f"sinks={sinks!r}: a number of tokens, or {AUTO!r} where they are predicted")
+        self.decoder = model if hasattr(model, "layers") else model.get_decoder()
+        config, self.keep, self.k, self.rule = self.decoder.config, keep, sinks, rule
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        group_size, blocks = cli.fitting_group(group_size, head)[0], SimpleNamespace(blocks=self.decoder.layers)
+        self.site = (site or site_of(self.decoder, tokenizer)) if "kvsink" in keep else NOWHERE
+        # What layers share, masks (b, n): `real`, no padding; `prompt`, in a prompt and so perhaps a sink; the S_sink up
+        # to block l_E, and the one after it. And X (b, n), channel c of H^{l_E}.
+        self.tokens, layers = {}, DynamicCache(config=config).layers
+        for l, pair in enumerate(kvsink.rtn_cache(blocks, scheme, bits, group_size)):
+            if type(layers[l]) is DynamicLayer:  # sliding windows and other kinds stay transformers'
+                pair = [replace(quantizer, half=True) for quantizer in pair]
+                layers[l] = KVSinkLayer(pair, self.tokens, "up to l_E" if l < self.site.l_E else "after l_E")
+        self.ours = [layer for layer in layers if isinstance(layer, KVSinkLayer)]
+        if not self.ours:
+            raise ValueError("every layer has a sliding window or no Keys: there is nothing to quantize")
+        super().__init__(layers=layers)
+        expect, predict = (partial(hook, weakref.ref(self), name) for name in ("expect", "predict"))
+        hooks = [self.decoder.register_forward_pre_hook(expect, with_kwargs=True)]
+        if self.site != NOWHERE:
+            l_E = self.decoder.layers[self.site.l_E - 1]
+            hooks.append(l_E.register_forward_hook(predict, with_kwargs=True))
+        self.close = weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def longer(self, name, new):
+        self.tokens[name] = torch.cat((self.tokens[name], new), dim=1) if name in self.tokens else new
+
+    def expect(self, kwargs):
+        """Before a forward pass: which tokens come. PFN counts positions without padding."""
+        ids, mask, t = kwargs.get("input_ids"), kwargs.get("attention_mask"), self.tokens
+        new = kwargs["inputs_embeds"] if ids is None else ids
+        (b, n), past = new.shape[:2], self.ours[0].length
+        if mask is not None and mask.shape != (b, past + n):
+            raise ValueError(f"attention_mask {tuple(mask.shape)} has to cover all {past + n} tokens of {b} sequences")
+        real = torch.ones(b, n, dtype=torch.bool, device=new.device) if mask is None else mask[:, past:].bool()
+        self.longer("real", real)
+        self.longer("prompt", real & (n > 1 or past == 0))
+        N = 0 if "pfn" not in self.keep else 1 if "kvsink" in self.keep else self.k
+        t["up to l_E"] = t["prompt"] & (t["prompt"].cumsum(1) <= N)
+        self.longer("after l_E", torch.zeros_like(real) if self.site != NOWHERE else t["up to l_E"][:, past:])
+
+    def predict(self, kwargs, H):
+        """After block l_E, lines 15-16 of Algorithm 1 over all prompts so far; padding and decoded tokens count as 0."""
+        H, t = H[0] if isinstance(H, tuple) else H, self.tokens
+        new = t["prompt"][:, -H.shape[1] :]
+        self.longer("X", H[:, :, self.site.c].to(new.device).masked_fill(~new, 0))
+        if self.rule and new.any():
+            t["after l_E"][:, -H.shape[1] :] = self.rule(H).to(new.device) & new
+        elif new.any():
+            X, n = t["X"][..., None], t["X"].shape[1]
+            t["after l_E"] = t["prompt"] & (
+                predict_auto(X, 0) if self.k == AUTO else predict_sinks(X, 0, min(self.k, n))
+            )
+
+    @torch.no_grad()
+    def calibrate(self, windows):
+        """Static ranges, as kvsink.observers make them: in full precision, on windows of token ids (b, n)."""
+        for layer in self.ours:
+            layer.observing = True
+        for window in windows:
+            self.decoder(input_ids=window, past_key_values=self)
+            self.reset()
+        for layer in self.ours:
+            layer.observing = False
+
+    def sinks(self):
+        """Of each sequence the positions, padding not counted, that are kept after block l_E."""
+        places = self.tokens["real"].cumsum(1) - 1
+        return [p[kept].tolist() for p, kept in zip(places, self.tokens["after l_E"])]
+
+    def bytes(self):
+        """What the quantized layers store, and what the same numbers take in 16 bits."""
+        stores = [store for layer in self.ours for store in layer.stores]
+        return sum(s.bytes() for s in stores), sum(2 * s.numbers().numel() for s in stores)
+
+    def reset(self):
+        super().reset()
+        self.tokens.clear()
+
+    def crop(self, tokens_to_remove):
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give a number below 0, of tokens to take off the end")
+        super().crop(tokens_to_remove)
+        for name, mask in self.tokens.items():
+            self.tokens[name] = mask[:, : self.ours[0].length]
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        for name, mask in self.tokens.items():
+            self.tokens[name] = mask[beam_idx.to(mask.device)]
+
+    def batch_repeat_interleave(self, repeats):
+        self.reorder_cache(torch.arange(len(self.tokens["real"])).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices):
+        self.reorder_cache(torch.arange(len(self.tokens["real"]))[indices.cpu()])
+
+    def activate_past_recording(self):
+        raise ValueError("assisted decoding would take its drafts for prompts: not with a KVSinkCache")
