@@ -205,10 +205,10 @@ class KVSinkCache(Cache):
 
     @torch.no_grad()
     def calibrate(self, windows):
-        """Static ranges, as kvsink.observers make them: in full precision, on windows of token ids (b, n)."""
+        """Static ranges, as kvsink.observers make them: in full precision, on windows of token ids (W, n)."""
         for layer in self.ours:
             layer.observing = True
-        for window in windows:
+        for window in windows.split(1):
             self.decoder(input_ids=window, past_key_values=self)
             self.reset()
         for layer in self.ours:

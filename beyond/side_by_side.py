@@ -1,0 +1,149 @@
+"""transformers' own quantized caches and KVSinkCache on the same text: what they store, lose and cost.
+
+    python -m beyond.transformers_cache --model ID
+
+Read top to bottom: what is measured of a cache; the table; the command.
+
+What this file does not do: the caches are those of transformers and of beyond/transformers_cache.py.
+"""
+
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from paper.table4 import their_caches
+from support import cli, hub, text
+from support.tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def bytes_of(thing):
+    """The bytes of all tensors in a part of transformers' cache, those inside a quantized tensor one by one."""
+    if hasattr(thing, "__tensor_flatten__"):
+        return sum(bytes_of(getattr(thing, part)) for part in thing.__tensor_flatten__()[0])
+    if isinstance(thing, (tuple, dict)):
+        return sum(map(bytes_of, thing.values() if isinstance(thing, dict) else thing))
+    return thing.nbytes if isinstance(thing, torch.Tensor) else 0
+
+
+def stored(cache):
+    if hasattr(cache, "bytes"):
+        return cache.bytes()[0]
+    return sum(bytes_of(part) for layer in cache.layers for part in vars(layer).values())
+
+
+def predictions(model, window, prompt, cache):
+    """Log-probabilities (m, vocab) after each of the m tokens of a window (1, prompt + m) that are decoded one by one, and
+    seconds a token. The prefill's own do not count: in it, transformers' caches return what came in."""
+    cache.reset()
+    model(window[:, :prompt], past_key_values=cache, logits_to_keep=1)
+    start, p = time.perf_counter(), []
+    for token in window[0, prompt:]:
+        p.append(model(token.view(1, 1), past_key_values=cache).logits[0, -1].float().log_softmax(-1))
+    return torch.stack(p), (time.perf_counter() - start) / len(p)
+
+
+def finest(make, model, window, most):
+    """KVSinkCache with the finest groups that take at most so many bytes; with the coarsest where none does."""
+    for group_size in (16, 32, 64, 128):
+        cache = make(group_size)
+        model(window, past_key_values=cache, logits_to_keep=1)
+        if stored(cache) <= most:
+            break
+    return cache
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def row(model, windows, prompt, cache, name, full):
+    """Measures a cache on all windows, and prints it. `full` are full precision's predictions, none yet if this is it.
+    Returns its predictions."""
+    found, seconds = zip(*(predictions(model, window, prompt, cache) for window in tqdm(
+        windows.split(1), desc=name, unit="text", leave=False, disable=cli.bar_off()
+    )))  # fmt: skip
+    kl = [F.kl_div(q, p, reduction="batchmean", log_target=True).item() for q, p in zip(found, full or found)]
+    error = f" +- {torch.tensor(kl).std() / len(kl) ** 0.5:.4f}" if full and len(kl) > 1 else ""
+    config, n = model.config.get_text_config(decoder=True), windows.shape[1]
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bits = 8 * stored(cache) / (2 * config.num_hidden_layers * heads * head_dim * n)
+    loss = f"{sum(kl) / len(kl):.4f}{error}" if full else ""
+    print(f"{name:<44}{bits:>12.2f}{stored(cache) / 1e6:>10.2f}{loss:>20}{1 / min(seconds):>11.1f}", flush=True)
+    return found
+
+
+def table(model, windows, prompt, site):
+    from beyond.transformers_cache import KVSinkCache, transformers
+
+    print(f"{'cache':<44}{'stored bits':>12}{'MB':>10}{'KL, nats a token':>20}{'tokens / s':>11}")
+    full = None
+    for bits, what, cache in their_caches(transformers, model):
+        backend = what.rpartition(" ")[2]
+        name = f"transformers, {backend}, {bits} bits" if full else f"transformers, {what}"
+        found = row(model, windows, prompt, cache, name, full)
+        if full:
+            make = lambda group_size, bits=bits: KVSinkCache(model, bits, group_size=group_size, site=site)  # noqa: E731
+            ours = finest(make, model, windows[:1], stored(cache))
+            group_size = ours.ours[0].quantizers[0].group_size
+            row(model, windows, prompt, ours, f"KVSinkCache, {bits} bits, groups of {group_size}", full)
+        full = full or found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+# fmt: off
+def parse_arguments(argv):
+    parser = cli.Parser(
+        prog="python -m beyond.transformers_cache",
+        description="transformers' own quantized caches (quanto and HQQ, where they are installed) and KVSinkCache side by\n"
+        "side: the same model and text, and at most the same bytes.",
+    )
+    add = parser.add_argument_group("what to run").add_argument
+    cli.add_model_options(add)
+    add("--prompt", type=cli.number(2), default=1000, metavar="N", help="tokens of a prompt, packed Wikipedia articles "
+        "(default: %(default)s)")
+    add("--tokens", type=cli.number(1), default=100, metavar="M", help="tokens of the article that are decoded after it "
+        "(default: %(default)s)")
+    add("--windows", type=cli.number(1), default=4, help="such texts (default: %(default)s)")
+    add = parser.add_argument_group("how to run it").add_argument
+    cli.add_site_options(add)
+    add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float16 on cuda, else float32)")
+    args = parser.parse_args(argv)
+    args.no_compile = True  # transformers' way
+    return args
+# fmt: on
+
+
+def run(args):
+    try:
+        from beyond.transformers_cache import site_of, transformers
+    except ImportError as error:
+        raise ValueError(f"{error}") from None
+    machine, directory = cli.machine(args), hub.model_directory(args.model)
+    windows = text.windows(
+        Tokenizer.from_pretrained(directory), text.PACKED, "test", args.prompt + args.tokens, args.windows, 0
+    )
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=machine.torch_dtype)
+    model = model.to(machine.device).eval()
+    config = model.config.get_text_config(decoder=True)
+    site = cli.chosen_site(args.layer, args.channel, config)
+    site = site or hub.listed_site(args.model, config.num_hidden_layers, config.hidden_size)
+    site = site or site_of(model.get_decoder())
+    print(
+        f"{args.model}, {args.windows} texts of packed articles: {args.prompt} tokens of prompt, {args.tokens} decoded"
+    )
+    table(model, windows.to(machine.device), args.prompt, site)
+
+
+def main(argv=None):
+    return cli.guarded("beyond.transformers_cache", lambda: run(parse_arguments(argv)), "lower --prompt")
