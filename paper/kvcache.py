@@ -68,7 +68,13 @@ def slices(packed, bits):
 
 def unpack(packed, bits):
     """The inverse of `pack`: codes (..., d), uint8."""
-    return torch.cat([codes for _, codes in slices(packed, bits)], dim=-1).to(torch.uint8)
+    d, codes, first, shift = packed.shape[-1] * 8 // bits, 0, 0, 0
+    for width in planes(bits):
+        plane = packed[..., first : first + d * width // 8]
+        parts = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
+        codes = codes | (torch.cat(parts, dim=-1) << shift)
+        first, shift = first + plane.shape[-1], shift + width
+    return codes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,7 +342,7 @@ class Growing:
         """All tokens, dequantized where they have codes (Eq. 11), the kept ones as they came."""
         X = self.t["tail"]
         if len(self.group):
-            s, z = (self.t[p][:, :, self.group].float()[..., None] for p in "sz")  # (b, h_kv, n, d_k / g, 1)
+            s, z = (self.t[p].float().index_select(2, self.group)[..., None] for p in "sz")  # (b, h_kv, n, d_k / g, 1)
             codes = unpack(self.t["codes"], self.quantizer.bits).unflatten(-1, (s.shape[-2], -1))
             X = torch.cat((dequantize(codes, s, z).flatten(-2).to(X.dtype), X), dim=2)
         X = torch.cat((X, X[:, :, :1]), dim=2)  # one more, where unused slots write

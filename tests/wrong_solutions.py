@@ -129,7 +129,7 @@ WRONG = [
     ("slices", "shift + width", "shift", "planes on top of each other"),
     ("slices", "((byte >> (width * part)) & (2**width - 1))", "(byte >> (width * part))", "a code with its neighbours"),
     ("slices", "slice(first, first + step)", "slice(first // step, first // step + 1)", "slices counted, not channels"),
-    ("unpack", ".to(torch.uint8)", "", "codes as int32"),
+    ("unpack", "<< shift", "<< 0", "planes on top of each other"),
     ("unpack", "dim=-1", "dim=0", "channels below each other"),
     ("Packed.scores", "-rope[1]", "rope[1]", "the query turned the wrong way"),
     ("Packed.scores", "group == at // self.g", "group == at[:1] // self.g", "the first sequence's group for all"),
