@@ -235,7 +235,7 @@ def stable_outliers(model, tokens):
 
     def look(block, inputs, H):  # H^l (1, n, d)
         check_hidden_state(H, len(peak) + 1, L)
-        X = H[0].abs().float()  # (n, d)
+        X = H[0].to(tokens.device).abs().float()  # (n, d); the blocks may lie on several devices
         peak.append(X.amax(0))  # (d,): the largest token of each channel
         elsewhere.append(X.median(0).values)  # (d,): an ordinary token of each channel
         typical.append(X.median())

@@ -110,7 +110,7 @@ def parse_arguments(argv):
     cli.add_model_options(add)
     add("--prompt", type=cli.number(2), default=1000, metavar="N", help="tokens of a prompt, packed Wikipedia articles "
         "(default: %(default)s)")
-    add("--tokens", type=cli.number(1), default=100, metavar="M", help="tokens of the article that are decoded after it "
+    add("--tokens", type=cli.number(1), default=128, metavar="M", help="tokens of the article that are decoded after it "
         "(default: %(default)s)")
     add("--windows", type=cli.number(1), default=4, help="such texts (default: %(default)s)")
     add = parser.add_argument_group("how to run it").add_argument

@@ -391,6 +391,19 @@ def test_uses_that_are_refused(theirs, sequences):
         theirs.generate(sequences[0][:1], past_key_values=cached(theirs), assistant_model=theirs, max_new_tokens=4)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("scheme", ["token-dynamic", "channel-dynamic"])
+def test_cuda_agrees_with_cpu(theirs, sequences, scheme, tmp_path):
+    """All that a layer stores lies on its Keys' device."""
+    theirs.save_pretrained(tmp_path)
+    on_gpu = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).cuda().eval()
+    cache, here = cached(on_gpu, scheme, 8), cached(theirs, scheme, 8)
+    found = after(on_gpu, cache, sequences[0].cuda()).cpu()
+    torch.testing.assert_close(found, after(theirs, here, sequences[0]), rtol=1e-2, atol=1e-2)
+    assert cache.sinks() == here.sinks() and all(part.is_cuda for t in parts_of(cache) for part in t.values())
+
+
 def test_without_transformers_it_says_what_to_install(tmp_path):
     (tmp_path / "transformers.py").write_text("raise ImportError('not here')")
     run = {
