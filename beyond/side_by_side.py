@@ -36,25 +36,20 @@ def stored(cache):
     return sum(bytes_of(part) for layer in cache.layers for part in vars(layer).values())
 
 
-def predictions(model, window, prompt, cache):
-    """Log-probabilities (m, vocab) after each of the m tokens of a window (1, prompt + m) that are decoded one by one, and
-    seconds a token. The prefill's own do not count: in it, transformers' caches return what came in."""
+def decoded(model, window, prompt, cache):
+    """Log-probabilities (m, vocab) after each of the m tokens of a window (1, prompt + m) that are decoded one by one; the
+    bytes that a token of the text took, mean over these steps, because transformers' caches hold up to 128 new tokens in full
+    precision; and seconds a token. The prefill's own predictions do not count: in it, those caches return what came in."""
     cache.reset()
     model(window[:, :prompt], past_key_values=cache, logits_to_keep=1)
-    start, p = time.perf_counter(), []
-    for token in window[0, prompt:]:
-        p.append(model(token.view(1, 1), past_key_values=cache).logits[0, -1].float().log_softmax(-1))
-    return torch.stack(p), (time.perf_counter() - start) / len(p)
-
-
-def finest(make, model, window, most):
-    """KVSinkCache with the finest groups that take at most so many bytes; with the coarsest where none does."""
-    for group_size in (16, 32, 64, 128):
-        cache = make(group_size)
-        model(window, past_key_values=cache, logits_to_keep=1)
-        if stored(cache) <= most:
-            break
-    return cache
+    p, size, seconds = [], 0, 0
+    for n, token in enumerate(window[0, prompt:], start=prompt + 1):
+        start = time.perf_counter()
+        logits = model(token.view(1, 1), past_key_values=cache).logits[0, -1]
+        p.append(logits.float().log_softmax(-1))
+        seconds += time.perf_counter() - start
+        size += stored(cache) / n
+    return torch.stack(p), size / len(p), seconds / len(p)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,33 +58,35 @@ def finest(make, model, window, most):
 
 def row(model, windows, prompt, cache, name, full):
     """Measures a cache on all windows, and prints it. `full` are full precision's predictions, none yet if this is it.
-    Returns its predictions."""
-    found, seconds = zip(*(predictions(model, window, prompt, cache) for window in tqdm(
-        windows.split(1), desc=name, unit="text", leave=False, disable=cli.bar_off()
-    )))  # fmt: skip
-    kl = [F.kl_div(q, p, reduction="batchmean", log_target=True).item() for q, p in zip(found, full or found)]
-    error = f" +- {torch.tensor(kl).std() / len(kl) ** 0.5:.4f}" if full and len(kl) > 1 else ""
-    config, n = model.config.get_text_config(decoder=True), windows.shape[1]
+    Returns its predictions, and the bytes of a token."""
+    with tqdm(windows.split(1), desc=name, unit="text", leave=False, disable=cli.bar_off()) as bar:
+        found, sizes, seconds = zip(*(decoded(model, window, prompt, cache) for window in bar))
+    kl = torch.stack([F.kl_div(q, p, reduction="batchmean", log_target=True) for q, p in zip(found, full or found)])
+    error = f" +- {kl.std() / len(kl) ** 0.5:.4f}" if len(kl) > 1 else ""
+    config, size = model.config.get_text_config(decoder=True), sum(sizes) / len(sizes)
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bits = 8 * stored(cache) / (2 * config.num_hidden_layers * heads * head_dim * n)
-    loss = f"{sum(kl) / len(kl):.4f}{error}" if full else ""
-    print(f"{name:<44}{bits:>12.2f}{stored(cache) / 1e6:>10.2f}{loss:>20}{1 / min(seconds):>11.1f}", flush=True)
-    return found
+    bits = 8 * size / (2 * config.num_hidden_layers * heads * head_dim)
+    loss = f"{kl.mean():.4f}{error}" if full else ""
+    print(f"{name:<42}{bits:>12.2f}{loss:>21}{1 / min(seconds):>11.1f}", flush=True)
+    return found, size
 
 
 def table(model, windows, prompt, site):
+    """Each of transformers' caches, and after it KVSinkCache with the finest groups that take no more bytes."""
     from beyond.transformers_cache import KVSinkCache, transformers
 
-    print(f"{'cache':<44}{'stored bits':>12}{'MB':>10}{'KL, nats a token':>20}{'tokens / s':>11}")
+    print(f"{'cache':<42}{'stored bits':>12}{'KL, nats a token':>21}{'tokens / s':>11}")
     full = None
     for bits, what, cache in their_caches(transformers, model):
         backend = what.rpartition(" ")[2]
         name = f"transformers, {backend}, {bits} bits" if full else f"transformers, {what}"
-        found = row(model, windows, prompt, cache, name, full)
+        found, most = row(model, windows, prompt, cache, name, full)
+        for group_size in (16, 32, 64, 128) if full else ():
+            ours = KVSinkCache(model, bits, group_size=group_size, site=site)
+            if decoded(model, windows[:1], prompt, ours)[1] <= most:
+                break
         if full:
-            make = lambda group_size, bits=bits: KVSinkCache(model, bits, group_size=group_size, site=site)  # noqa: E731
-            ours = finest(make, model, windows[:1], stored(cache))
             group_size = ours.ours[0].quantizers[0].group_size
             row(model, windows, prompt, ours, f"KVSinkCache, {bits} bits, groups of {group_size}", full)
         full = full or found
@@ -110,7 +107,7 @@ def parse_arguments(argv):
     cli.add_model_options(add)
     add("--prompt", type=cli.number(2), default=1000, metavar="N", help="tokens of a prompt, packed Wikipedia articles "
         "(default: %(default)s)")
-    add("--tokens", type=cli.number(1), default=128, metavar="M", help="tokens of the article that are decoded after it "
+    add("--tokens", type=cli.number(1), default=100, metavar="M", help="tokens of the article that are decoded after it "
         "(default: %(default)s)")
     add("--windows", type=cli.number(1), default=4, help="such texts (default: %(default)s)")
     add = parser.add_argument_group("how to run it").add_argument
