@@ -58,9 +58,8 @@ def site_of(decoder, tokenizer=None):
     """Table 3's, by the model's name and shape; else what the finder sees with a tokenizer, by default the model's.
     Where it sees no stable outliers: NOWHERE, and a warning."""
     name = decoder.config._name_or_path
-    short = next(
-        (short for short, repository in hub.MODELS.items() if repository == name), name.rstrip("/").rpartition("/")[2]
-    )
+    names = {repository: short for short, repository in hub.MODELS.items()}
+    short = names.get(name, name.rstrip("/").rpartition("/")[2])
     if site := hub.listed_site(short, len(decoder.layers), decoder.config.hidden_size):
         return site
     tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name)
