@@ -6,6 +6,7 @@ What this file does not do: it runs nothing of what it reads. A name is qualifie
 """
 
 import ast
+import functools
 import textwrap
 
 
@@ -81,7 +82,7 @@ def merged(text, tree, names):
     student's own names: imports, functions, classes and constants, after the reference's imports; methods beside them.
     All else of the student's file is left out, above all what would run when it is imported.
     Raises Absent where the student has no such function."""
-    reference, theirs = ast.parse(text), functions_of(tree)
+    reference, theirs = parsed_reference(text), functions_of(tree)
     own = functions_of(reference)
     if missing := [name for name in names if name not in theirs]:
         raise Absent(f"{missing[0]} is not there")
@@ -102,6 +103,11 @@ def merged(text, tree, names):
         body = "\n".join(ast.unparse(node) for node in [theirs[name], *methods])
         changes.append((*lines_of(own[name]), textwrap.indent(body, " " * own[name].col_offset) + "\n"))
     return replaced(text, changes)
+
+
+@functools.cache  # for each function of a file, and each submission
+def parsed_reference(text):
+    return ast.parse(text)
 
 
 def owner_of(name):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -181,21 +182,41 @@ def test_the_table_of_wrong_solutions():
         assert right.count(old) == 1 and old != new, (name, old)
 
 
-@pytest.mark.parametrize("name, old, new, error", WRONG, ids=[f"{w[0]}: {w[3]}" for w in WRONG])
-def test_a_wrong_solution_loses_its_points_and_no_others(name, old, new, error, server, tmp_path):
-    file = BY_NAME[name].file
-    text = (ROOT / file).read_text()
+def wrong_file(name, old, new):
+    """The reference's file with one function wrong."""
+    text = (ROOT / BY_NAME[name].file).read_text()
     right = ast.get_source_segment(text, source.functions_of(ast.parse(text))[name])
-    wrong = text.replace(right, right.replace(old, new))
-    found = graded(server, name, submission(tmp_path, **{file.replace(".", "_"): wrong}))
+    return text.replace(right, right.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def wrong_grades(tmp_path_factory):
+    """The grade of each wrong solution, two at a time."""
+
+    def half(first):
+        with grade.serving() as server:
+            for i, (name, old, new, _) in list(enumerate(WRONG))[first::2]:
+                files = {BY_NAME[name].file.replace(".", "_"): wrong_file(name, old, new)}
+                grades[i] = graded(server, name, submission(folder / str(i), **files))
+
+    grades, folder = {}, tmp_path_factory.mktemp("wrong")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(half, (0, 1)))
+    return grades
+
+
+@pytest.mark.parametrize("i", range(len(WRONG)), ids=[f"{w[0]}: {w[3]}" for w in WRONG])
+def test_a_wrong_solution_loses_its_points_and_no_others(i, wrong_grades):
+    (name, old, new, error), found = WRONG[i], wrong_grades[i]
     assert found.points == 0 and found.failed, f"{error}: not noticed"
     assert not any(why.startswith(("no answer", "the process ended", "an answer")) for _, why in found.failed), (
         found.failed
     )
-    tree = ast.parse(wrong)
+    file, tree = BY_NAME[name].file, ast.parse(wrong_file(name, old, new))
     for other in BY_NAME.values():  # other files are the same, and so is what the grader makes of this one
         if other.file == file and other.name != name:
-            assert source.merged(text, tree, [other.name]) == of_the_reference(other), other.name
+            merged = source.merged((ROOT / file).read_text(), tree, [other.name])
+            assert merged == of_the_reference(other), other.name
 
 
 @functools.cache

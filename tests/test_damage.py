@@ -502,8 +502,8 @@ def test_killed_while_it_keeps_a_calibration_a_run_spoils_nothing(tiny, tmp_path
 
 @pytest.mark.parametrize("program, name", [(table1, "table1"), (figures, "figures")])
 def test_killed_while_it_writes_a_table_or_a_picture_a_run_spoils_nothing(program, name, tiny, tmp_path, monkeypatch):
-    """kill -9 while it is written, and while the site that the finder found is; the next run gives the same bytes, and
-    leaves no more than the undisturbed."""
+    """kill -9 while a picture is written, and while the site that the finder found is; the next run gives the same bytes,
+    and leaves no more than the undisturbed."""
     monkeypatch.setattr(hub, "documents", sample_documents)
     monkeypatch.setattr(hub, "PROMPTS", SITE_PROMPTS)
     monkeypatch.setattr(shared, "calibration_windows", one_window)
@@ -517,7 +517,7 @@ def test_killed_while_it_writes_a_table_or_a_picture_a_run_spoils_nothing(progra
         return {name: path.read_bytes() for name, path in there.items() if "sha256" not in name}, set(there)
 
     patterns = [rf"{name[:3]}.*\.[0-9a-f]{{32}}", r"[0-9a-f]+.*\.json\.[0-9a-f]{32}"]  # the last is the site's
-    for pattern in patterns if name == "table1" else patterns[:1]:
+    for pattern in patterns[1:] if name == "table1" else patterns[:1]:
         place = tmp_path / pattern[:3]
         place.mkdir()
         folders = be_killed(name, pattern, arguments, place)

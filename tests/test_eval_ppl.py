@@ -3,7 +3,6 @@
 import itertools
 
 import numpy as np
-import pytest
 import torch
 
 import eval_ppl
@@ -11,18 +10,14 @@ import kvsink
 from llama import Llama
 from support import hub, results
 from support.tokenizer import Tokenizer
-from tests.helpers import REFERENCE, default_results, perplexities, results_of
+from tests.helpers import default_results, perplexities, results_of
 
 
-def test_the_values_of_an_independent_implementation(default_model):
-    """Full precision and 4 bits by channel, on eight windows; eager, so that they do not depend on a compiler."""
+def test_the_gain_of_five_predicted_tokens_is_no_chance(default_model):
+    """In the rows that test_kvsink.py holds to an independent implementation, eight windows."""
     out = default_results()
-    rows = "--scheme channel-static --bits 4 --sinks 0 5".split()
+    rows = "--scheme channel-static --bits 4 --keep pfn kvsink --sinks 5".split()
     assert eval_ppl.main([*rows, "--no-compile", "--json", str(out)]) == 0
-    ppl = perplexities(out)
-    for row, expected in REFERENCE.items():
-        assert ppl[row] == pytest.approx(expected, rel=0.005), row
-    assert ppl["full", 16, "none", 0] == pytest.approx(19.559, abs=0.001)
     nll = {(r["keep"], r["sinks"]): r["nll"] for r in results_of(out)}
     d = np.subtract(nll["kvsink", 5], nll["pfn", 5])
     # A permutation test: if the rules were alike, each window's difference could as well have the other sign.

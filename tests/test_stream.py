@@ -233,10 +233,10 @@ def test_what_is_not_finite_names_its_block_when_streamed(tiny, tmp_path, capsys
 
 
 def test_streaming_the_default_model_changes_no_digit(default_model, tmp_path):
-    """Static and dynamic ranges, two windows of 128 tokens."""
-    options = "--scheme token-dynamic channel-static --bits 4 --keep kvsink --sinks 5".split()
+    """Two windows of 128 tokens; other schemes are the tiny model's."""
+    options = "--scheme channel-static --bits 4 --keep kvsink --sinks 5".split()
     options += "--seq-len 128 --limit 2 --calib-windows 2 --no-compile".split()
     whole, streamed = tmp_path / "whole.json", tmp_path / "streamed.json"
     for out, how in ((whole, []), (streamed, ["--stream"])):
         assert eval_ppl.main([*options, *how, "--json", str(out)]) == 0
-    assert same_results(whole, streamed) and len(results_of(whole)) == 3
+    assert same_results(whole, streamed) and len(results_of(whole)) == 2

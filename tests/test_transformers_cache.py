@@ -14,17 +14,20 @@ import torch
 import eval_ppl
 import kvsink
 from kvsink import SCHEMES, Site
-from llama import Llama, rope_table
+from llama import Llama, LlamaConfig, rope_table
 from paper import generate
 from paper.kvcache import KVCache
 from support import hub, text
 from support.tokenizer import Tokenizer
 from tests.helpers import (
-    FAMILIES, SITE, SMALL, STRONG, WEAK, cache_of, default_results, ordinary_tokens, plant, refuse,
-    results_of, write_model,
+    FAMILIES, SITE, SMALL, STRONG, WEAK, bytes_vocabulary, cache_of, fetched_default_model, ordinary_tokens, plant,
+    refuse, results_of, write_bpe, write_model,
 )  # fmt: skip
+from tests.test_tokenizer import STRINGS_THAT_HURT, llama3_pre_tokenizer, write_byte_fallback, write_sentencepiece
 
 transformers = pytest.importorskip("transformers", reason="the transformers package is not installed")
+if not transformers.__version__.startswith("5.23."):
+    pytest.skip("the transformers package is not the version that was tested", allow_module_level=True)
 
 from beyond import side_by_side  # noqa: E402
 from beyond.transformers_cache import KVSinkCache, KVSinkLayer, site_of  # noqa: E402
@@ -79,24 +82,25 @@ def test_logits_are_those_of_the_packed_cache(theirs, planted, sequences, scheme
     assert cache.sinks() == [kept]
 
 
-@pytest.fixture
-def default_theirs(default_llama):
+@pytest.fixture(scope="module")
+def default_theirs():
     """The default model as transformers runs it, with this project's RoPE table. Its own angles differ in the fifth digit, which
     flips a code here and there, and that flips others, so that perplexities of 4 bits differ by 0.2 to 0.7 %."""
-    directory = hub.model_directory(hub.DEFAULT_MODEL)
+    directory = fetched_default_model()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    cos, sin = rope_table(default_llama.config, 1024, "cpu")
+    cos, sin = rope_table(LlamaConfig.from_pretrained(directory), 1024, "cpu")
     model.model.rotary_emb.forward = lambda x, position_ids: (cos[position_ids], sin[position_ids])
     return model
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_logits_of_the_default_model(default_llama, default_theirs, scheme):
-    """A prompt of 66 tokens, which is a group of Keys and two more, and three tokens after it; every rule, at another width."""
+    """A prompt of 66 tokens, which is a group of Keys and two more, and three tokens after it; each scheme with two of the rules."""
     tokenizer = Tokenizer.from_pretrained(hub.model_directory(hub.DEFAULT_MODEL))
     prompt = tokenizer.encode("Rome is old.<|endoftext|>Mount Everest is high.<|endoftext|>" * 9)[:66]
     tokens, site = torch.tensor([prompt]), kvsink.table_site(hub.DEFAULT_MODEL)
-    for bits, (keep, N) in zip((4, 2, 3, 4), RULES):  # logits of up to 30; a flipped code moves them by 5e-4
+    first = tuple(SCHEMES).index(scheme) % 2
+    for bits, (keep, N) in zip((4, 2), RULES[first::2]):  # logits of up to 30; a flipped code moves them by 5e-4
         H, quantizers = default_llama.embedding(tokens), kvsink.rtn_cache(default_llama, scheme, bits, 64)
         cache = KVSinkCache(default_theirs, bits, scheme, keep=keep, sinks=N)  # finds the site by the directory's name
         if SCHEMES[scheme].static:
@@ -110,18 +114,18 @@ def test_logits_of_the_default_model(default_llama, default_theirs, scheme):
         torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=2e-3, msg=f"{bits} bits, {keep}")
 
 
-def test_perplexity_is_that_of_the_main_command(default_model, default_theirs):
-    """Two of the reference's eight windows, to the digit; static ranges from the same four windows."""
+def test_perplexity_is_that_of_the_main_command(default_model, default_theirs, tmp_path):
+    """To the digit, on a window of 256 tokens (on eight of 1,024 too: beyond/README.md)."""
+    out, small = tmp_path / "out.json", "--seq-len 256 --limit 1 --calib-windows 1".split()
     rows = "--scheme channel-static --bits 4 --keep kvsink --sinks 5 --no-compile --json".split()
-    assert eval_ppl.main([*rows, str(default_results())]) == 0
-    (row,) = [r for r in results_of(default_results()) if (r["keep"], r["sinks"]) == ("kvsink", 5)]
+    assert eval_ppl.main([*small, *rows, str(out)]) == 0
     tokenizer = Tokenizer.from_pretrained(default_model)
     cache = KVSinkCache(default_theirs, 4, "channel-static", keep="kvsink", sinks=5)
-    cache.calibrate(text.calibration_windows(tokenizer, "wiki-sample", 1024, 4, 0))
-    for window, nll in zip(text.windows(tokenizer, "wiki-sample", "test", 1024, 2, 0), row["nll"]):
-        logits = default_theirs(window[None], past_key_values=cache).logits[0, :-1]
-        assert torch.nn.functional.cross_entropy(logits, window[1:]).item() == pytest.approx(nll, abs=1e-4)
-        cache.reset()
+    cache.calibrate(text.calibration_windows(tokenizer, "wiki-sample", 256, 1, 0))
+    window = text.windows(tokenizer, "wiki-sample", "test", 256, 1, 0)
+    logits = default_theirs(window, past_key_values=cache).logits[0, :-1]
+    full, kept = (r["nll"][0] for r in results_of(out))
+    assert torch.nn.functional.cross_entropy(logits, window[0, 1:]).item() == pytest.approx(kept, abs=1e-5) != full
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,8 +455,14 @@ def test_logits_of_the_reference_are_those_of_transformers(family, tmp_path):
     torch.testing.assert_close(Llama.from_pretrained(directory)(tokens), expected, rtol=1e-4, atol=2e-5)
 
 
-def test_the_default_tokenizer_is_that_of_transformers(default_model):
-    ours, theirs = Tokenizer.from_pretrained(default_model), transformers.AutoTokenizer.from_pretrained(default_model)
-    for words in ("", "Hello  world\n\n 12345.5", "<|endoftext|>a<|endoftext|>", "naïve 日本語 🙂 \x00\u00a0", " \t x"):
-        assert ours.encode(words) == theirs(words).input_ids, words
-        assert ours.decode(theirs(words).input_ids) == theirs.decode(theirs(words).input_ids), words
+def test_tokenizers_are_those_of_transformers(default_model, tmp_path):
+    """The default model's, LLaMA-3's kind, and LLaMA-2's kind of tokenizer.json, on strings that hurt."""
+    special = ("<|begin_of_text|>", "<|end_of_text|>")
+    ranks = bytes_vocabulary([" cat", "1234", "ab", "  "])
+    write_bpe(tmp_path / "llama3", ranks, llama3_pre_tokenizer(), special, first=special[0])
+    write_byte_fallback(tmp_path / "llama2", write_sentencepiece(tmp_path / "pieces"))
+    for directory in (default_model, tmp_path / "llama3", tmp_path / "llama2"):
+        ours = Tokenizer.from_pretrained(directory)
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+        for words in STRINGS_THAT_HURT:
+            assert ours.encode(words) == theirs(words).input_ids, (directory.name, words)

@@ -108,7 +108,7 @@ WRONG = [
     ("observers", "return X", "return X.masked_fill(leave_out, 0)", "an observer that touches"),
     # Problem 5
     ("stable_outliers", "Outliers(l + 1,", "Outliers(l,", "blocks counted from 0"),
-    ("stable_outliers", "H[0].abs().float()", "H[0].float()", "signed instead of absolute value"),
+    ("stable_outliers", ".abs().float()", ".float()", "signed instead of absolute value"),
     ("stable_outliers", "torch.where(outlying, peak, 0.0).median(0).values", "torch.where(outlying, peak, 0.0).amax(0)",
      "one block is enough"),
     ("stable_outliers", " & (peak > SPARSE * elsewhere)", "", "a channel that is large in all tokens"),
