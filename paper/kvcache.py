@@ -1,7 +1,7 @@
 """A KV cache that is really small: codes in as many bits as they have, and the kept tokens beside them (Table 4).
 
 Read top to bottom: codes as bytes; how Keys and Values are stored, as numbers or as packed codes; KVQuant's outliers;
-the cache of a block and of a model; what Table 4 counts.
+a store that grows; the cache of a block and of a model; what Table 4 counts.
 
 What this file does not do: kvsink.py says which tokens are kept, quant.py and kvquant.py say how a number is quantized,
 and generate.py fills the cache and reads it. KVCache does not grow: room for all tokens is made at the start.
@@ -294,8 +294,8 @@ class Outliers:
 
 
 class Growing:
-    """Packed codes of as many tokens as come, for a cache whose size nobody knows beforehand. Codes are made once, for whole
-    groups of tokens, and a prompt may come in parts. What it holds is in `t`, all of it (b, ...):
+    """Packed codes of as many tokens as come, for a cache whose size nobody knows beforehand. Codes are made once, for
+    whole groups of tokens, and a prompt may come in parts. What it holds is in `t`, all of it (b, ...):
 
     codes, s, z   packed, (b, h_kv, n, bytes); scale and zero of every group, in 16 bits where they are dynamic
     tail          the tokens of the unfinished group, in full precision
