@@ -56,6 +56,13 @@ def decoded(model, window, prompt, cache):
 # The table
 
 
+def shape(model):
+    """L, h_kv and d_k."""
+    config = model.config.get_text_config(decoder=True)
+    h, d_k = config.num_attention_heads, getattr(config, "head_dim", None)
+    return config.num_hidden_layers, getattr(config, "num_key_value_heads", h), d_k or config.hidden_size // h
+
+
 def row(model, windows, prompt, cache, name, full):
     """Measures a cache on all windows, and prints it. `full` are full precision's predictions, none yet if this is it.
     Returns its predictions, and the bytes of a token."""
@@ -63,10 +70,9 @@ def row(model, windows, prompt, cache, name, full):
         found, sizes, seconds = zip(*(decoded(model, window, prompt, cache) for window in bar))
     kl = torch.stack([F.kl_div(q, p, reduction="batchmean", log_target=True) for q, p in zip(found, full or found)])
     error = f" +- {kl.std() / len(kl) ** 0.5:.4f}" if len(kl) > 1 else ""
-    config, size = model.config.get_text_config(decoder=True), sum(sizes) / len(sizes)
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bits = 8 * size / (2 * config.num_hidden_layers * heads * head_dim)
+    L, h_kv, d_k = shape(model)
+    size = sum(sizes) / len(sizes)
+    bits = 8 * size / (2 * L * h_kv * d_k)
     loss = f"{kl.mean():.4f}{error}" if full else ""
     print(f"{name:<42}{bits:>12.2f}{loss:>21}{1 / min(seconds):>11.1f}", flush=True)
     return found, size
@@ -77,12 +83,13 @@ def table(model, windows, prompt, site):
     from beyond.transformers_cache import KVSinkCache, transformers
 
     print(f"{'cache':<42}{'stored bits':>12}{'KL, nats a token':>21}{'tokens / s':>11}")
-    full = None
+    full, (_, _, d_k) = None, shape(model)
     for bits, what, cache in their_caches(transformers, model):
         backend = what.rpartition(" ")[2]
         name = f"transformers, {backend}, {bits} bits" if full else f"transformers, {what}"
         found, most = row(model, windows, prompt, cache, name, full)
-        for group_size in (16, 32, 64, 128) if full else ():
+        groups = [g for g in (16, 32, 64, 128) if d_k % min(g, d_k) == 0]
+        for group_size in groups if full else ():
             ours = KVSinkCache(model, bits, group_size=group_size, site=site)
             if decoded(model, windows[:1], prompt, ours)[1] <= most:
                 break

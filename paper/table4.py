@@ -356,20 +356,25 @@ def versus_transformers(name, model, directory, sizes, step, nll, decode_step):
         f"evaluation of {n} tokens": (lambda: our_evaluation(full), their_evaluation),
         f"evaluation of {n} tokens, ours at 2 bits": (lambda: our_evaluation(packed), their_evaluation),
     }
-    for m in sorted({n, LONG}):
-        text = torch.randint(model.config.vocab_size, (1, m), device=device)
-        for bits, what, its_cache in their_caches(transformers, theirs):
-            theirs(text, past_key_values=its_cache, logits_to_keep=1)
-            pairs[f"decoding at {m}, {what}"] = (
-                functools.partial(one_token, model, noise_cache(model, bits, m, sizes.scheme), decode_step),
-                functools.partial(theirs, text[:, :1], past_key_values=its_cache),
-            )
     print(f"\n{'milliseconds':<44}{'ours':>28}{'transformers ' + transformers.__version__:>28}{'ratio':>8}")
-    for what, (ours, its) in pairs.items():
+
+    def beside(what, ours, its):
         times = measure({"ours": ours, "theirs": its}, sizes.repeats, device)
         ratio = times["theirs"].median / times["ours"].median
-        print(f"{what:<44}{times['ours']!s:>28}{times['theirs']!s:>28}{ratio:>7.2f}x")
-        yield {"what": what, "unit": "ms", "ratio": ratio} | {who: t._asdict() for who, t in times.items()}
+        print(f"{what:<44}{times['ours']!s:>28}{times['theirs']!s:>28}{ratio:>7.2f}x", flush=True)
+        return {"what": what, "unit": "ms", "ratio": ratio} | {who: t._asdict() for who, t in times.items()}
+
+    for what, (ours, its) in pairs.items():
+        yield beside(what, ours, its)
+    for m in sorted({n, LONG}):
+        for bits, what, its_cache in their_caches(transformers, theirs):
+            shape = (1, model.config.num_key_value_heads, m, model.config.head_dim)
+            for l in range(model.config.num_hidden_layers):  # noise: its prefill of 16,384 tokens would take minutes
+                K, V = torch.randn(2, *shape, device=device, dtype=model.embedding.weight.dtype)
+                its_cache.update(K, V, l)
+            ours = functools.partial(one_token, model, noise_cache(model, bits, m, sizes.scheme), decode_step)
+            its = functools.partial(theirs, tokens[:, :1], past_key_values=its_cache)
+            yield beside(f"decoding at {m}, {what}", ours, its)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
