@@ -63,7 +63,7 @@ class KVSinkLayer(DynamicLayer):
         S_sink, real = (self.tokens[name].to(K.device) for name in (self.S_sink, "real"))
         if self.observing:
             for quantizer, X in zip(self.quantizers, (K, V)):
-                quantizer.calibrate(X, (S_sink | ~real)[:, None, :, None])
+                quantizer.calibrate(X, S_sink[:, None, :, None])
             return K, V
         self.stores = self.stores or [Growing(quantizer, X) for quantizer, X in zip(self.quantizers, (K, V))]
         prompt = past == 0 or K.shape[2] > 1

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ if not transformers.__version__.startswith("5.23."):
     pytest.skip("the transformers package is not the version that was tested", allow_module_level=True)
 
 from beyond import side_by_side  # noqa: E402
-from beyond.transformers_cache import KVSinkCache, KVSinkLayer, site_of  # noqa: E402
+from beyond.transformers_cache import KVSinkCache, KVSinkLayer, hook, site_of  # noqa: E402
 
 RULES = (("none", 0), ("pfn", 3), ("kvsink", 2), ("pfn+kvsink", "auto"))
 
@@ -270,7 +271,7 @@ def test_left_padding_is_no_sink_and_no_position(theirs, keep, N):
         expected = decoded(theirs, alone, tokens.tolist(), range(20, 23))
         torch.testing.assert_close(torch.stack(found)[:, i], expected, rtol=1e-4, atol=2e-5)
         assert both.sinks()[i] == alone.sinks()[0]
-    every = cached(theirs, sinks=20)
+    every = cached(theirs, sinks=25)
     after(theirs, every, padded, attention_mask=mask[:, :20])
     after(theirs, every, [[20], [21]], attention_mask=mask[:, :21])
     assert every.sinks() == [list(range(20)), list(range(12))]  # all there are, no padding, and no decoded token
@@ -370,6 +371,26 @@ def test_the_site(theirs, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hooks, and what is refused
+
+
+def test_a_cache_is_known_by_whatever_name_it_comes():
+    class Block(torch.nn.Module):
+        def forward(self, H, layer_past=None, **others):
+            return H
+
+    class Recorder:
+        def predict(self, given, H):
+            seen.append(H)
+
+    seen, cache = [], Recorder()
+    for args, kwargs in (
+        ((1, cache), {}),
+        ((1,), {"layer_past": cache}),
+        ((1,), {"past": cache}),
+        ((1,), {"past": None}),
+    ):
+        hook(weakref.ref(cache), "predict", Block(), args, kwargs, 1)
+    assert len(seen) == 3
 
 
 def test_two_caches_do_not_meet_and_hooks_go(theirs, sequences):
