@@ -407,7 +407,7 @@ def run_and_be_killed(program, file, moment, arguments):
 
 def moments_of(name):
     """A table or a picture is written once, at the end: nothing was there before."""
-    return MOMENTS if name in ("eval_ppl", "table2") else MOMENTS[2:]
+    return MOMENTS if name in ("eval_ppl", "table2") else MOMENTS[2:4]
 
 
 def killed_runs(name, file, folder, *arguments):
