@@ -88,9 +88,8 @@ class KVSinkLayer(DynamicLayer):
 
 def hook(cache, method, module, args, kwargs, *output):
     """On a module: calls a method of a cache where a forward pass fills this one. `cache` is a weak reference."""
-    given = (
-        inspect.signature(module.forward).bind(*args, **kwargs).arguments | kwargs
-    )  # whatever the cache is called there
+    # The cache may come by place, or under another name.
+    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments | kwargs
     if cache() is not None and any(value is cache() for value in given.values()):
         getattr(cache(), method)(given, *output)
 
