@@ -19,6 +19,7 @@ from kvsink import SCHEMES, Site
 from llama import Llama, LlamaConfig, rope_table
 from paper import generate
 from paper.kvcache import KVCache
+from quant import Quantizer
 from support import hub, text
 from support.tokenizer import Tokenizer
 from tests.helpers import (
@@ -32,6 +33,7 @@ if not transformers.__version__.startswith("5.23."):
     pytest.skip("the transformers package is not the version that was tested", allow_module_level=True)
 
 from beyond import side_by_side  # noqa: E402
+from beyond.growing import Growing  # noqa: E402
 from beyond.transformers_cache import KVSinkCache, KVSinkLayer, hook, site_of  # noqa: E402
 
 RULES = (("none", 0), ("pfn", 3), ("kvsink", 2), ("pfn+kvsink", "auto"))
@@ -150,6 +152,22 @@ def test_codes_are_made_once_and_an_unfinished_group_waits(theirs, sequences):
         after(theirs, cache, [[token]])
     for old, new in zip(before, parts_of(cache)):
         assert all(torch.equal(part, new[name][:, :, : part.shape[2]]) for name, part in old.items())
+
+
+def test_a_store_of_two_sequences_with_padding_and_unequal_sinks():
+    """Padding of 1,000 widens no range, and only sinks come back exactly, two of the one sequence and one of the other."""
+    X, real, S_sink = (
+        torch.randn(2, 1, 16, 8),
+        torch.ones(2, 16, dtype=torch.bool),
+        torch.zeros(2, 16, dtype=torch.bool),
+    )
+    X[1, :, :4], real[1, :4] = 1000.0, False
+    S_sink[0, [2, 5]] = S_sink[1, 9] = True
+    store = Growing(Quantizer(4, "channel", 8, half=True), X)
+    X_ = store.update(X, S_sink, real, prompt=True)
+    assert (X_ - X).abs()[1, :, 4:].max() < 0.5
+    assert torch.equal((X_ == X).all(-1)[:, 0], S_sink) and torch.equal(store.numbers(), X_)
+    assert [sorted(slots) for slots in store.t["slots"].tolist()] == [[2, 5], [-1, 9]]
 
 
 def test_bytes_are_what_is_stored(theirs, sequences):
