@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from beyond.sites import head_dim, site_of
 from paper.table4 import their_caches
 from support import cli, hub, text
 from support.tokenizer import Tokenizer
@@ -59,8 +60,8 @@ def decoded(model, window, prompt, cache):
 def shape(model):
     """L, h_kv and d_k."""
     config = model.config.get_text_config(decoder=True)
-    h, d_k = config.num_attention_heads, getattr(config, "head_dim", None)
-    return config.num_hidden_layers, getattr(config, "num_key_value_heads", h), d_k or config.hidden_size // h
+    h_kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    return config.num_hidden_layers, h_kv, head_dim(config)
 
 
 def row(model, windows, prompt, cache, name, full):
@@ -129,7 +130,7 @@ def parse_arguments(argv):
 
 def run(args):
     try:
-        from beyond.transformers_cache import site_of, transformers
+        from beyond.transformers_cache import transformers
     except ImportError as error:
         raise ValueError(f"{error}") from None
     machine, directory = cli.machine(args), hub.model_directory(args.model)

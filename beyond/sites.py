@@ -15,6 +15,11 @@ from support import hub
 NOWHERE = kvsink.Site(0, 0)
 
 
+def head_dim(config):
+    """d_k. Not every configuration has it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class Decoder(SimpleNamespace):
     """A decoder of transformers as `kvsink.find_site` looks at one."""
 

@@ -24,8 +24,9 @@ import torch
 
 import kvsink
 from beyond.growing import Growing
-from beyond.sites import NOWHERE, site_of
+from beyond.sites import NOWHERE, head_dim, site_of
 from kvsink import AUTO, predict_auto, predict_sinks
+from paper.kvcache import check_head
 from support import cli, results
 
 if __name__ == "__main__":  # first of all, because without transformers the command says what to install
@@ -119,10 +120,11 @@ class KVSinkCache(Cache):
         if not hasattr(self.decoder, "layers"):
             raise ValueError(f"{type(self.decoder).__name__} has no `layers`: this cache does not know its blocks")
         config, self.keep, self.k, self.rule = self.decoder.config, keep, sinks, rule
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head = head_dim(config)
+        check_head(head)
         group_size, blocks = min(group_size or math.gcd(128, head), head), SimpleNamespace(blocks=self.decoder.layers)
-        if head % group_size or head % 8:
-            raise ValueError(f"group_size={group_size} has to divide a head of {head} channels, and 8 has to")
+        if head % group_size:
+            raise ValueError(f"group_size={group_size} does not divide a head of {head} channels")
         if site and not (1 <= site.l_E <= len(self.decoder.layers) and 0 <= site.c < config.hidden_size):
             raise ValueError(f"{site} is no place of this model; l_E counts blocks from 1")
         self.site = (site or site_of(self.decoder, tokenizer)) if "kvsink" in keep else NOWHERE
@@ -181,7 +183,9 @@ class KVSinkCache(Cache):
         H = H.masked_fill(~new.to(H.device)[..., None], 0)
         self.longer("X", H[:, :, self.site.c].to(new.device))
         X, n = self.tokens["X"][..., None], self.tokens["X"].shape[1]
-        if self.rule and new.any():
+        if H.shape[1] == 1 < n:  # a decoded token is no sink: nothing to look for
+            S_sink = new
+        elif self.rule:
             S_sink = self.rule(H).to(new.device)
         else:
             S_sink = predict_auto(X, 0) if self.k == AUTO else predict_sinks(X, 0, min(self.k, n))
@@ -209,8 +213,12 @@ class KVSinkCache(Cache):
 
     def bytes(self):
         """What the quantized layers store, and what the same numbers take in 16 bits."""
-        stores = [store for layer in self.ours for store in layer.stores]
-        return sum(s.bytes() for s in stores), sum(2 * s.numbers().numel() for s in stores)
+        stored = numbers = 0
+        for layer in self.ours:
+            for store in layer.stores:
+                b, h_kv, _, d_k = store.t["tail"].shape
+                stored, numbers = stored + store.bytes(), numbers + b * h_kv * layer.length * d_k
+        return stored, 2 * numbers
 
     def reset(self):
         super().reset()
