@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama import attention, rope_table, rotate
+from llama import apply_rope, attention, rope_table
 from quant import NotFinite, Quantizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +37,9 @@ TABLE_3 = {
     "llama3.1-8b-instruct": Table3Row(32, 1, 4096, (788, 1384, 4062)),
     "llama3.2-1b": Table3Row(16, 1, 2048, (400, 698, 2029, 1159)),
     "llama3.2-3b": Table3Row(28, 1, 3072, (588, 1016, 3046, 1731)),
-    "smollm2-135m": Table3Row(30, 11, 576, (507, 247)),  # not the paper's: found by `find_site` below
+    "smollm2-135m": Table3Row(
+        30, 11, 576, (507, 247)
+    ),  # not the paper's: found by `find_site` below
 }
 
 
@@ -68,10 +70,10 @@ def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope=False
     sink = S_sink[:, None, :, None]                               #     (b, 1, n, 1): a sink is one in every head
     X = block.LN_mhsa(H)                                          # 6   (b, n, d)
     Q, K, V = block.QKV(X)                                        # 7   (b, h, n, d_k), twice (b, h_kv, n, d_k)
-    Q, K = rotate(Q, rope), K if pre_rope else rotate(K, rope)
+    Q, K = apply_rope(Q, rope), K if pre_rope else apply_rope(K, rope)
     K_quant = torch.where(sink, K, quantize_K(K, sink))           # 8   only the tokens not in S_sink are quantized
     V_quant = torch.where(sink, V, quantize_V(V, sink))           # 9, 10
-    K_quant = rotate(K_quant, rope) if pre_rope else K_quant
+    K_quant = apply_rope(K_quant, rope) if pre_rope else K_quant
     A = attention(Q, K_quant, V_quant, block.sliding_window)      # 11  (b, n, h d_k)
     H = block.W_o(A) + H                                          # 12  (b, n, d), H^{l'} of Eq. 2
     return block.FFN(block.LN_ffn(H)) + H                         # 13  (b, n, d)
@@ -85,15 +87,15 @@ def predict_sinks(H, c, k):
 
 
 AUTO = "auto"  # in the place of k, which is not the paper's
-AT_MOST = 20  # so many tokens are kept then: the paper's largest N
+MAX_AUTO_SINKS = 20  # so many tokens are kept then: the paper's largest N
 
 
 def predict_auto(H, c):
-    """Lines 15-16 without k, not the paper's: of the AT_MOST tokens that `predict_sinks` marks, those that reach a
+    """Lines 15-16 without k, not the paper's: of the MAX_AUTO_SINKS tokens that `predict_sinks` marks, those that reach a
     tenth of the largest of their sequence. Sinks are some hundred times larger than the rest, so the tenth is not
     delicate; the bound holds where there is no gap, as in a text of one token again and again."""
     X = H[:, :, c].abs()                                          #     (b, n)
-    return predict_sinks(H, c, min(AT_MOST, X.shape[1])) & (X >= X.amax(1, keepdim=True) / 10)
+    return predict_sinks(H, c, min(MAX_AUTO_SINKS, X.shape[1])) & (X >= X.amax(1, keepdim=True) / 10)
 
 
 def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, pre_rope=False, step=decoder_block):
@@ -134,7 +136,9 @@ def preservation(keep, N, site, H):
 def compiled(function, **how):
     """`function` under torch.compile; `how` are its options. `decoder_block` is compiled at its first call and then
     serves every block, because weights, masks and ranges are inputs of its graph. Another scheme has another graph."""
-    torch._dynamo.config.recompile_limit = 64  # graphs before torch would quietly go on without compiling
+    torch._dynamo.config.recompile_limit = (
+        64  # graphs before torch would quietly go on without compiling
+    )
     return torch.compile(function, **how)
 
 
@@ -170,7 +174,10 @@ def rtn_cache(model, scheme, bits, group_size):
     """A cache of one of the SCHEMES; a static one has to be calibrated."""
     K, V, static = SCHEMES[scheme]
     blocks = range(len(model.blocks))
-    return [(Quantizer(bits, K, group_size, static), Quantizer(bits, V, group_size, static)) for _ in blocks]
+    return [
+        (Quantizer(bits, K, group_size, static), Quantizer(bits, V, group_size, static))
+        for _ in blocks
+    ]
 
 
 def with_bits(cache, bits):
@@ -211,7 +218,9 @@ PROMPTS = (  # Appendix D
     "The sun rises early in the summer.\n The days are short in the winter.\n ",
 )
 OUTLIER = 100  # a stable outlier is at least this many times the median magnitude of its block's hidden state,
-SPARSE = 10  # and this many times the median of its channel over the tokens: it belongs to a few tokens
+SPARSE = (
+    10  # and this many times the median of its channel over the tokens: it belongs to a few tokens
+)
 
 
 class Outliers(NamedTuple):
@@ -246,12 +255,18 @@ def stable_outliers(model, tokens):
     finally:
         for hook in hooks:
             hook.remove()
-    peak, elsewhere, typical = torch.stack(peak), torch.stack(elsewhere), torch.stack(typical)  # (L, d), (L, d), (L,)
+    peak, elsewhere, typical = (
+        torch.stack(peak),
+        torch.stack(elsewhere),
+        torch.stack(typical),
+    )  # (L, d), (L, d), (L,)
     outlying = (peak > OUTLIER * typical[:, None]) & (peak > SPARSE * elsewhere)  # (L, d)
     # The stabilization stage spans most blocks: a channel's median over the blocks is the level at which it is stable.
     level = torch.where(outlying, peak, 0.0).median(0).values  # (d,)
     if not level.max() > 0:
-        raise ValueError("no stable outliers: no channel of any token stands out through most blocks")
+        raise ValueError(
+            "no stable outliers: no channel of any token stands out through most blocks"
+        )
     c = int(level.argmax())
     # It emerges where it first comes near that level; a weaker emergence before it (SmolLM2 has one) stays far below.
     l = int((outlying[:, c] & (peak[:, c] > level[c] / 4)).int().argmax())
@@ -265,7 +280,11 @@ def find_site(model, prompts):
     channel do not depend on the input. Raises ValueError where there are no stable outliers or the prompts disagree."""
     device = model.embedding.weight.device
     found = [stable_outliers(model, torch.tensor([prompt], device=device)) for prompt in prompts]
-    if any(other.l_E != found[0].l_E or other.channels[0] != found[0].channels[0] for other in found):
+    if any(
+        other.l_E != found[0].l_E or other.channels[0] != found[0].channels[0] for other in found
+    ):
         seen = ", ".join(f"block {o.l_E} (from 1) channel {o.channels[0]}" for o in found)
-        raise ValueError(f"the prompts disagree where outliers emerge: {seen}; eval_ppl.py has --layer and --channel")
+        raise ValueError(
+            f"the prompts disagree where outliers emerge: {seen}; eval_ppl.py has --layer and --channel"
+        )
     return Site(found[0].l_E, found[0].channels[0])

@@ -49,7 +49,9 @@ class LlamaConfig:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 1.0
     rope_original_context: float = 1.0
-    sliding_window: int | None = None  # Mistral: a token sees itself and the window - 1 tokens before it
+    sliding_window: int | None = (
+        None  # Mistral: a token sees itself and the window - 1 tokens before it
+    )
     tie_word_embeddings: bool = False
 
     @classmethod
@@ -61,20 +63,32 @@ class LlamaConfig:
         names = raw.get("architectures") or [raw.get("model_type")]
         architecture = names[0] if isinstance(names, list) else names
         if architecture not in ("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral"):
-            raise ValueError(f"architecture {architecture!r} is not supported: only LLaMA and Mistral are")
+            raise ValueError(
+                f"architecture {architecture!r} is not supported: only LLaMA and Mistral are"
+            )
         if quantization := raw.get("quantization_config"):
-            method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-            raise ValueError(f"its weights are quantized ({method}): take the checkpoint in fp16, bf16 or fp32")
+            method = (
+                quantization.get("quant_method", "unnamed")
+                if isinstance(quantization, dict)
+                else quantization
+            )
+            raise ValueError(
+                f"its weights are quantized ({method}): take the checkpoint in fp16, bf16 or fp32"
+            )
         for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
             if (raw.get(key) or plain) != plain:
                 raise ValueError(f"{key} {raw[key]!r} is not supported: only {plain!r} is")
         # Newer files keep all of RoPE in `rope_parameters`, older ones in `rope_scaling` and `rope_theta`.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict):
-            raise ValueError(f"rope_scaling {rope!r} is not supported: it has to be an object or null")
+            raise ValueError(
+                f"rope_scaling {rope!r} is not supported: it has to be an object or null"
+            )
         rope_type = str(rope.get("rope_type", rope.get("type", "default")))
         if rope_type not in ROPE_KEYS:
-            raise ValueError(f"rope type {rope_type!r} is not supported: only {', '.join(ROPE_KEYS)} are")
+            raise ValueError(
+                f"rope type {rope_type!r} is not supported: only {', '.join(ROPE_KEYS)} are"
+            )
         mistral = architecture.lower().startswith("mistral")
         try:
             values = {field.name: raw[field.name] for field in fields(cls)[:5]}
@@ -83,10 +97,14 @@ class LlamaConfig:
             values |= {
                 "num_key_value_heads": raw.get("num_key_value_heads", 8 if mistral else h) or h,
                 "head_dim": raw.get("head_dim") or d // h,
-                "max_position_embeddings": raw.get("max_position_embeddings", 131072 if mistral else 2048),
+                "max_position_embeddings": raw.get(
+                    "max_position_embeddings", 131072 if mistral else 2048
+                ),
                 "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
                 "rope_theta": rope.get("rope_theta", raw.get("rope_theta") or 10000.0),
-                "sliding_window": raw.get("sliding_window", 4096) if mistral else None,  # LLaMA has none
+                "sliding_window": raw.get("sliding_window", 4096)
+                if mistral
+                else None,  # LLaMA has none
                 "tie_word_embeddings": raw.get("tie_word_embeddings", False),
             }
         except KeyError as missing:
@@ -98,23 +116,34 @@ class LlamaConfig:
             value = getattr(config, field.name)
             whole = field.type is int or field.name == "sliding_window" and value is not None
             if whole and not (type(value) is int and 0 < value < 2**31):
-                raise ValueError(f"{field.name} is {value!r}, which is not a positive whole number below 2^31")
+                raise ValueError(
+                    f"{field.name} is {value!r}, which is not a positive whole number below 2^31"
+                )
             if field.type is float and not (type(value) in (int, float) and 0 < value < 2**63):
-                raise ValueError(f"{field.name} is {value!r}, which is not a positive number below 2^63")
+                raise ValueError(
+                    f"{field.name} is {value!r}, which is not a positive number below 2^63"
+                )
             if field.type is bool and type(value) is not bool:
                 raise ValueError(f"{field.name} is {value!r}, which is neither true nor false")
         if h % config.num_key_value_heads or config.head_dim % 2:
-            raise ValueError(f"{h} query heads, {config.num_key_value_heads} Key heads of {config.head_dim} do not fit")
+            raise ValueError(
+                f"{h} query heads, {config.num_key_value_heads} Key heads of {config.head_dim} do not fit"
+            )
         return config
 
     @classmethod
     def from_pretrained(cls, directory):
         path = Path(directory) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{directory}: no config.json, so this is not a model's directory")
+            raise FileNotFoundError(
+                f"{directory}: no config.json, so this is not a model's directory"
+            )
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or refused by name above
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # not JSON, not UTF-8, or refused by name above
             raise ValueError(f"{path}: {error}") from None
 
 
@@ -131,7 +160,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, H):  # (b, n, d) -> (b, n, d)
         X = H.float()
-        return (X * torch.rsqrt(X.pow(2).mean(-1, keepdim=True) + self.eps)).to(H.dtype) * self.weight
+        return (X * torch.rsqrt(X.pow(2).mean(-1, keepdim=True) + self.eps)).to(
+            H.dtype
+        ) * self.weight
 
 
 def rope_table(config, n, device):
@@ -142,23 +173,29 @@ def rope_table(config, n, device):
         frequency = frequency / config.rope_factor
     elif config.rope_type == "llama3":
         # Fast pairs keep their frequency, slow ones are divided by the factor, those between are mixed.
-        turns = config.rope_original_context * frequency / (2 * math.pi)  # over the context the model was trained at
+        turns = (
+            config.rope_original_context * frequency / (2 * math.pi)
+        )  # over the context the model was trained at
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         fast = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (fast + (1 - fast) / config.rope_factor)
-    angle = torch.outer(torch.arange(n, device=device, dtype=torch.float32), frequency)  # (n, d_k/2)
-    angle = torch.cat((angle, angle), dim=-1)  # (n, d_k): channel i is paired with channel i + d_k/2
+    angle = torch.outer(
+        torch.arange(n, device=device, dtype=torch.float32), frequency
+    )  # (n, d_k/2)
+    angle = torch.cat(
+        (angle, angle), dim=-1
+    )  # (n, d_k): channel i is paired with channel i + d_k/2
     return angle.cos(), angle.sin()
 
 
-def rotate(X, rope):
+def apply_rope(X, rope):
     """RoPE on Q or K, (b, heads, n, d_k) -> the same; `rope` is the table above."""
     cos, sin = rope
     first, second = X.float().chunk(2, dim=-1)
     return (X * cos + torch.cat((-second, first), dim=-1) * sin).to(X.dtype)
 
 
-def causal(n, sliding_window, device):
+def causal_mask(n, sliding_window, device):
     """M of Eq. 3 as a mask (n, n): True where query t sees key i, itself and those before it, or a window of them."""
     i = torch.arange(n, device=device)
     age = i[:, None] - i[None, :]  # how many tokens ago the query saw the key
@@ -168,8 +205,11 @@ def causal(n, sliding_window, device):
 def attention(Q, K, V, sliding_window=None):
     """Softmax(Q K^T / sqrt(d_k) + M) V of Eq. 3, causal. Q (b, h, n, d_k), K, V (b, h_kv, n, d_k) -> (b, n, h d_k)"""
     n, group = Q.shape[2], Q.shape[1] // K.shape[1]
-    K, V = K.repeat_interleave(group, dim=1), V.repeat_interleave(group, dim=1)  # each K and V serves `group` queries
-    M = causal(n, sliding_window, Q.device) if sliding_window and n > sliding_window else None
+    K, V = (
+        K.repeat_interleave(group, dim=1),
+        V.repeat_interleave(group, dim=1),
+    )  # each K and V serves `group` queries
+    M = causal_mask(n, sliding_window, Q.device) if sliding_window and n > sliding_window else None
     A = F.scaled_dot_product_attention(Q, K, V, attn_mask=M, is_causal=M is None)
     return A.transpose(1, 2).flatten(2)
 
@@ -205,12 +245,15 @@ class Block(nn.Module):
 
     def QKV(self, X):
         """Queries, Keys and Values before RoPE: (b, n, d) -> (b, h, n, d_k), (b, h_kv, n, d_k), (b, h_kv, n, d_k)."""
-        return [W(X).unflatten(-1, (-1, self.d_k)).transpose(1, 2) for W in (self.W_q, self.W_k, self.W_v)]
+        return [
+            W(X).unflatten(-1, (-1, self.d_k)).transpose(1, 2)
+            for W in (self.W_q, self.W_k, self.W_v)
+        ]
 
     def forward(self, H, rope):
         """H^{l-1} -> H^l, both (b, n, d)."""
         Q, K, V = self.QKV(self.LN_mhsa(H))
-        A = attention(rotate(Q, rope), rotate(K, rope), V, self.sliding_window)
+        A = attention(apply_rope(Q, rope), apply_rope(K, rope), V, self.sliding_window)
         H = self.W_o(A) + H  # H^{l'}, Eq. 2
         return self.FFN(self.LN_ffn(H)) + H  # Eq. 1
 
@@ -228,7 +271,10 @@ class Llama(nn.Module):
 
     def forward(self, tokens):
         """tokens (b, n) int64 -> logits (b, n, vocab)."""
-        H, rope = self.embedding(tokens), rope_table(self.config, tokens.shape[1], tokens.device)  # H^0 (b, n, d)
+        H, rope = (
+            self.embedding(tokens),
+            rope_table(self.config, tokens.shape[1], tokens.device),
+        )  # H^0 (b, n, d)
         for block in self.blocks:
             H = block(H, rope)
         return self.logits(H)
@@ -268,7 +314,11 @@ CHECKPOINT_KEYS = {
 
 def checkpoint_names(config):
     """Checkpoint key -> parameter name, for every tensor of the model."""
-    every = [(key, l) for key in CHECKPOINT_KEYS for l in range(config.num_hidden_layers if "{l}" in key else 1)]
+    every = [
+        (key, l)
+        for key in CHECKPOINT_KEYS
+        for l in range(config.num_hidden_layers if "{l}" in key else 1)
+    ]
     return {CHECKPOINT_KEYS[key].format(l=l): key.format(l=l) for key, l in every}
 
 
@@ -289,7 +339,9 @@ def weight_files(directory):
         if ".." in path.parts or directory not in path.parents:
             raise ValueError(f"{index}: {path} lies outside the model's directory")
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: this shard is listed in {index.name} but is not there")
+            raise FileNotFoundError(
+                f"{path}: this shard is listed in {index.name} but is not there"
+            )
     return files
 
 
@@ -301,29 +353,47 @@ def locate_weights(directory):
         try:
             with safe_open(path, framework="pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}
-                stored |= {key: (path, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+                stored |= {
+                    key: (path, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()
+                }
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
         if lost := set(expected) - set(slices):
-            raise ValueError(f"{path}: tensor {min(lost)} is missing, though the index says it is here")
+            raise ValueError(
+                f"{path}: tensor {min(lost)} is missing, though the index says it is here"
+            )
     # Old LLaMA files carry RoPE's frequencies: not needed.
     stored = {key: what for key, what in stored.items() if not key.endswith("rotary_emb.inv_freq")}
     if "embed_tokens.weight" in stored:
-        raise ValueError(f"{directory}: a LlamaModel without its output layer: save the LlamaForCausalLM instead")
+        raise ValueError(
+            f"{directory}: a LlamaModel without its output layer: save the LlamaForCausalLM instead"
+        )
     if config.num_hidden_layers > len(stored):  # before anything is made for each block
-        raise ValueError(f"{directory}: config.json has more blocks than there are tensors ({len(stored)})")
+        raise ValueError(
+            f"{directory}: config.json has more blocks than there are tensors ({len(stored)})"
+        )
     with torch.device("meta"):  # shapes without storage
         model = Llama(config)
     names, places = checkpoint_names(config), {}
     for key, (path, shape, dtype) in sorted(stored.items()):
         if key not in names:
-            raise ValueError(f"{path}: tensor {key} is unexpected: this model has none of that name")
+            raise ValueError(
+                f"{path}: tensor {key} is unexpected: this model has none of that name"
+            )
         if shape != (expected := tuple(model.get_parameter(names[key]).shape)):
-            raise ValueError(f"{path}: tensor {key} has shape {shape}, config.json asks for {expected}")
+            raise ValueError(
+                f"{path}: tensor {key} has shape {shape}, config.json asks for {expected}"
+            )
         if dtype not in ("F32", "F16", "BF16"):
-            raise ValueError(f"{path}: tensor {key} is stored as {dtype}: only F32, F16 and BF16 are read")
+            raise ValueError(
+                f"{path}: tensor {key} is stored as {dtype}: only F32, F16 and BF16 are read"
+            )
         places[names[key]] = path, key
-    if missing := names.keys() - stored.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
+    if (
+        missing := names.keys()
+        - stored.keys()
+        - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    ):
         raise ValueError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} in all)")
     return model, places
 

@@ -82,7 +82,9 @@ def ungrouped(Xg, granularity, n):
     return Xg.flatten(-2) if granularity == "token" else Xg.flatten(-3, -2)[..., :n, :]
 
 
-def clipped_range(X, granularity, group_size=None, axes=(), leave_out=None, quantile=1.0, ratio=1.0):
+def clipped_range(
+    X, granularity, group_size=None, axes=(), leave_out=None, quantile=1.0, ratio=1.0
+):
     """clipped_min(X) and clipped_max(X) of every group of X, in shapes that broadcast against `grouped(X)`.
 
     axes        further axes of the grouped X to reduce over (static quantization: the sequences and the tokens)
@@ -92,8 +94,15 @@ def clipped_range(X, granularity, group_size=None, axes=(), leave_out=None, quan
     ratio       shrink the range to this part of itself, about its middle
     """
 
-    def groups_with(value):  # X in groups, `value` standing where a number must not count or is missing
-        return grouped(X if leave_out is None else X.masked_fill(leave_out, value), granularity, group_size, value)
+    def groups_with(
+        value,
+    ):  # X in groups, `value` standing where a number must not count or is missing
+        return grouped(
+            X if leave_out is None else X.masked_fill(leave_out, value),
+            granularity,
+            group_size,
+            value,
+        )
 
     if quantile < 1:
         Xg, group_axes = groups_with(torch.nan)
@@ -153,7 +162,9 @@ class Quantizer:
     ratio: float = 1.0
     lo: torch.Tensor | None = None  # static only: the range so far
     hi: torch.Tensor | None = None
-    half: bool = False  # dynamic only: scale and zero as a packed cache stores them, in 16 bits
+    fp16_params: bool = (
+        False  # dynamic only: scale and zero as a packed cache stores them, in 16 bits
+    )
 
     def __post_init__(self):
         if self.bits not in range(1, 9):
@@ -162,14 +173,18 @@ class Quantizer:
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group size {self.group_size}: a group has at least 1 number")
         if self.static and self.granularity != "token":
-            self.group_size = None  # groups of tokens would need a parameter for tokens not seen yet
+            self.group_size = (
+                None  # groups of tokens would need a parameter for tokens not seen yet
+            )
 
     def calibrate(self, X, leave_out=None):
         """Widen the static range by X (..., h, n, d), except for what `leave_out` masks (bool, broadcastable to X)."""
         check_finite(X)
         # All sequences count, and all tokens: of the grouped X (..., h, n, d/g, g) or (..., h, 1, n, d), axis -3.
         axes = (*range(X.ndim - 3), -3)
-        lo, hi = clipped_range(X.float(), self.granularity, self.group_size, axes, leave_out, self.quantile, self.ratio)
+        lo, hi = clipped_range(
+            X.float(), self.granularity, self.group_size, axes, leave_out, self.quantile, self.ratio
+        )
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
 
@@ -182,11 +197,13 @@ class Quantizer:
         else:
             if self.granularity == "token":
                 leave_out = None  # a token that has groups of its own disturbs no other: nothing to leave out
-            lo, hi = clipped_range(X, self.granularity, self.group_size, (), leave_out, self.quantile, self.ratio)
+            lo, hi = clipped_range(
+                X, self.granularity, self.group_size, (), leave_out, self.quantile, self.ratio
+            )
         nothing = lo > hi  # every token of the group is left out: its codes are never looked at
         lo, hi = lo.masked_fill(nothing, 0.0), hi.masked_fill(nothing, 0.0)
         s = scale(lo, hi, self.bits)
-        if self.half and not self.static:
+        if self.fp16_params and not self.static:
             # The scale is at least |lo| / 2^15, so that zero fits in fp16. A finer one would be lost in 16 bits.
             s = torch.maximum(s, lo.abs() / 2**15).clamp(2**-24, 65504).half().float()
             return s, zero(lo, s).half().float()
@@ -208,8 +225,14 @@ class Quantizer:
     def __call__(self, X, leave_out=None):
         """Quantize X (..., n, d) and dequantize it again; `leave_out` masks what must not count for the ranges. What is
         not finite comes back as NaN, so that it reaches the logits: to raise here would wait for a GPU in each block."""
-        Xf = X.to(torch.promote_types(X.dtype, torch.float32))  # fp16 cannot hold the quotients of Eq. 10 and 13
+        Xf = X.to(
+            torch.promote_types(X.dtype, torch.float32)
+        )  # fp16 cannot hold the quotients of Eq. 10 and 13
         s, z = self.parameters(Xf, leave_out)
         Xg, _ = grouped(Xf, self.granularity, self.group_size)
-        X_ = ungrouped(dequantize(quantize(Xg, s, z, self.bits), s, z), self.granularity, X.shape[-2])
-        return (X_ + (Xf - Xf)).to(X.dtype)  # X - X is 0, or NaN where X is not finite, which a clamp would hide
+        X_ = ungrouped(
+            dequantize(quantize(Xg, s, z, self.bits), s, z), self.granularity, X.shape[-2]
+        )
+        return (X_ + (Xf - Xf)).to(
+            X.dtype
+        )  # X - X is 0, or NaN where X is not finite, which a clamp would hide

@@ -20,15 +20,30 @@ import eval_ppl
 import kvsink
 import quant
 from kvsink import Site, full_precision_cache, pfn, prefill, preservation
-from llama import Llama, LlamaConfig, RMSNorm, attention, rope_table, rotate
+from llama import Llama, LlamaConfig, RMSNorm, apply_rope, attention, rope_table
 from quant import Quantizer
 from support import cli, hub, text
 from support.results import FULL_PRECISION, Row
 from support.tokenizer import Tokenizer
 from tests.fixtures import *  # noqa: F403
 from tests.helpers import (
-    CHANNEL, EMERGENCE, FAMILIES, LLAMA31_ROPE, PLANTED, REFERENCE, SITE, SMALL, STRONG, cache_of, calibrate,
-    default_results, ordinary_tokens, perplexities, results_of, write_model, write_weights,
+    CHANNEL,
+    EMERGENCE,
+    FAMILIES,
+    LLAMA31_ROPE,
+    PLANTED,
+    REFERENCE,
+    SITE,
+    SMALL,
+    STRONG,
+    cache_of,
+    calibrate,
+    default_results,
+    ordinary_tokens,
+    perplexities,
+    results_of,
+    write_model,
+    write_weights,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,7 +72,9 @@ def test_logits_equal_those_of_transformers(family, tmp_path):
     write_model(tmp_path, {**SMALL, **FAMILIES[family]})
     logits = Llama.from_pretrained(tmp_path)(GOLDEN_TOKENS)
     assert logits.shape == (2, 100, 97)
-    torch.testing.assert_close(golden_logits(logits), torch.tensor(GOLDEN[family]), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        golden_logits(logits), torch.tensor(GOLDEN[family]), rtol=1e-4, atol=2e-5
+    )
     low = Llama.from_pretrained(tmp_path, dtype=torch.bfloat16)(GOLDEN_TOKENS)
     assert low.dtype == torch.bfloat16
     assert (low - logits).norm() < 2e-2 * logits.norm()
@@ -71,7 +88,9 @@ def test_shards_give_the_same_model_as_one_file(tmp_path):
 
 def test_rope_parameters_of_newer_files_mean_the_same():
     old = LlamaConfig.from_dict({**SMALL, "rope_theta": 5e5, "rope_scaling": LLAMA31_ROPE})
-    assert old == LlamaConfig.from_dict({**SMALL, "rope_parameters": {**LLAMA31_ROPE, "rope_theta": 5e5}})
+    assert old == LlamaConfig.from_dict(
+        {**SMALL, "rope_parameters": {**LLAMA31_ROPE, "rope_theta": 5e5}}
+    )
 
 
 @pytest.mark.parametrize("window", [None, 4, 8])
@@ -94,7 +113,7 @@ def test_rope_turns_pairs_of_channels():
     X = np.random.RandomState(0).randn(1, 2, 50, 8)
     pairs = X[..., :4] + 1j * X[..., 4:]
     turned = pairs * np.exp(1j * np.outer(np.arange(50), 10000.0 ** -(np.arange(4) / 4)))
-    out = rotate(torch.tensor(X, dtype=torch.float32), rope_table(config, 50, "cpu")).numpy()
+    out = apply_rope(torch.tensor(X, dtype=torch.float32), rope_table(config, 50, "cpu")).numpy()
     np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], -1), atol=2e-5)
 
 
@@ -105,10 +124,12 @@ def test_massive_numbers_are_handled_in_fp32():
     X = H.astype(np.float64)
     norm = RMSNorm(64, 1e-5).half()
     expected = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(norm(torch.tensor(H)).double().numpy(), expected, rtol=2e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        norm(torch.tensor(H)).double().numpy(), expected, rtol=2e-3, atol=1e-6
+    )
     rope = rope_table(LlamaConfig.from_dict(SMALL), 500, "cpu")
     Q = torch.randn(1, 1, 500, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(rotate(Q, rope), rotate(Q.float(), rope).bfloat16())
+    assert torch.equal(apply_rope(Q, rope), apply_rope(Q.float(), rope).bfloat16())
 
 
 def test_a_batch_equals_its_sequences_one_by_one(tmp_path):
@@ -145,15 +166,33 @@ def test_configurations_that_are_refused_by_name(change, words):
 
 def test_what_a_configuration_leaves_out_is_what_transformers_assumes():
     """The defaults of its LlamaConfig and MistralConfig; a LLaMA never has a window, whatever its file says."""
-    shape = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    shape = {
+        key: SMALL[key]
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    }
     shape["num_attention_heads"] = 16
-    llama = LlamaConfig.from_dict({"model_type": "llama", **shape, "sliding_window": 16, "max_sequence_length": 99})
-    assert (llama.num_key_value_heads, llama.head_dim, llama.max_position_embeddings) == (16, 4, 2048)
+    llama = LlamaConfig.from_dict(
+        {"model_type": "llama", **shape, "sliding_window": 16, "max_sequence_length": 99}
+    )
+    assert (llama.num_key_value_heads, llama.head_dim, llama.max_position_embeddings) == (
+        16,
+        4,
+        2048,
+    )
     assert (llama.rms_norm_eps, llama.rope_theta, llama.rope_type) == (1e-6, 10000.0, "default")
     assert (llama.sliding_window, llama.tie_word_embeddings) == (None, False)
     mistral = LlamaConfig.from_dict({"model_type": "mistral", **shape})
-    assert (mistral.num_key_value_heads, mistral.max_position_embeddings, mistral.sliding_window) == (8, 131072, 4096)
-    assert LlamaConfig.from_dict({"model_type": "mistral", **shape, "sliding_window": None}).sliding_window is None
+    assert (
+        mistral.num_key_value_heads,
+        mistral.max_position_embeddings,
+        mistral.sliding_window,
+    ) == (8, 131072, 4096)
+    assert (
+        LlamaConfig.from_dict(
+            {"model_type": "mistral", **shape, "sliding_window": None}
+        ).sliding_window
+        is None
+    )
 
 
 KEY = "model.layers.1.mlp.up_proj.weight"
@@ -240,7 +279,10 @@ def test_frequencies_and_a_second_embedding_in_a_checkpoint_are_no_error(tmp_pat
 def test_of_two_copies_of_weights_the_one_is_read_that_transformers_reads(tmp_path):
     """model.safetensors goes before an index beside it; a stored output layer that differs is used, tied or not; shards
     may lie in a subfolder of the model's directory and nowhere else."""
-    new, old = write_model(tmp_path / "new", SMALL), write_model(tmp_path / "old", SMALL, shards=2, seed=1)
+    new, old = (
+        write_model(tmp_path / "new", SMALL),
+        write_model(tmp_path / "old", SMALL, shards=2, seed=1),
+    )
     expected = Llama.from_pretrained(new)(GOLDEN_TOKENS)
     for shard in old.glob("model-*"):
         shard.rename(new / shard.name)
@@ -323,7 +365,9 @@ def rtn_numpy(X, bits, groups):
         z = -np.round(x.min() / s)
         X_[at], S[at] = s * (np.clip(np.round(x / s) + z, 0, 2**bits - 1) - z), s
         near = np.abs(np.abs(x / s - np.floor(x / s)) - 0.5) < 1e-6 * max(1, np.abs(x / s).max())
-        edge[at] = near | near[x == x.min()].any()  # the minimum decides `zero`, and so the whole group
+        edge[at] = (
+            near | near[x == x.min()].any()
+        )  # the minimum decides `zero`, and so the whole group
     return X_, S, edge
 
 
@@ -393,7 +437,10 @@ def test_quantizers_that_cannot_be(arguments, words):
 def test_tokens_left_out_do_not_widen_a_dynamic_channel_group():
     X = torch.tensor([0.0, 1.0, 1000.0, 3.0]).view(1, 1, 4, 1)
     left_out = torch.tensor([False, False, True, False]).view(1, 1, 4, 1)
-    assert Quantizer(2, "channel")(X, left_out)[..., :2, 0].flatten().tolist() == [0, 1]  # scale 3/3, not 1000/3
+    assert Quantizer(2, "channel")(X, left_out)[..., :2, 0].flatten().tolist() == [
+        0,
+        1,
+    ]  # scale 3/3, not 1000/3
     everything = Quantizer(2, "channel")(X, torch.ones_like(left_out))
     assert torch.isfinite(everything).all()
 
@@ -432,7 +479,11 @@ def test_static_quantization_against_numpy(granularity):
     X = draw.randn(2, 3, 7, 8).astype(np.float32) * 1.5
     out = quantizer(torch.tensor(X)).numpy()
     for h, j in np.ndindex(3, 8):
-        channels = {"token": slice(j // 4 * 4, j // 4 * 4 + 4), "channel": slice(j, j + 1), "tensor": slice(0, 8)}
+        channels = {
+            "token": slice(j // 4 * 4, j // 4 * 4 + 4),
+            "channel": slice(j, j + 1),
+            "tensor": slice(0, 8),
+        }
         calibration = seen[h][:, channels[granularity]]
         s = (calibration.max() - calibration.min()) / 7
         z = -np.round(calibration.min() / s)
@@ -447,13 +498,20 @@ def test_clipped_ranges_against_numpy():
     np.testing.assert_allclose(hi.flatten(), np.quantile(X[0, 0], 0.9, axis=0), rtol=1e-5)
     left_out = torch.arange(40).view(1, 1, 40, 1) < 10
     lo, hi = quant.clipped_range(torch.tensor(X), "token", 4, (-3,), left_out, quantile=0.95)
-    np.testing.assert_allclose(hi.flatten(), [np.quantile(X[0, 0, 10:, j : j + 4], 0.95) for j in (0, 4)], rtol=1e-5)
+    np.testing.assert_allclose(
+        hi.flatten(), [np.quantile(X[0, 0, 10:, j : j + 4], 0.95) for j in (0, 4)], rtol=1e-5
+    )
     ragged = torch.tensor([0.0, 1, 2, 3, 10, 20]).view(1, 1, 6, 1)
-    assert quant.clipped_range(ragged, "channel", 4, quantile=0.75)[1].flatten().tolist() == [2.25, 17.5]
+    assert quant.clipped_range(ragged, "channel", 4, quantile=0.75)[1].flatten().tolist() == [
+        2.25,
+        17.5,
+    ]
     lo, hi = quant.clipped_range(torch.tensor([[[[-2.0, 0, 6]]]]), "token", ratio=0.5)
     assert (lo.item(), hi.item()) == (0, 4)  # half of the range of 8, about its middle 2
     quantizer = Quantizer(4, "token", static=True, ratio=0.5)
-    quantizer.calibrate(torch.ones(1, 1, 1, 3), torch.ones(1, 1, 1, 1, dtype=torch.bool))  # all of it is left out
+    quantizer.calibrate(
+        torch.ones(1, 1, 1, 3), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    )  # all of it is left out
     quantizer.calibrate(torch.tensor([[[[-2.0, 0, 6]]]]))
     assert (quantizer.lo.item(), quantizer.hi.item()) == (0, 4)
 
@@ -468,7 +526,9 @@ def test_the_planted_outliers_are_where_the_description_says(planted, sequences)
     tokens, S_sink = sequences
     hidden, hooks = [], []
     for block in planted.blocks:
-        hooks.append(block.register_forward_hook(lambda module, inputs, output: hidden.append(output)))
+        hooks.append(
+            block.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+        )
     planted(tokens)
     for hook in hooks:
         hook.remove()
@@ -484,10 +544,14 @@ def test_full_precision_prefill_is_the_model(planted, sequences):
     assert torch.equal(planted.logits(H), planted(tokens)) and not S_sink.any()
 
 
-@pytest.mark.parametrize("keep, k", [("kvsink", 2), ("kvsink", "auto"), ("pfn+kvsink", 2), ("pfn+kvsink", "auto")])
+@pytest.mark.parametrize(
+    "keep, k", [("kvsink", 2), ("kvsink", "auto"), ("pfn+kvsink", 2), ("pfn+kvsink", "auto")]
+)
 @pytest.mark.parametrize("pre_rope", [False, True])
 @pytest.mark.parametrize("scheme", TABLE_SCHEMES)
-def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(planted, sequences, scheme, pre_rope, keep, k):
+def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
+    planted, sequences, scheme, pre_rope, keep, k
+):
     """Lines 4-16: which tokens are left out block by block, and what becomes of their Keys and Values."""
     tokens, expected = sequences
     cache, seen = cache_of(planted, scheme, 2, tokens, keep, k, pre_rope), []
@@ -509,31 +573,39 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(planted, seq
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kvsink, "attention", watch_attention)
         H = planted.embedding(tokens)
-        _, S_sink = prefill(planted, H, watched, pre_rope=pre_rope, **preservation(keep, k, SITE, H))
+        _, S_sink = prefill(
+            planted, H, watched, pre_rope=pre_rope, **preservation(keep, k, SITE, H)
+        )
     assert torch.equal(S_sink, expected)
     rope, before = rope_table(planted.config, 24, "cpu"), torch.zeros(2, 24, dtype=torch.bool)
     before[:, 0] = keep == "pfn+kvsink"  # token 0, up to l_E
     for l in range(1, 7):
         (K, left_out), (V, left_out_V) = seen[2 * l - 2], seen[2 * l - 1]
         empty_or_sinks = (expected if l > EMERGENCE else before)[:, None, :, None]
-        assert torch.equal(left_out, empty_or_sinks) and torch.equal(left_out_V, empty_or_sinks), f"block {l}"
+        assert torch.equal(left_out, empty_or_sinks) and torch.equal(left_out_V, empty_or_sinks), (
+            f"block {l}"
+        )
         K_quant, V_quant = attended[l - 1]
-        K = rotate(K, rope) if pre_rope else K
+        K = apply_rope(K, rope) if pre_rope else K
         kept = empty_or_sinks.expand_as(K)
         assert torch.equal(K_quant[kept], K[kept]) and torch.equal(V_quant[kept], V[kept])
-        assert (K_quant[~kept] != K[~kept]).float().mean() > 0.9 and (V_quant[~kept] != V[~kept]).float().mean() > 0.5
+        assert (K_quant[~kept] != K[~kept]).float().mean() > 0.9 and (
+            V_quant[~kept] != V[~kept]
+        ).float().mean() > 0.5
 
 
 def test_keys_are_quantized_after_rope_or_before_it(planted, sequences):
     """What goes into line 8, against the output of W_k."""
     projected, rope = [], rope_table(planted.config, 24, "cpu")
-    hook = planted.blocks[0].W_k.register_forward_hook(lambda module, inputs, output: projected.append(output))
+    hook = planted.blocks[0].W_k.register_forward_hook(
+        lambda module, inputs, output: projected.append(output)
+    )
     for pre_rope in (False, True):
         seen = []
         cache = [(lambda X, _, seen=seen: seen.append(X) or X, kvsink.unquantized)] * 6
         prefill(planted, planted.embedding(sequences[0]), cache, pre_rope=pre_rope)
         K = projected.pop().unflatten(-1, (2, 8)).transpose(1, 2)
-        assert torch.equal(seen[0], K if pre_rope else rotate(K, rope))
+        assert torch.equal(seen[0], K if pre_rope else apply_rope(K, rope))
     hook.remove()
 
 
@@ -586,9 +658,15 @@ def test_pfn_keeps_the_first_n_tokens_from_the_first_block(planted, sequences):
     assert pfn(H, 3).tolist() == [[True] * 3 + [False] * 21] * 2
     cache = cache_of(planted, "token-dynamic", 2, tokens)
     everything, S_sink = prefill(planted, H, cache, **preservation("pfn", 24, SITE, H))
-    assert torch.equal(everything, prefill(planted, H, full_precision_cache(planted))[0]) and S_sink.all()
+    assert (
+        torch.equal(everything, prefill(planted, H, full_precision_cache(planted))[0])
+        and S_sink.all()
+    )
     nothing, S_sink = prefill(planted, H, cache, **preservation("none", 0, SITE, H))
-    assert torch.equal(nothing, prefill(planted, H, cache, **preservation("pfn", 0, SITE, H))[0]) and not S_sink.any()
+    assert (
+        torch.equal(nothing, prefill(planted, H, cache, **preservation("pfn", 0, SITE, H))[0])
+        and not S_sink.any()
+    )
 
 
 def test_prediction_is_the_top_k_of_one_channel():
@@ -596,7 +674,10 @@ def test_prediction_is_the_top_k_of_one_channel():
     H = torch.zeros(2, 4, 3)
     H[0, :, 1], H[1, :, 1] = torch.tensor([1.0, -9, 3, 5]), torch.tensor([-7.0, 0, 2, -8])
     H[:, 2, 0] = 100.0  # another channel
-    assert kvsink.predict_sinks(H, c=1, k=2).tolist() == [[False, True, False, True], [True, False, False, True]]
+    assert kvsink.predict_sinks(H, c=1, k=2).tolist() == [
+        [False, True, False, True],
+        [True, False, False, True],
+    ]
     assert kvsink.predict_sinks(H, c=1, k=0).sum() == 0 and kvsink.predict_sinks(H, c=1, k=4).all()
 
 
@@ -614,7 +695,9 @@ def test_prediction_without_k():
 
 def test_more_sinks_than_tokens_are_refused(planted, sequences):
     with pytest.raises(ValueError, match="cannot keep 25 of 24"):
-        prefill(planted, planted.embedding(sequences[0]), full_precision_cache(planted), *SITE, k=25)
+        prefill(
+            planted, planted.embedding(sequences[0]), full_precision_cache(planted), *SITE, k=25
+        )
 
 
 @pytest.mark.parametrize("scheme", TABLE_SCHEMES)
@@ -656,7 +739,11 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
     projected, hooks = [], []
     for block in planted.blocks:
         for linear in (block.W_k, block.W_v):
-            hooks.append(linear.register_forward_hook(lambda module, inputs, output: projected.append(output)))
+            hooks.append(
+                linear.register_forward_hook(
+                    lambda module, inputs, output: projected.append(output)
+                )
+            )
     planted(tokens)
     for hook in hooks:
         hook.remove()
@@ -666,28 +753,45 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
         left_out = {"none": S_sink & False, "pfn": first_two, "kvsink": S_sink & (l > EMERGENCE)}
         left_out["pfn+kvsink"] = S_sink if l > EMERGENCE else torch.arange(24).expand(2, 24) < 1
         left_out = left_out[keep]
-        K, V = (X.unflatten(-1, (2, 8)).transpose(1, 2) for X in projected[2 * l - 2 : 2 * l])  # (2, 2, 24, 8)
-        K = K if pre_rope else rotate(K, rope)
+        K, V = (
+            X.unflatten(-1, (2, 8)).transpose(1, 2) for X in projected[2 * l - 2 : 2 * l]
+        )  # (2, 2, 24, 8)
+        K = K if pre_rope else apply_rope(K, rope)
         K, V = (X.transpose(1, 2)[~left_out].numpy() for X in (K, V))  # (tokens that count, 2, 8)
         K_quantizer, V_quantizer = cache[l - 1]
         np.testing.assert_allclose(K_quantizer.lo.view(2, 8), K.min(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(K_quantizer.hi.view(2, 8), K.max(0), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(V_quantizer.lo.view(2, 2), V.reshape(-1, 2, 2, 4).min((0, 3)), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(V_quantizer.hi.view(2, 2), V.reshape(-1, 2, 2, 4).max((0, 3)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            V_quantizer.lo.view(2, 2), V.reshape(-1, 2, 2, 4).min((0, 3)), rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            V_quantizer.hi.view(2, 2), V.reshape(-1, 2, 2, 4).max((0, 3)), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("keep, N", [("none", 0), ("pfn", 3), ("kvsink", 2)])
-def test_one_pass_serves_all_schemes_and_widths_and_is_the_full_precision_model(planted, sequences, keep, N):
+def test_one_pass_serves_all_schemes_and_widths_and_is_the_full_precision_model(
+    planted, sequences, keep, N
+):
     tokens, H = sequences[0], planted.embedding(sequences[0])
-    together = {scheme: kvsink.rtn_cache(planted, scheme, 4, 8) for scheme in ("token-static", "channel-static")}
-    out, _ = prefill(planted, H, kvsink.observers(together.values()), **preservation(keep, N, SITE, H))
+    together = {
+        scheme: kvsink.rtn_cache(planted, scheme, 4, 8)
+        for scheme in ("token-static", "channel-static")
+    }
+    out, _ = prefill(
+        planted, H, kvsink.observers(together.values()), **preservation(keep, N, SITE, H)
+    )
     assert torch.equal(planted.logits(out), planted(tokens))
     for scheme, cache in together.items():
         alone = cache_of(planted, scheme, 4, tokens, keep, N)
         for one, other, narrow in zip(cache, alone, kvsink.with_bits(cache, 2)):
             for a, b, c in zip(one, other, narrow):
                 assert torch.equal(a.lo, b.lo) and torch.equal(a.hi, b.hi)
-                assert (a.bits, c.bits) == (4, 2) and torch.equal(c.lo, a.lo) and torch.equal(c.hi, a.hi)
+                assert (
+                    (a.bits, c.bits) == (4, 2)
+                    and torch.equal(c.lo, a.lo)
+                    and torch.equal(c.hi, a.hi)
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -707,7 +811,10 @@ def test_table_3_as_printed():
         "smollm2-135m": (30, 11, 576, (507, 247)),  # the finder's
     }
     die = "A 6-sided die is rolled 15 times and the results are: side 1 comes up 0 times;"
-    one = "The following are multiple choice questions (with answers) about machine learning.\n \n " + die
+    one = (
+        "The following are multiple choice questions (with answers) about machine learning.\n \n "
+        + die
+    )
     seasons = ["Summer is warm.", "Winter is cold.", "Spring is mild.", "Autumn is crisp."]
     days = ["The sun rises early in the summer.", "The days are short in the winter.", ""]
     assert kvsink.PROMPTS == (one, "\n ".join(seasons + days))
@@ -742,7 +849,9 @@ def test_the_finder_passes_over_a_weaker_emergence(planted):
     second.FFN.W_d.weight[:, 3] *= 100
     prompt = ordinary_tokens(30, 5).tolist()
     prompt[8] = STRONG
-    H1 = model.blocks[0](model.embedding(torch.tensor([prompt])), rope_table(model.config, 30, "cpu"))
+    H1 = model.blocks[0](
+        model.embedding(torch.tensor([prompt])), rope_table(model.config, 30, "cpu")
+    )
     assert H1[0, 8, CHANNEL].abs() > kvsink.OUTLIER * H1.abs().median()  # an outlier by itself
     assert kvsink.find_site(model, [prompt]) == SITE
 
@@ -827,7 +936,9 @@ def test_one_compiled_block_serves_all_and_agrees_with_eager(planted, sequences,
     if not cli.has_compiler("cpu"):
         pytest.skip("no compiler on this machine")
     tokens, expected = sequences
-    ((eager, _), (compiled, S_sink)), graphs = prefill_both_ways(copy_of(planted), tokens, scheme, "cpu", torch.float32)
+    ((eager, _), (compiled, S_sink)), graphs = prefill_both_ways(
+        copy_of(planted), tokens, scheme, "cpu", torch.float32
+    )
     assert graphs == 1 and torch.equal(S_sink, expected)
     assert (compiled - eager).norm() < 1e-3 * eager.norm()
 
@@ -854,7 +965,9 @@ def test_cuda_agrees_with_cpu(planted, sequences, scheme, dtype):
     assert graphs == 1
     for H, S_sink in gpu:
         assert torch.equal(S_sink.cpu(), expected)
-        assert (H.cpu().float() - cpu[0][0]).norm() < (1e-3 if dtype == torch.float32 else 5e-2) * cpu[0][0].norm()
+        assert (H.cpu().float() - cpu[0][0]).norm() < (
+            1e-3 if dtype == torch.float32 else 5e-2
+        ) * cpu[0][0].norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -864,13 +977,34 @@ def test_cuda_agrees_with_cpu(planted, sequences, scheme, dtype):
 def test_perplexity_against_numpy(tiny, tmp_path, capsys):
     """exp of the mean over the n - 1 predicted tokens of every whole window, from the model's logits, in float64."""
     out = tmp_path / "out.json"
-    assert eval_ppl.main([*tiny, "--scheme", "token-dynamic", "--keep", "none", "--bits", "4", "--json", str(out)]) == 0
+    assert (
+        eval_ppl.main(
+            [
+                *tiny,
+                "--scheme",
+                "token-dynamic",
+                "--keep",
+                "none",
+                "--bits",
+                "4",
+                "--json",
+                str(out),
+            ]
+        )
+        == 0
+    )
     full, quantized = results_of(out)
     tokens = np.frombuffer(Path(tiny[3]).read_bytes(), np.uint8)[: 31 * 64].reshape(31, 64)
-    logits = Llama.from_pretrained(tiny[1])(torch.tensor(tokens.astype(np.int64))).numpy().astype(np.float64)
+    logits = (
+        Llama.from_pretrained(tiny[1])(torch.tensor(tokens.astype(np.int64)))
+        .numpy()
+        .astype(np.float64)
+    )
     p = np.exp(logits[:, :-1])
     p = np.take_along_axis(p, tokens[:, 1:, None].astype(np.int64), -1)[..., 0] / p.sum(-1)
-    assert full["windows"] == 31 and full["ppl"] == pytest.approx(np.exp(-np.log(p).mean()), rel=1e-5)
+    assert full["windows"] == 31 and full["ppl"] == pytest.approx(
+        np.exp(-np.log(p).mean()), rel=1e-5
+    )
     assert quantized["ppl_fp"] == full["ppl"] != quantized["ppl"]
 
 
@@ -896,7 +1030,10 @@ def test_the_command_of_the_card():
     )
     rows = [("none", 0), ("pfn", 5), ("kvsink", 5)]
     schemes = ["token-static", "token-dynamic", "channel-static"]
-    assert what.rows == (FULL_PRECISION, *(Row(scheme, 2, *row) for scheme in schemes for row in rows))
+    assert what.rows == (
+        FULL_PRECISION,
+        *(Row(scheme, 2, *row) for scheme in schemes for row in rows),
+    )
     # A file is calibrated on wiki-sample, whose second part has 25,000 tokens: six windows of 4,096, not sixteen.
     (file,), *_ = eval_ppl.parse(["--model", "llama2-7b", "--data", "some.txt"])
     assert file.calib_windows == 4
@@ -908,8 +1045,22 @@ def test_the_command_of_the_card():
 @pytest.mark.parametrize("rope", ["post", "pre"])
 def test_a_row_is_algorithm_1_with_its_own_calibration(tiny, tmp_path, sample_calibration, rope):
     out, text = tmp_path / "out.json", Path(tiny[3]).read_bytes()
-    row = ["--scheme", "channel-static", "--keep", "kvsink", "--sinks", "3", "--bits", "3", "--rope", rope]
-    assert eval_ppl.main([*tiny, *row, "--limit", "2", "--calib-windows", "2", "--json", str(out)]) == 0
+    row = [
+        "--scheme",
+        "channel-static",
+        "--keep",
+        "kvsink",
+        "--sinks",
+        "3",
+        "--bits",
+        "3",
+        "--rope",
+        rope,
+    ]
+    assert (
+        eval_ppl.main([*tiny, *row, "--limit", "2", "--calib-windows", "2", "--json", str(out)])
+        == 0
+    )
     model = Llama.from_pretrained(tiny[1])
     documents = hub.documents("wiki-sample", "train")
     calibration = torch.tensor([*b"".join(document.encode() + b"\0" for document in documents)])
@@ -928,9 +1079,15 @@ def test_compiled_and_eager_runs_agree(tiny, tmp_path, sample_calibration):
     eager, compiled = tmp_path / "eager.json", tmp_path / "compiled.json"
     rows = ["--sinks", "3", "--bits", "4", "3", "--limit", "2"]
     assert eval_ppl.main([*tiny, *rows, "--json", str(eager)]) == 0
-    assert eval_ppl.main([*(a for a in tiny if a != "--no-compile"), *rows, "--json", str(compiled)]) == 0
+    assert (
+        eval_ppl.main([*(a for a in tiny if a != "--no-compile"), *rows, "--json", str(compiled)])
+        == 0
+    )
     for a, b in zip(results_of(eager), results_of(compiled), strict=True):
-        assert a["ppl"] == pytest.approx(b["ppl"], rel=5e-3) and (a["compiled"], b["compiled"]) == (False, True)
+        assert a["ppl"] == pytest.approx(b["ppl"], rel=5e-3) and (a["compiled"], b["compiled"]) == (
+            False,
+            True,
+        )
 
 
 def test_another_setting_is_another_row(tiny):
@@ -942,7 +1099,14 @@ def test_another_setting_is_another_row(tiny):
         return eval_ppl.settings(what, row, tokens, machine, weights, site)
 
     assert known() == known()
-    others = ["--rope=pre", "--dtype=bfloat16", "--seed=1", "--group-size=4", "--seq-len=32", "--calib-windows=3"]
+    others = [
+        "--rope=pre",
+        "--dtype=bfloat16",
+        "--seed=1",
+        "--group-size=4",
+        "--seq-len=32",
+        "--calib-windows=3",
+    ]
     for change in [*others, "--model=other", "--data=other"]:
         assert known(change) != known(), change
     for change in ({"tokens": tokens + 1}, {"tokens": tokens[:1]}, {"weights": "others"}, {"row": row._replace(N=6)},
@@ -958,16 +1122,25 @@ def test_another_setting_is_another_row(tiny):
 
 
 def test_the_finder_agrees_with_the_table_on_the_default_model(default_model):
-    model, tokenizer = Llama.from_pretrained(default_model), Tokenizer.from_pretrained(default_model)
+    model, tokenizer = (
+        Llama.from_pretrained(default_model),
+        Tokenizer.from_pretrained(default_model),
+    )
     prompts = [tokenizer.encode(prompt) for prompt in kvsink.PROMPTS]
     assert kvsink.find_site(model, prompts) == kvsink.table_site(hub.DEFAULT_MODEL)
-    found, row = kvsink.stable_outliers(model, torch.tensor(prompts[:1])), kvsink.TABLE_3[hub.DEFAULT_MODEL]
+    found, row = (
+        kvsink.stable_outliers(model, torch.tensor(prompts[:1])),
+        kvsink.TABLE_3[hub.DEFAULT_MODEL],
+    )
     assert found.channels[: len(row.channels)] == row.channels
 
 
 def test_the_sinks_of_the_default_model_are_where_documents_end(default_model):
     """Packed text: of each window, the outliers sit at token 0 and at every <|endoftext|>, nowhere else."""
-    model, tokenizer = Llama.from_pretrained(default_model), Tokenizer.from_pretrained(default_model)
+    model, tokenizer = (
+        Llama.from_pretrained(default_model),
+        Tokenizer.from_pretrained(default_model),
+    )
     for window in text.windows(tokenizer, "wiki-sample", "test", 1024, 1, 0):
         expected = window == tokenizer.eot
         expected[0] = True

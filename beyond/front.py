@@ -36,7 +36,9 @@ def group_sizes(head_dim):
     """Those of GROUPS that divide a head: a larger one would be the head again. Raises ValueError where none does."""
     if found := [size for size in GROUPS if head_dim % size == 0]:
         return found
-    raise ValueError(f"no group of {', '.join(map(str, GROUPS))} channels divides a head of {head_dim}")
+    raise ValueError(
+        f"no group of {', '.join(map(str, GROUPS))} channels divides a head of {head_dim}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,20 +81,34 @@ def picture(found):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    full, quantized = next(r for r in found if r["scheme"] == "full"), [r for r in found if r["scheme"] != "full"]
+    full, quantized = (
+        next(r for r in found if r["scheme"] == "full"),
+        [r for r in found if r["scheme"] != "full"],
+    )
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axis = figure.add_subplot()
     for r in quantized:
         how = {"color": COLORS[r["scheme"]], "markersize": 5, "alpha": 0.8}
         axis.plot(r["stored_bits"], above(r), MARKERS[r["keep"]], **how)
     best = front(quantized)
-    axis.plot([r["stored_bits"] for r in best], [above(r) for r in best], "k-", linewidth=1, zorder=0)
+    axis.plot(
+        [r["stored_bits"] for r in best], [above(r) for r in best], "k-", linewidth=1, zorder=0
+    )
     axis.set(xlabel="stored bits a number", ylabel="PPL above full precision, %", yscale="log")
     windows, n = full["windows"], full["seq_len"]
-    axis.set_title(f"{Path(full['model']).name} on {full['data']}, {windows} windows of {n} tokens", fontsize=10)
+    axis.set_title(
+        f"{Path(full['model']).name} on {full['data']}, {windows} windows of {n} tokens",
+        fontsize=10,
+    )
     names = {keep: f"{Row('', 0, keep, N).kept()} kept" for keep, N in RULES.items()}
-    handles = [Line2D([], [], marker="o", linestyle="", color=color, label=name) for name, color in COLORS.items()]
-    handles += [Line2D([], [], marker=MARKERS[k], linestyle="", color="k", label=name) for k, name in names.items()]
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=color, label=name)
+        for name, color in COLORS.items()
+    ]
+    handles += [
+        Line2D([], [], marker=MARKERS[k], linestyle="", color="k", label=name)
+        for k, name in names.items()
+    ]
     axis.legend(handles=[*handles, Line2D([], [], color="k", label="the front")], fontsize=8)
     return figure
 
@@ -130,7 +146,9 @@ def parse(argv):
     """What `run` takes. Raises ValueError for options that cannot be."""
     args = parse_arguments(argv)
     cli.check_outputs(args.json, args.plot)
-    what = eval_ppl.What(args.model, rows(), text.PACKED, 1024, args.limit, 4, seed=0, group_size=0, rope="post")
+    what = eval_ppl.What(
+        args.model, rows(), text.PACKED, 1024, args.limit, 4, seed=0, group_size=0, rope="post"
+    )
     return what, cli.machine(args), (args.layer, args.channel), args.json, args.plot
 
 
@@ -145,8 +163,8 @@ def run(what, machine, place, json, plot):
 
 
 def main(argv=None):
-    return cli.guarded("beyond.front", lambda: run(*parse(argv)), "name another --device")
+    return cli.run_command("beyond.front", lambda: run(*parse(argv)), "name another --device")
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.exit_process(main())

@@ -69,7 +69,12 @@ def row(model, windows, prompt, cache, name, full):
     Returns its predictions, and the bytes of a token."""
     with tqdm(windows.split(1), desc=name, unit="text", leave=False, disable=cli.bar_off()) as bar:
         found, sizes, seconds = zip(*(decoded(model, window, prompt, cache) for window in bar))
-    kl = torch.stack([F.kl_div(q, p, reduction="batchmean", log_target=True) for q, p in zip(found, full or found)])
+    kl = torch.stack(
+        [
+            F.kl_div(q, p, reduction="batchmean", log_target=True)
+            for q, p in zip(found, full or found)
+        ]
+    )
     error = f" +- {kl.std() / len(kl) ** 0.5:.4f}" if len(kl) > 1 else ""
     L, h_kv, d_k = shape(model)
     size = sum(sizes) / len(sizes)
@@ -96,7 +101,14 @@ def table(model, windows, prompt, site):
                 break
         if full:
             group_size = ours.ours[0].quantizers[0].group_size
-            row(model, windows, prompt, ours, f"KVSinkCache, {bits} bits, groups of {group_size}", full)
+            row(
+                model,
+                windows,
+                prompt,
+                ours,
+                f"KVSinkCache, {bits} bits, groups of {group_size}",
+                full,
+            )
         full = full or found
 
 
@@ -135,7 +147,12 @@ def run(args):
         raise ValueError(f"{error}") from None
     machine, directory = cli.machine(args), hub.model_directory(args.model)
     windows = text.windows(
-        Tokenizer.from_pretrained(directory), text.PACKED, "test", args.prompt + args.tokens, args.windows, 0
+        Tokenizer.from_pretrained(directory),
+        text.PACKED,
+        "test",
+        args.prompt + args.tokens,
+        args.windows,
+        0,
     )
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=machine.torch_dtype)
@@ -151,4 +168,6 @@ def run(args):
 
 
 def main(argv=None):
-    return cli.guarded("beyond.transformers_cache", lambda: run(parse_arguments(argv)), "lower --prompt")
+    return cli.run_command(
+        "beyond.transformers_cache", lambda: run(parse_arguments(argv)), "lower --prompt"
+    )

@@ -41,12 +41,18 @@ def site_of(decoder, tokenizer=None):
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
-        raise ValueError("this model has no tokenizer beside it: give tokenizer=, or site=Site(l_E, c)") from None
-    model = Decoder(decoder=decoder, blocks=decoder.layers, embedding=decoder.get_input_embeddings())
+        raise ValueError(
+            "this model has no tokenizer beside it: give tokenizer=, or site=Site(l_E, c)"
+        ) from None
+    model = Decoder(
+        decoder=decoder, blocks=decoder.layers, embedding=decoder.get_input_embeddings()
+    )
     try:
         return kvsink.find_site(model, [tokenizer(prompt).input_ids for prompt in kvsink.PROMPTS])
     except NotFinite:
         raise
     except ValueError as error:
-        warnings.warn(f"no sink will be predicted: {error}. A site that you know is given as site=Site(l_E, c)")
+        warnings.warn(
+            f"no sink will be predicted: {error}. A site that you know is given as site=Site(l_E, c)"
+        )
         return NOWHERE

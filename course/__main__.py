@@ -17,9 +17,17 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="handout or grade")
     add = commands.add_parser("handout", description="Write the students' repository.").add_argument
     add("folder", type=Path, help="a new folder, or an empty one")
-    add = commands.add_parser("grade", description="Grade a submission, or with --class a folder of them.").add_argument
+    add = commands.add_parser(
+        "grade", description="Grade a submission, or with --class a folder of them."
+    ).add_argument
     add("folder", type=Path, nargs="?", help="the submission: a folder like the handout")
-    add("--class", type=Path, dest="many", metavar="FOLDER", help="grade each folder in this one, and write a CSV file")
+    add(
+        "--class",
+        type=Path,
+        dest="many",
+        metavar="FOLDER",
+        help="grade each folder in this one, and write a CSV file",
+    )
     add("--json", type=Path, metavar="FILE", help="also write Gradescope's results.json")
     add("--csv", type=Path, metavar="FILE", help="where --class writes (default: grades.csv)")
     args = parser.parse_args(argv)
@@ -40,8 +48,8 @@ def parse(argv):
 
 
 def main(argv=None):
-    return cli.guarded("course", lambda: parse(argv)(), "close other programs")
+    return cli.run_command("course", lambda: parse(argv)(), "close other programs")
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.exit_process(main())

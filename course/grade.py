@@ -67,14 +67,26 @@ class Gone(Exception):
 def serving():
     """The server that forks students' processes, as long as it is needed: the socket on which it listens."""
     if not worker.landlock_version():
-        print("no Landlock on this system: native code could get at files; see course/README.md", file=sys.stderr)
+        print(
+            "no Landlock on this system: native code could get at files; see course/README.md",
+            file=sys.stderr,
+        )
     ours, theirs = socket.socketpair()
-    wanted = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
-    environment = {**wanted, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    wanted = {
+        name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ
+    }
+    environment = {
+        **wanted,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     command = [sys.executable, "-W", "ignore", worker.__file__, str(theirs.fileno())]
     with ours:
         with theirs:
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
+            process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True
+            )
         try:
             yield ours
         finally:
@@ -96,8 +108,13 @@ def student(server, texts):
             socket.send_fds(server, [request], [theirs.fileno()])
             theirs.close()
             if not (pid := server.recv(64)):
-                raise RuntimeError("the server of the students' processes did not start: does torch import?")
-            timer, start = threading.Timer(SECONDS, ours.shutdown, [socket.SHUT_RDWR]), time.monotonic()
+                raise RuntimeError(
+                    "the server of the students' processes did not start: does torch import?"
+                )
+            timer, start = (
+                threading.Timer(SECONDS, ours.shutdown, [socket.SHUT_RDWR]),
+                time.monotonic(),
+            )
             timer.start()  # whatever we wait for, to send or to receive, ends then
             connection = Connection(os.dup(ours.fileno()))
 
@@ -106,7 +123,9 @@ def student(server, texts):
                     return ask(connection, scenario, arguments)
                 except (EOFError, OSError):
                     late = time.monotonic() - start >= SECONDS
-                    by_itself = "the process ended by itself: exit, crash, or too much memory or time"
+                    by_itself = (
+                        "the process ended by itself: exit, crash, or too much memory or time"
+                    )
                     raise Gone(f"no answer in {SECONDS} seconds" if late else by_itself) from None
 
             try:
@@ -147,7 +166,11 @@ def tests_of(problem, function):
     found = []
     for kind, package in (("", "checks"), (" (hidden)", "hidden")):
         module = importlib.import_module(f"course.{package}.problem{problem.number}")
-        named = [(name, test) for name, test in vars(module).items() if name.startswith(f"test_{function.short}_")]
+        named = [
+            (name, test)
+            for name, test in vars(module).items()
+            if name.startswith(f"test_{function.short}_")
+        ]
         found += [(name + kind, test) for name, test in named if test.__module__ == module.__name__]
     return found
 
@@ -160,7 +183,9 @@ def reason(test, run):
         raise
     except Failed as error:
         return str(error)
-    except Exception as error:  # an assertion; or what came back is nothing that the test can compare
+    except (
+        Exception
+    ) as error:  # an assertion; or what came back is nothing that the test can compare
         said = one_line(str(error)) or type(error).__name__
         return f"{said} [{one_line(test.__doc__ or '')}]"
 
@@ -205,7 +230,15 @@ def grade_function(server, problem, function, folder):
         found = found or [(str(error), "it has no points")]
     failed = tuple((name, why) for name, why in found if why)
     points = 0 if failed else function.points
-    return Grade(problem.number, function.name, points, function.points, len(tests), len(found) - len(failed), failed)
+    return Grade(
+        problem.number,
+        function.name,
+        points,
+        function.points,
+        len(tests),
+        len(found) - len(failed),
+        failed,
+    )
 
 
 def grade(server, folder, disable=None):
@@ -236,7 +269,9 @@ def print_table(folder, grades):
     for problem in PROBLEMS:
         own = [g for g in grades if g.problem == problem.number]
         if own:
-            print(f"\nProblem {problem.number}, {problem.title}: {points_of(own)[0]} of {points_of(own)[1]}")
+            print(
+                f"\nProblem {problem.number}, {problem.title}: {points_of(own)[0]} of {points_of(own)[1]}"
+            )
         for g in own:
             print(f"  {g.name:<22}{g.points:>3} of {g.of:<4}{g.passed} of {g.tests} tests passed")
             for name, why in g.failed:
@@ -270,21 +305,36 @@ def grade_one(folder, file):
         grades = grade(server, folder)
     print_table(folder, grades)
     if file:
-        file.write_text(json.dumps(gradescope(grades, time.monotonic() - start), indent=1), encoding="utf-8")
+        file.write_text(
+            json.dumps(gradescope(grades, time.monotonic() - start), indent=1), encoding="utf-8"
+        )
 
 
 def grade_class(folder, file):
     """Grades each folder in `folder`, and writes a row of each to a CSV file as it is done."""
-    submissions = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    submissions = sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
     if not submissions:
-        raise ValueError(f"{folder} has no folders in it: --class takes a folder with one for each submission")
+        raise ValueError(
+            f"{folder} has no folders in it: --class takes a folder with one for each submission"
+        )
     numbers = [problem.number for problem in PROBLEMS if problem.functions]
     with serving() as server, open(file, "w", newline="", encoding="utf-8") as out:
         rows = csv.writer(out)
-        rows.writerow(["submission", *(f"problem {number}" for number in numbers), "points", "of", "lost"])
+        rows.writerow(
+            ["submission", *(f"problem {number}" for number in numbers), "points", "of", "lost"]
+        )
         for submission in tqdm(submissions, desc="grading", unit="submission", disable=None):
             grades = grade(server, submission, disable=True)
             lost = " ".join(g.name for g in grades if g.points < g.of)
-            rows.writerow([submission.name, *(points_of(grades, n)[0] for n in numbers), *points_of(grades), lost])
+            rows.writerow(
+                [
+                    submission.name,
+                    *(points_of(grades, n)[0] for n in numbers),
+                    *points_of(grades),
+                    lost,
+                ]
+            )
             out.flush()
     print(f"wrote {file}: {len(submissions)} submissions")

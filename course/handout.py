@@ -21,11 +21,18 @@ PYTEST = "[pytest]\ntestpaths = checks\n"
 
 def files():
     """Path in the handout -> text of every file."""
-    given = [path.relative_to(ROOT).as_posix() for pattern in GIVEN for path in sorted(ROOT.glob(pattern))]
+    given = [
+        path.relative_to(ROOT).as_posix()
+        for pattern in GIVEN
+        for path in sorted(ROOT.glob(pattern))
+    ]
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*given, *FILES)}
     for name in FILES:
         stubs = {
-            f.name: (f"Problem {p.number}: {f.says}", f.cut) for p in PROBLEMS for f in p.functions if f.file == name
+            f.name: (f"Problem {p.number}: {f.says}", f.cut)
+            for p in PROBLEMS
+            for f in p.functions
+            if f.file == name
         }
         texts[name] = source.stubbed(texts[name], stubs)
     for path in sorted((ROOT / "course/checks").glob("*.py")):
@@ -42,7 +49,9 @@ def files():
 def readme():
     """handout.md, with a table and a section for each problem in the places of {overview} and {problems}."""
     text = (ROOT / "course/handout.md").read_text(encoding="utf-8")
-    return text.replace("{overview}\n", overview()).replace("{problems}\n", "\n".join(map(section, PROBLEMS)))
+    return text.replace("{overview}\n", overview()).replace(
+        "{problems}\n", "\n".join(map(section, PROBLEMS))
+    )
 
 
 def overview():
@@ -50,7 +59,9 @@ def overview():
     rows = ["| problem | functions | points | about |", "|---|---|---|---|"]
     for p in PROBLEMS:
         names = ", ".join(f"`{f.name}`" for f in p.functions) or "in writing"
-        rows.append(f"| {p.number} {p.title} | {names} | {p.points}{' (bonus)' if p.bonus else ''} | {p.hours} |")
+        rows.append(
+            f"| {p.number} {p.title} | {names} | {p.points}{' (bonus)' if p.bonus else ''} | {p.hours} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -69,7 +80,14 @@ def section(problem):
     if problem.functions:
         lines += [f"**Check:** `python -m pytest checks/test_problem{problem.number}.py`", ""]
     if problem.hint:
-        lines += ["<details><summary>A hint</summary>", "", wrapped(problem.hint), "", "</details>", ""]
+        lines += [
+            "<details><summary>A hint</summary>",
+            "",
+            wrapped(problem.hint),
+            "",
+            "</details>",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -81,7 +99,9 @@ def wrapped(text):
 # No solution in it
 
 
-EVERYDAY = ("device = model.embedding.weight.device",)  # stands elsewhere too, and says nothing of how it is done
+EVERYDAY = (
+    "device = model.embedding.weight.device",
+)  # stands elsewhere too, and says nothing of how it is done
 
 
 def solution_parts(name, file):
@@ -89,7 +109,9 @@ def solution_parts(name, file):
     more than 32 characters, which no other code has by chance, or else the longest."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     body = source.functions_of(tree)[name].body[1:]  # without the docstring
-    nodes = [node for statement in body for node in ast.walk(statement) if isinstance(node, ast.stmt)]
+    nodes = [
+        node for statement in body for node in ast.walk(statement) if isinstance(node, ast.stmt)
+    ]
     for node in list(nodes):
         if isinstance(node, ast.Return) and node.value:
             nodes += [part for part in ast.walk(node.value) if isinstance(part, ast.expr)]
@@ -99,7 +121,10 @@ def solution_parts(name, file):
 
 def leaks(texts):
     """(function, file, part) for every part of a solution that a file of the handout has."""
-    plain = {name: ast.unparse(ast.parse(text)) if name.endswith(".py") else text for name, text in texts.items()}
+    plain = {
+        name: ast.unparse(ast.parse(text)) if name.endswith(".py") else text
+        for name, text in texts.items()
+    }
     flat = {name: " ".join(text.split()) for name, text in plain.items()}
     return [
         (function.name, name, part)

@@ -1,7 +1,7 @@
 """The table of the course: which functions belong to which problem, their points, and what the handout says of each.
 
 This is the only place that knows. To change an assignment, change it here and in checks/ and hidden/, whose tests are
-found by name: `test_rotate_...` checks `rotate`, and a function has its points when all tests of its name pass.
+found by name: `test_apply_rope_...` checks `apply_rope`, and a function has its points when all tests of its name pass.
 """
 
 from pathlib import Path
@@ -87,8 +87,8 @@ PROBLEMS = (
         hours="2 hours",
         functions=(
             Function(LLAMA, "rope_table", 5, "cos and sin of RoPE, Section 2"),
-            Function(LLAMA, "rotate", 3, "RoPE, Section 2"),
-            Function(LLAMA, "causal", 3, "M of Eq. 3"),
+            Function(LLAMA, "apply_rope", 3, "RoPE, Section 2"),
+            Function(LLAMA, "causal_mask", 3, "M of Eq. 3"),
             Function(LLAMA, "attention", 5, "Eq. 3"),
         ),
         write="Pair i of a head turns by `rope_theta ** (-2 i / d_k)` a token, and is channels i and i + d_k/2. The "

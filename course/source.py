@@ -23,7 +23,9 @@ def functions_of(tree):
 
 def lines_of(node):
     """The first and the last line of a function, from 1, decorators included."""
-    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]), node.end_lineno
+    return min(
+        [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
+    ), node.end_lineno
 
 
 def replaced(text, changes):
@@ -65,7 +67,9 @@ class Absent(Exception):
 def parsed(folder, name):
     """The tree of a file in a student's folder. Raises Absent where there is none."""
     path = folder / name
-    if not path.is_file() or folder.resolve() not in path.resolve().parents:  # a link may lead to the reference
+    if (
+        not path.is_file() or folder.resolve() not in path.resolve().parents
+    ):  # a link may lead to the reference
         raise Absent(f"{name} is not there")
     if path.stat().st_size > 1_000_000:
         raise Absent(f"{name} is larger than 1 MB")
@@ -95,13 +99,23 @@ def merged(text, tree, names):
                 needed[full] = offered.pop(full)
                 waiting.append(needed[full])
     beside = [node for node in tree.body if node in needed.values()]
-    last_import = max(node.end_lineno for node in reference.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    last_import = max(
+        node.end_lineno for node in reference.body if isinstance(node, (ast.Import, ast.ImportFrom))
+    )
     line = text.splitlines(keepends=True)[last_import - 1]
-    changes = [(last_import, last_import, line + "".join(f"{ast.unparse(node)}\n" for node in beside))]
+    changes = [
+        (last_import, last_import, line + "".join(f"{ast.unparse(node)}\n" for node in beside))
+    ]
     for name in names:
-        methods = [node for full, node in needed.items() if "." in full and owner_of(full) == owner_of(name)]
+        methods = [
+            node
+            for full, node in needed.items()
+            if "." in full and owner_of(full) == owner_of(name)
+        ]
         body = "\n".join(ast.unparse(node) for node in [theirs[name], *methods])
-        changes.append((*lines_of(own[name]), textwrap.indent(body, " " * own[name].col_offset) + "\n"))
+        changes.append(
+            (*lines_of(own[name]), textwrap.indent(body, " " * own[name].col_offset) + "\n")
+        )
     return replaced(text, changes)
 
 
@@ -125,7 +139,12 @@ def bindings(tree):
             found[node.name] = node
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {part.id: node for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+            found |= {
+                part.id: node
+                for target in targets
+                for part in ast.walk(target)
+                if isinstance(part, ast.Name)
+            }
     return found
 
 

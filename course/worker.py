@@ -90,12 +90,22 @@ CHANGES = (
 )  # fmt: skip
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.realpath(__file__))) + os.sep
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-PATHS = (str, bytes, pathlib.PosixPath)  # what else looks like a path may look like another the next time
+PATHS = (
+    str,
+    bytes,
+    pathlib.PosixPath,
+)  # what else looks like a path may look like another the next time
 
 
 def packages(folder):
     """The folders where Python and its packages are."""
-    found = [sys.prefix, sys.base_prefix, *(path for path in sys.path if path != folder), "/usr", "/lib"]
+    found = [
+        sys.prefix,
+        sys.base_prefix,
+        *(path for path in sys.path if path != folder),
+        "/usr",
+        "/lib",
+    ]
     return tuple(dict.fromkeys(os.path.realpath(path) for path in found if os.path.isdir(path)))
 
 
@@ -103,19 +113,31 @@ def landlock_version():
     """Of the kernel's own guard of files (Linux 5.13 and newer); 0 where there is none."""
     if sys.platform != "linux":
         return 0
-    return max(0, ctypes.CDLL(None).syscall(444, None, 0, 1))  # landlock_create_ruleset, asked for its version
+    return max(
+        0, ctypes.CDLL(None).syscall(444, None, 0, 1)
+    )  # landlock_create_ruleset, asked for its version
 
 
 def landlock(folder):
     """From now on the kernel lets this process change files in `folder` only, and read there and where Python and its
     packages are; native code too. Newer kernels also refuse TCP (version 4) and signals to other processes (6)."""
     libc, version = ctypes.CDLL(None), landlock_version()
-    everything = 2 ** (13 + (version >= 2) + (version >= 3)) - 1  # kinds of access; the second and third added one each
-    to_read = (*packages(folder), "/sys/devices/system/cpu", "/proc/cpuinfo")  # torch asks what the processor can do
-    refused = struct.pack("=QQQ", everything, 0b11, 0b11)[: 8 if version < 4 else 16 if version < 6 else 24]
+    everything = (
+        2 ** (13 + (version >= 2) + (version >= 3)) - 1
+    )  # kinds of access; the second and third added one each
+    to_read = (
+        *packages(folder),
+        "/sys/devices/system/cpu",
+        "/proc/cpuinfo",
+    )  # torch asks what the processor can do
+    refused = struct.pack("=QQQ", everything, 0b11, 0b11)[
+        : 8 if version < 4 else 16 if version < 6 else 24
+    ]
     ruleset = libc.syscall(444, refused, len(refused), 0)
     for path in filter(os.path.exists, (folder, *to_read)):
-        reading = 0b1101 if os.path.isdir(path) else 0b0101  # to execute, to read files, to read folders
+        reading = (
+            0b1101 if os.path.isdir(path) else 0b0101
+        )  # to execute, to read files, to read folders
         access = everything if path == folder else reading
         parent = os.open(path, os.O_PATH)
         libc.syscall(445, ruleset, 1, struct.pack("=Qi", access, parent), 0)  # landlock_add_rule
@@ -131,7 +153,9 @@ def guard(folder):
     real, is_folder, text = os.path.realpath, os.path.isdir, os.fsdecode
     own = (real(folder) + os.sep,)
     readable = own + tuple(path + os.sep for path in packages(folder))
-    inside = tuple(path for path in readable if path.startswith(REPOSITORY))  # as a virtual environment may be
+    inside = tuple(
+        path for path in readable if path.startswith(REPOSITORY)
+    )  # as a virtual environment may be
 
     def within(path, roots):
         if type(path) not in PATHS:
@@ -145,11 +169,17 @@ def guard(folder):
         if event == "open":
             path, mode, flags = arguments
             writes = set(mode or "") & set("wax+") or (flags or 0) & WRITING
-            allowed = within(path, own) if writes or type(path) is not int and is_folder(path) else may_read(path)
+            allowed = (
+                within(path, own)
+                if writes or type(path) is not int and is_folder(path)
+                else may_read(path)
+            )
         elif event in ("os.listdir", "os.scandir"):
             allowed = may_read(arguments[0] or ".")
         elif event in CHANGES:
-            allowed = all(type(x) in (int, float, tuple, type(None)) or within(x, own) for x in arguments)
+            allowed = all(
+                type(x) in (int, float, tuple, type(None)) or within(x, own) for x in arguments
+            )
         else:
             allowed = not event.startswith(FORBIDDEN)
         if not allowed:
@@ -160,10 +190,17 @@ def guard(folder):
 
 def limit(seconds):
     """Limits of CPU time, memory, file size; no core dump."""
-    with suppress(OSError), open("/proc/self/statm") as file:  # what torch takes of address space, and 2 GiB
+    with (
+        suppress(OSError),
+        open("/proc/self/statm") as file,
+    ):  # what torch takes of address space, and 2 GiB
         room = int(file.read().split()[0]) * resource.getpagesize() + 2**31
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
-    for kind, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_FSIZE, 2**20), (resource.RLIMIT_CORE, 0)):
+    for kind, most in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, 2**20),
+        (resource.RLIMIT_CORE, 0),
+    ):
         resource.setrlimit(kind, (most, most))
 
 
@@ -205,9 +242,17 @@ def serve_scenarios(connection, folder):
 def described(error, folder):
     """An exception in one line: its type, its message, and the line of the student's file that it came from."""
     said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(folder + os.sep)]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename.startswith(folder + os.sep)
+    ]
     frames = [f for f in frames if not f.filename.endswith("scenarios.py")]
-    return f"{said} (at: {frames[-1].line})" if frames and not isinstance(error, NotImplementedError) else said
+    return (
+        f"{said} (at: {frames[-1].line})"
+        if frames and not isinstance(error, NotImplementedError)
+        else said
+    )
 
 
 NOBODY = 65534  # the user who owns nothing
@@ -215,7 +260,9 @@ NOBODY = 65534  # the user who owns nothing
 
 def become_student(connection, folder, seconds):
     """What a forked process does: gives up what it does not need, and serves."""
-    if os.geteuid() == 0 and not os.stat(REPOSITORY).st_mode & 0o007:  # gradescope/setup.sh closes it to others
+    if (
+        os.geteuid() == 0 and not os.stat(REPOSITORY).st_mode & 0o007
+    ):  # gradescope/setup.sh closes it to others
         os.chown(folder, NOBODY, NOBODY)
         os.setgroups([])
         os.setgid(NOBODY)

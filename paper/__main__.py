@@ -35,8 +35,8 @@ def parse(argv):
 
 
 def main(argv=None):
-    return cli.guarded("paper", lambda: run(parse(argv)), command.ADVICE)
+    return cli.run_command("paper", lambda: run(parse(argv)), command.ADVICE)
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.exit_process(main())

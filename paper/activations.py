@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kvsink import OUTLIER, SPARSE, Site, check_hidden_state
-from llama import Llama, causal, rope_table, rotate
+from llama import Llama, apply_rope, causal_mask, rope_table
 from quant import Quantizer
 from support.tokenizer import Tokenizer
 
@@ -53,11 +53,17 @@ def look(model, tokens, reduce):
         seen[module] = inputs[0][0], output[0]
 
     def finish(block, inputs, H):  # H^l (1, n, d)
-        (X_d_in, X_d_out), (_, O), (H_, _) = seen[block.FFN.W_d], seen[block.W_o], seen[block.LN_ffn]
+        (X_d_in, X_d_out), (_, O), (H_, _) = (
+            seen[block.FFN.W_d],
+            seen[block.W_o],
+            seen[block.LN_ffn],
+        )
         Q, K, V = (seen[W][1].float().unflatten(-1, (-1, block.d_k)).transpose(0, 1)
                    for W in (block.W_q, block.W_k, block.W_v))  # fmt: skip
         wide = (X.float() for X in (O, H_, X_d_in, X_d_out, H[0]))
-        given.append(reduce(Activations(len(given) + 1, rotate(Q, rope), rotate(K, rope), V, *wide)))
+        given.append(
+            reduce(Activations(len(given) + 1, apply_rope(Q, rope), apply_rope(K, rope), V, *wide))
+        )
         seen.clear()
 
     # Nobody asks for logits: one token's are enough.
@@ -109,17 +115,31 @@ def stages(peak, typical):
     """
     height, L = torch.where(peak > OUTLIER * typical, peak, 0.0), len(peak)
     low, high = torch.minimum(height[1:], height[:-1]), torch.maximum(height[1:], height[:-1])
-    stable = torch.where(high < STEADY * low, low, 0.0)  # (L - 1,): of each two neighbours that hold the same level
+    stable = torch.where(
+        high < STEADY * low, low, 0.0
+    )  # (L - 1,): of each two neighbours that hold the same level
     if not stable.any():
         return []
     level = stable[stable > stable.max() / 4].median()
-    steady, faded = (height > level / STEADY).tolist(), (height < level / FADED).tolist()  # by block, from 0
+    steady, faded = (
+        (height > level / STEADY).tolist(),
+        (height < level / FADED).tolist(),
+    )  # by block, from 0
     top = steady.index(True)  # the first block at full height
-    rise = max((l + 1 for l in range(top) if faded[l]), default=0)  # the first after all blocks without
-    fall = min((l for l in range(top, L) if not any(steady[l : l + 2])), default=L)  # two blocks low: not a mere dip
-    gone = min((l + 1 for l in range(fall, L) if faded[l]), default=L)  # the first after the outliers went
+    rise = max(
+        (l + 1 for l in range(top) if faded[l]), default=0
+    )  # the first after all blocks without
+    fall = min(
+        (l for l in range(top, L) if not any(steady[l : l + 2])), default=L
+    )  # two blocks low: not a mere dip
+    gone = min(
+        (l + 1 for l in range(fall, L) if faded[l]), default=L
+    )  # the first after the outliers went
     edges = [l + 1 for l in (0, rise, top + 1, fall, gone, L)]  # by block, from 1
-    return [*stages(peak[:rise], typical[:rise]), Stages(*(range(*ends) for ends in itertools.pairwise(edges)))]
+    return [
+        *stages(peak[:rise], typical[:rise]),
+        Stages(*(range(*ends) for ends in itertools.pairwise(edges))),
+    ]
 
 
 def extremes(X):
@@ -135,7 +155,11 @@ def evolution(model, tokens, c):
 
     def reduce(a):
         check_hidden_state(a.H, a.l, len(model.blocks))
-        found = *(extremes(getattr(a, name)) for name in names), a.H.abs().median(), sink_tokens(a.H, c)
+        found = (
+            *(extremes(getattr(a, name)) for name in names),
+            a.H.abs().median(),
+            sink_tokens(a.H, c),
+        )
         return [X.cpu() for X in found]
 
     *curves, typical, S = (torch.stack(column) for column in zip(*look(model, tokens, reduce)))
@@ -154,7 +178,9 @@ def for_queries(X, h):
 def attention_scores(Q, K, sliding_window=None):
     """P = Softmax(Q K^T / sqrt(d_k) + M) of Eq. 3: Q (h, n, d_k), K (h_kv, n, d_k) -> (h, n, n), p_i^t at [:, t, i]."""
     scores = Q @ for_queries(K, len(Q)).mT / Q.shape[-1] ** 0.5
-    return scores.masked_fill(~causal(Q.shape[1], sliding_window, Q.device), -torch.inf).softmax(-1)
+    return scores.masked_fill(
+        ~causal_mask(Q.shape[1], sliding_window, Q.device), -torch.inf
+    ).softmax(-1)
 
 
 def attention_bias(P, V, S):
@@ -192,7 +218,9 @@ class Subject:
     typical: torch.Tensor  # (L,)
     stages: list  # of Stages, the last those of the strongest outliers
     S: torch.Tensor  # (n,), the sinks of the first window, on the CPU
-    quantizers: dict = field(default_factory=dict)  # as `static_quantizers` makes them, where they are needed
+    quantizers: dict = field(
+        default_factory=dict
+    )  # as `static_quantizers` makes them, where they are needed
 
     @property
     def stable_blocks(self):
@@ -202,7 +230,9 @@ class Subject:
     @functools.cached_property
     def inside(self):
         """The Activations of the block that is drawn, on the first window."""
-        return look(self.model, self.windows[0], lambda a: a if a.l == self.block else None)[self.block - 1]
+        return look(self.model, self.windows[0], lambda a: a if a.l == self.block else None)[
+            self.block - 1
+        ]
 
     def look_where_stable(self, tokens, reduce):
         """`look` at tokens (1, n), in the blocks of the stabilization stage only. `reduce` is called with the
@@ -230,7 +260,9 @@ def examine(name, text, model, tokenizer, windows, site, layer=None):
     found, S = stages(curves["H"].abs().amax(1), typical), S[site.l_E - 1]
     subject = Subject(name, text, model, tokenizer, windows, site, 0, curves, typical, found, S)
     if not found or not S.any() or not subject.stable_blocks:
-        raise ValueError(f"no stable outliers: no token of {text} stands out in {name} after block {site.l_E} (from 1)")
+        raise ValueError(
+            f"no stable outliers: no token of {text} stands out in {name} after block {site.l_E} (from 1)"
+        )
     if S.all() or S.nonzero()[0] == len(S) - 1:
         raise ValueError(f"{text}: there is no other token to compare the sinks of {name} with")
     return replace(subject, block=subject.stable_blocks[:2][-1] if layer is None else layer + 1)
@@ -256,7 +288,9 @@ def static_quantizers(subject, calibration):
     def calibrate(a, S):
         for kind, (tensor, granularity) in KINDS.items():
             for kept in (False, True):
-                q = quantizers.setdefault((a.l, kind, kept), Quantizer(8, granularity, GROUP, static=True))
+                q = quantizers.setdefault(
+                    (a.l, kind, kept), Quantizer(8, granularity, GROUP, static=True)
+                )
                 q.calibrate(getattr(a, tensor), (S & kept)[:, None])
 
     for tokens in calibration:
@@ -266,7 +300,10 @@ def static_quantizers(subject, calibration):
 
 def quantized_attention(subject, a, S, bits, kept):
     """Keys and Values after static per-token quantization, the attention scores they give, and the bias of Eq. 9."""
-    q_K, q_V = (replace(subject.quantizers[a.l, f"per-token {X}", kept], bits=bits) for X in ("Keys", "Values"))
+    q_K, q_V = (
+        replace(subject.quantizers[a.l, f"per-token {X}", kept], bits=bits)
+        for X in ("Keys", "Values")
+    )
     keep = (S & kept)[:, None]
     K, V = torch.where(keep, a.K, q_K(a.K)), torch.where(keep, a.V, q_V(a.V))
     P = attention_scores(a.Q, K, subject.model.config.sliding_window)
@@ -277,7 +314,9 @@ def static_damage(subject):
     """Where static per-token quantization hurts, the numbers behind Figure 7: a list of dict, one for each of its bits,
     of relative errors |X' - X| / |X| on the first window, over all blocks where sinks are stable. Scores are all p_i^t,
     the bias is that of Eq. 9; "kept" is with the sinks kept in full precision and left out of the calibration."""
-    sums = {bits: defaultdict(lambda: torch.zeros(2, dtype=torch.float64)) for bits in FIGURE_7_BITS}
+    sums = {
+        bits: defaultdict(lambda: torch.zeros(2, dtype=torch.float64)) for bits in FIGURE_7_BITS
+    }
 
     def add(a, S):
         P = subject.scores(a)
@@ -299,9 +338,14 @@ def static_damage(subject):
                 sums[bits][name] += torch.tensor([(X_ - X).square().sum(), X.square().sum()])
         bar.update()
 
-    with tqdm(desc="Figure 7", total=len(subject.stable_blocks), leave=False, unit="block", disable=None) as bar:
+    with tqdm(
+        desc="Figure 7", total=len(subject.stable_blocks), leave=False, unit="block", disable=None
+    ) as bar:
         subject.look_where_stable(subject.windows[0], add)
-    errors = {bits: {name: math.sqrt(s[0] / s[1]) for name, s in row.items()} for bits, row in sums.items()}
+    errors = {
+        bits: {name: math.sqrt(s[0] / s[1]) for name, s in row.items()}
+        for bits, row in sums.items()
+    }
     return [{"bits": bits, **row} for bits, row in errors.items()]
 
 
@@ -328,5 +372,7 @@ def norms_by_block(subject):
         N = X.norm(dim=-1).cpu()
         return torch.stack([N[:, who].quantile(levels) for who in (S, ~S)])
 
-    found = look(subject.model, subject.windows[0], lambda a: [percentiles(X) for X in (a.Q, a.K, a.V)])
+    found = look(
+        subject.model, subject.windows[0], lambda a: [percentiles(X) for X in (a.Q, a.K, a.V)]
+    )
     return {name: torch.stack(rows) for name, rows in zip("QKV", zip(*found))}

@@ -25,7 +25,11 @@ from support.tokenizer import Tokenizer
 
 ADVICE = "give a shorter --prompt, or --device cpu"  # where memory is short
 LONGEST = 2048  # tokens of a text: attention scores are kept for every pair of them
-SLUGS = {"packed": "packed", "1": "prompt1", "2": "prompt2"}  # in the names of files; any other text has a hash
+SLUGS = {
+    "packed": "packed",
+    "1": "prompt1",
+    "2": "prompt2",
+}  # in the names of files; any other text has a hash
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class What:
     def file(self, kind, ending):
         """The file of a table or figure."""
         known = SLUGS.get(self.prompt)
-        slug = known or "text" + hashlib.sha256(self.prompt.encode(errors="replace")).hexdigest()[:8]
+        slug = (
+            known or "text" + hashlib.sha256(self.prompt.encode(errors="replace")).hexdigest()[:8]
+        )
         return self.out / f"{kind}-{self.name}-{slug}.{ending}"
 
 
@@ -54,7 +60,12 @@ def add_options(add):
     cli.add_model_options(add)
     add("--prompt", help="1 or 2, the paper's; packed, Wikipedia articles; or a text (default: 1, and packed for the "
         "default model)")  # fmt: skip
-    add("--out", type=Path, default=Path("figures"), help="folder for results (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("figures"),
+        help="folder for results (default: %(default)s)",
+    )
 
 
 def add_machine_options(parser):
@@ -98,13 +109,20 @@ def read_windows(prompt, tokenizer, context):
     """What titles call a text, and its windows (count, n). Raises ValueError where it is too short or too long."""
     if prompt == "packed":
         n = min(1024, context)
-        return f"packed wiki-sample, {n} tokens", text.windows(tokenizer, text.PACKED, "test", n, 8, 0)
+        return f"packed wiki-sample, {n} tokens", text.windows(
+            tokenizer, text.PACKED, "test", n, 8, 0
+        )
     printed = {"1": kvsink.PROMPTS[0], "2": kvsink.PROMPTS[1]}.get(prompt)
     windows = torch.tensor([tokenizer.encode(printed or prompt)])
     most = min(LONGEST, context)
     if not 2 <= windows.shape[1] <= most:
-        raise ValueError(f"--prompt has {windows.shape[1]} tokens for this model: 2 to {most} can be drawn")
-    return f"prompt {prompt}" if printed else f'"{textwrap.shorten(ascii(prompt)[1:-1], 40)}"', windows
+        raise ValueError(
+            f"--prompt has {windows.shape[1]} tokens for this model: 2 to {most} can be drawn"
+        )
+    return (
+        f"prompt {prompt}" if printed else f'"{textwrap.shorten(ascii(prompt)[1:-1], 40)}"',
+        windows,
+    )
 
 
 def calibration_windows(what, loaded):
@@ -136,15 +154,21 @@ def calibrated(what, loaded, subject):
     tokens = calibration_windows(what, loaded)
     text.check_vocabulary(tokens, loaded.model.config, loaded.directory)
     windows = tqdm(tokens, desc="calibrating", unit="window", leave=False, disable=None)
-    found = activations.static_quantizers(subject, (window[None].to(what.machine.device) for window in windows))
+    found = activations.static_quantizers(
+        subject, (window[None].to(what.machine.device) for window in windows)
+    )
     return replace(subject, quantizers=found)
 
 
 def print_stages(subject):
     sinks = ", ".join(map(str, subject.S.nonzero().flatten().tolist()))
     print(f"\n{subject.name} on {subject.text}: sinks at tokens {sinks}")
-    for found, what in zip(subject.stages[::-1], ["stages", *["weaker outliers"] * len(subject.stages)]):
-        listed = ", ".join(f"{name} {span(blocks)}" for name, blocks in found._asdict().items() if blocks)
+    for found, what in zip(
+        subject.stages[::-1], ["stages", *["weaker outliers"] * len(subject.stages)]
+    ):
+        listed = ", ".join(
+            f"{name} {span(blocks)}" for name, blocks in found._asdict().items() if blocks
+        )
         print(f"{what}, blocks from 1: {listed}", flush=True)
 
 

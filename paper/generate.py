@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kvsink
-from llama import Llama, LlamaConfig, rotate
+from llama import Llama, LlamaConfig, apply_rope
 from paper import kvquant
-from paper.kvcache import KVCache, Plain, cache_bytes, pieces
+from paper.kvcache import FullPrecisionStore, KVCache, cache_bytes, pieces
 from quant import NotFinite
 from support import cli, hub, results, text
-from support.cache import say
-from support.results import FULL_PRECISION, Row, with_rules
+from support.cache import log
+from support.results import FULL_PRECISION, Row, expand_rows
 from support.run import How, calibrated
 from support.tokenizer import Tokenizer
 
@@ -53,16 +53,22 @@ def prefill(model, cache, prompts, keep="none", N=0, site=NOWHERE, step=kvsink.d
         if not prompt:
             raise ValueError("the prompt is empty")
         if len(prompt) > cache.n:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, and the cache was made for {cache.n}")
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, and the cache was made for {cache.n}"
+            )
         if cache.k > len(prompt):
             raise ValueError(f"cannot keep {cache.k} of {len(prompt)} tokens")
         if keep != "none" and (most := most_kept(N, len(prompt))) != cache.k:
-            raise ValueError(f"cannot keep {most} tokens in a cache that was made to keep {cache.k}")
+            raise ValueError(
+                f"cannot keep {most} tokens in a cache that was made to keep {cache.k}"
+            )
         H = model.embedding(torch.tensor([prompt], device=cache.at.device))
         rows = torch.tensor([[i]], device=cache.at.device)
-        fillers = [block_cache.fillers(rows) for block_cache in cache.blocks]
+        storing_quantizers = [block_cache.storing_quantizers(rows) for block_cache in cache.blocks]
         rule = kvsink.preservation(keep, N, site, H)
-        H, _ = kvsink.prefill(model, H, fillers, pre_rope=cache.blocks[0].pre_rope, step=step, **rule)
+        H, _ = kvsink.prefill(
+            model, H, storing_quantizers, pre_rope=cache.blocks[0].pre_rope, step=step, **rule
+        )
         logits.append(model.logits(H[:, -1]))
         cache.lengths[i] = cache.at[i] = len(prompt)
     return torch.cat(logits)
@@ -70,7 +76,7 @@ def prefill(model, cache, prompts, keep="none", N=0, site=NOWHERE, step=kvsink.d
 
 def most_kept(N, n):
     """How many of a prompt's n tokens may be kept."""
-    return min(kvsink.AT_MOST, n) if N == kvsink.AUTO else N
+    return min(kvsink.MAX_AUTO_SINKS, n) if N == kvsink.AUTO else N
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +99,7 @@ def decode_block(block, H, cache, at, rope):
     Needs `cache.make_room()` before."""
     Q, K, V = block.QKV(block.LN_mhsa(H))  # (b, h, 1, d_k), twice (b, h_kv, 1, d_k)
     turn = [table[at][:, None] for table in rope]  # (b, 1, 1, d_k)
-    Q, K = rotate(Q, turn), K if cache.pre_rope else rotate(K, turn)
+    Q, K = apply_rope(Q, turn), K if cache.pre_rope else apply_rope(K, turn)
     rows = torch.arange(len(H), device=H.device)[:, None]
     cache.K.append(rows, at, K)
     cache.V.append(rows, at, V)
@@ -106,19 +112,31 @@ def attention(Q, cache, at, rope, sliding_window=None):
     (b, h, _, d_k), n = Q.shape, cache.n
     slot = torch.arange(n + 1, device=Q.device)
     unseen = (slot > at) | (slot <= at - (sliding_window or n))  # (b, n + 1)
-    if isinstance(cache.K, Plain):
-        Q = Q.view(b, -1, h // cache.K.X.shape[1], d_k)  # the G queries that share a Key, as if they were tokens
-        A = F.scaled_dot_product_attention(Q, cache.K.X, cache.V.X, attn_mask=~unseen[:, None, None, :n])
+    if isinstance(cache.K, FullPrecisionStore):
+        Q = Q.view(
+            b, -1, h // cache.K.X.shape[1], d_k
+        )  # the G queries that share a Key, as if they were tokens
+        A = F.scaled_dot_product_attention(
+            Q, cache.K.X, cache.V.X, attn_mask=~unseen[:, None, None, :n]
+        )
         return A.reshape(b, 1, h * d_k)
     h_kv, rope = cache.K.codes.shape[1], rope if cache.pre_rope else None
     q = Q.float().view(b, h_kv, h // h_kv, d_k) * d_k**-0.5
     # Kept tokens come from their side buffer. Unused slots of it hold n, one past the end, which is unseen.
-    K = cache.kept_K if rope is None else rotate(cache.kept_K, [table[cache.kept][:, None] for table in rope])
-    S_kept = (q @ K.float().mT).masked_fill(unseen.gather(1, cache.kept)[:, None, None], -torch.inf)  # (b, h_kv, G, k)
+    K = (
+        cache.kept_K
+        if rope is None
+        else apply_rope(cache.kept_K, [table[cache.kept][:, None] for table in rope])
+    )
+    S_kept = (q @ K.float().mT).masked_fill(
+        unseen.gather(1, cache.kept)[:, None, None], -torch.inf
+    )  # (b, h_kv, G, k)
     apart = unseen.scatter(1, cache.kept, True)[:, None, :n]
     # Softmax by hand, one query at a time: the scores are written once, and read once for their maximum.
     P, P_kept = [], []
-    for S_g, S_kept_g in zip(cache.K.scores(q, rope and [table[:n] for table in rope], at), S_kept.unbind(2)):
+    for S_g, S_kept_g in zip(
+        cache.K.scores(q, rope and [table[:n] for table in rope], at), S_kept.unbind(2)
+    ):
         S_g = S_g.masked_fill(apart, -torch.inf)  # (b, h_kv, n)
         m = torch.cat((S_g.amax(-1, keepdim=True), S_kept_g), dim=-1).amax(-1, keepdim=True)
         P.append((S_g - m).exp())
@@ -138,16 +156,16 @@ def decode(model, cache, tokens, step=decode_block):
     for block_cache in cache.blocks:
         block_cache.make_room()
     if cache.at.is_cuda:
-        cache.replay = cache.replay or captured(model, cache, step)
+        cache.replay = cache.replay or capture_cuda_graph(model, cache, step)
         logits = cache.replay(tokens)
     else:
-        logits = every_block(model, cache, step, tokens)
+        logits = decode_step(model, cache, step, tokens)
     cache.lengths = [length + 1 for length in cache.lengths]
     cache.finish_groups()
     return logits
 
 
-def every_block(model, cache, step, tokens):
+def decode_step(model, cache, step, tokens):
     """A step's work on the device."""
     H = model.embedding(tokens[:, None])  # (b, 1, d)
     for block, block_cache in zip(model.blocks, cache.blocks):
@@ -156,11 +174,11 @@ def every_block(model, cache, step, tokens):
     return model.logits(H[:, 0])
 
 
-def captured(model, cache, step):
-    """`every_block` as one CUDA graph: some forty launches a block become one a token. A graph repeats the same work on
+def capture_cuda_graph(model, cache, step):
+    """`decode_step` as one CUDA graph: some forty launches a block become one a token. A graph repeats the same work on
     the same addresses. So caches have their full size from the start, and `at` lies on the device. KVQuant's outliers
     grow: a cache with outliers is not captured."""
-    work, at = functools.partial(every_block, model, cache, step), cache.at.clone()
+    work, at = functools.partial(decode_step, model, cache, step), cache.at.clone()
     if any(store.outliers is not None for block in cache.blocks for store in (block.K, block.V)):
         return work
     tokens, stream = torch.zeros_like(at[:, 0]), torch.cuda.Stream(at.device)
@@ -176,7 +194,9 @@ def captured(model, cache, step):
             logits = work(tokens)
     except RuntimeError as error:
         cache.at.copy_(at)
-        say(f"decoding without a CUDA graph, which could not be captured: {str(error).splitlines()[0]}")
+        log(
+            f"decoding without a CUDA graph, which could not be captured: {str(error).splitlines()[0]}"
+        )
         return work
 
     def replay(new_tokens):
@@ -248,14 +268,27 @@ class Caches:
 def quantizers_for(caches, model, tokenizer, site, weights):
     """row -> what quantizes its Keys and Values in each block, calibrated where that has to be. Calibration always has
     seed 0, so that texts of all seeds come from the same quantizers."""
-    recipes = {row: kvquant.Recipe(row.keep, row.N, row.rho) for row in caches.rows if row.scheme == "kvquant"}
+    recipes = {
+        row: kvquant.Recipe(row.keep, row.N, row.rho)
+        for row in caches.rows
+        if row.scheme == "kvquant"
+    }
     if recipes:
         dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-        made_with = kvquant.MadeWith(weights, caches.text, caches.windows, caches.tokens, seed=0, dtype=dtype)
-        calibrations = kvquant.calibrations(model, tokenizer, list(recipes.values()), site, made_with)
+        made_with = kvquant.MadeWith(
+            weights, caches.text, caches.windows, caches.tokens, seed=0, dtype=dtype
+        )
+        calibrations = kvquant.calibrations(
+            model, tokenizer, list(recipes.values()), site, made_with
+        )
     if any(row.static() for row in caches.rows):
-        windows = text.calibration_windows(tokenizer, caches.text, caches.tokens, caches.windows, seed=0)
-    how, quantizers = How(kvsink.decoder_block, nll=None, pre_rope=caches.pre_rope), {}  # no loss is asked for
+        windows = text.calibration_windows(
+            tokenizer, caches.text, caches.tokens, caches.windows, seed=0
+        )
+    how, quantizers = (
+        How(kvsink.decoder_block, nll=None, pre_rope=caches.pre_rope),
+        {},
+    )  # no loss is asked for
     for row in caches.rows:
         if row == FULL_PRECISION:
             quantizers[row] = kvsink.full_precision_cache(model)
@@ -275,7 +308,7 @@ def quantizers_for(caches, model, tokenizer, site, weights):
 
 
 @dataclass(frozen=True)
-class Speech:
+class SamplingParams:
     """What is said: how the text begins, how many tokens follow, how each is chosen."""
 
     prompt: str
@@ -289,7 +322,9 @@ def speak(model, tokenizer, prompt, count, row, prefilled, choose, step):
     """Text as it is made; then how fast, in how many bytes, and what was kept. `prefilled` takes a row to its cache,
     filled by the prompt, and to its logits."""
     if step is not decode_block:
-        print("compiling with the second token, up to half a minute the first time", file=sys.stderr)
+        print(
+            "compiling with the second token, up to half a minute the first time", file=sys.stderr
+        )
     start = time.perf_counter()
     cache, logits = prefilled(row)
     begin = prompt[:1] == [tokenizer.bos]  # has no text
@@ -303,13 +338,23 @@ def speak(model, tokenizer, prompt, count, row, prefilled, choose, step):
             shown = said
     print(tokenizer.decode(tokens)[len(shown) :] + "\n")
     # The first step compiles, so it is not counted.
-    speed = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens per second" if len(times) > 2 else ""
-    print(f"{row}: prompt of {len(prompt)} tokens in {times[0] - start:.2f} s, {len(times)} new ones{speed}")
+    speed = (
+        f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens per second"
+        if len(times) > 2
+        else ""
+    )
+    print(
+        f"{row}: prompt of {len(prompt)} tokens in {times[0] - start:.2f} s, {len(times)} new ones{speed}"
+    )
     full, size = cache_bytes(model.config, cache.n, 16), cache.bytes()
-    print(f"cache for {cache.n} tokens: {size:,} bytes, {100 * size / full:.1f} % of the {full:,.0f} of fp16")
+    print(
+        f"cache for {cache.n} tokens: {size:,} bytes, {100 * size / full:.1f} % of the {full:,.0f} of fp16"
+    )
     if row.N:
         slots = [slot for slot in cache.blocks[-1].kept[0].tolist() if slot < cache.n]
-        print(f"kept: {', '.join(f'{slot} {tokenizer.decode([prompt[slot]])!r}' for slot in slots) or 'nothing'}")
+        print(
+            f"kept: {', '.join(f'{slot} {tokenizer.decode([prompt[slot]])!r}' for slot in slots) or 'nothing'}"
+        )
 
 
 def compare(model, tokenizer, count, rows, prefilled, choose, step):
@@ -323,7 +368,9 @@ def compare(model, tokenizer, count, rows, prefilled, choose, step):
             seen.append(logits)
             return choose(logits)
 
-        tokens = list(generate(model, cache, logits, count, remember_and_choose, tokenizer.ends, step))
+        tokens = list(
+            generate(model, cache, logits, count, remember_and_choose, tokenizer.ends, step)
+        )
         if row == FULL_PRECISION:
             spoken, reference, heading = tokens, seen, ["full precision", "KL 0", "same 100 %"]
         else:
@@ -384,7 +431,10 @@ def parse(argv):
     args = parse_arguments(argv)
     if not args.prompt.strip():
         raise ValueError("the prompt is empty: give --prompt some text")
-    if not (args.temperature == 0 or 1e-6 <= args.temperature <= 1e6) or not 1e-6 <= args.top_p <= 1:  # NaN too
+    if (
+        not (args.temperature == 0 or 1e-6 <= args.temperature <= 1e6)
+        or not 1e-6 <= args.top_p <= 1
+    ):  # NaN too
         raise ValueError("--temperature is 0 or from 1e-6 to 1e6, and --top-p from 1e-6 to 1")
     if args.outliers and args.scheme != "kvquant":
         raise ValueError("--outliers is for --scheme kvquant")
@@ -395,8 +445,10 @@ def parse(argv):
         N = args.sinks or kvsink.AUTO
         if keep == "pfn" and N == kvsink.AUTO and (args.compare or not args.sinks):
             N = 5  # PFN finds no N itself
-        rows += with_rules([(args.scheme, args.bits, args.outliers)], [keep], [N])
-    source, windows, tokens = ("wiki-sample", 4, 1024) if args.model == hub.DEFAULT_MODEL else ("wikitext2", 16, 4096)
+        rows += expand_rows([(args.scheme, args.bits, args.outliers)], [keep], [N])
+    source, windows, tokens = (
+        ("wiki-sample", 4, 1024) if args.model == hub.DEFAULT_MODEL else ("wikitext2", 16, 4096)
+    )
     if args.scheme == "kvquant":
         windows, tokens = 16, min(tokens, 2048)  # its paper's
     caches = Caches(
@@ -407,7 +459,9 @@ def parse(argv):
         windows=windows,
         tokens=tokens,
     )
-    speech = Speech(args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    speech = SamplingParams(
+        args.prompt, args.max_new_tokens, args.temperature, args.top_p, args.seed
+    )
     return args.model, cli.machine(args), speech, caches, (args.layer, args.channel)
 
 
@@ -424,14 +478,21 @@ def fitting(caches, prompt, count, config, machine):
     if (most := max(most_kept(row.N, len(prompt)) for row in caches.rows)) > len(prompt):
         raise ValueError(f"the prompt has {len(prompt)} tokens: lower --sinks {most}, or say more")
     if N > tokens - 2 and any(row.static() or row.scheme == "kvquant" for row in caches.rows):
-        raise ValueError(f"--sinks {N}: calibration has windows of {tokens} tokens, too few to keep so many")
-    group_size, _ = cli.fitting_group(caches.group_size, config.head_dim)
-    room = min(-(-n // 256) * 256, context)  # in steps of 256 tokens: code compiled for one prompt serves the next
-    bits = max(8 * machine.torch_dtype.itemsize if row == FULL_PRECISION else row.bits for row in caches.rows)
+        raise ValueError(
+            f"--sinks {N}: calibration has windows of {tokens} tokens, too few to keep so many"
+        )
+    group_size, _ = cli.clamp_group_size(caches.group_size, config.head_dim)
+    room = min(
+        -(-n // 256) * 256, context
+    )  # in steps of 256 tokens: code compiled for one prompt serves the next
+    bits = max(
+        8 * machine.torch_dtype.itemsize if row == FULL_PRECISION else row.bits
+        for row in caches.rows
+    )
     needed, free = cache_bytes(config, room, bits), cli.free_memory(machine.device)
     if needed > free:
         raise ValueError(
-            f"a cache of {room} tokens takes {cli.amount(needed)}, and {cli.amount(free)} are free on "
+            f"a cache of {room} tokens takes {cli.format_bytes(needed)}, and {cli.format_bytes(free)} are free on "
             f"{machine.device}: lower --max-new-tokens or --bits"
         )
     return replace(caches, group_size=group_size, tokens=tokens), room
@@ -475,8 +536,10 @@ def run(name, machine, speech, caches, place):
 
 
 def main(argv=None):
-    return cli.guarded("paper.generate", lambda: run(*parse(argv)), "lower --max-new-tokens or --bits")
+    return cli.run_command(
+        "paper.generate", lambda: run(*parse(argv)), "lower --max-new-tokens or --bits"
+    )
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.exit_process(main())

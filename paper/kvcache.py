@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import kvsink
-from llama import rope_table, rotate
+from llama import apply_rope, rope_table
 from quant import Quantizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,7 +38,9 @@ def pack(codes, bits):
     """
     parts, codes = [], codes.to(torch.int32)
     for width in planes(bits):
-        plane = (codes & (2**width - 1)).unflatten(-1, (8 // width, -1)).unbind(-2)  # each (..., d w/8)
+        plane = (
+            (codes & (2**width - 1)).unflatten(-1, (8 // width, -1)).unbind(-2)
+        )  # each (..., d w/8)
         parts.append(sum(codes_i << (width * i) for i, codes_i in enumerate(plane)))
         codes = codes >> width
     return torch.cat(parts, dim=-1).to(torch.uint8)
@@ -55,7 +57,9 @@ def slices(packed, bits):
     All it takes is to shift bytes. Code that computes with a slice under torch.compile never has the codes in memory.
     """
     d = packed.shape[-1] * 8 // bits
-    step = d * min(planes(bits)[-1], 2) // 8  # 2 bits unpack to quarters of the channels, 1 bit to eighths
+    step = (
+        d * min(planes(bits)[-1], 2) // 8
+    )  # 2 bits unpack to quarters of the channels, 1 bit to eighths
     for first in range(0, d, step):
         codes, plane, shift = 0, 0, 0
         for width in planes(bits):
@@ -81,7 +85,7 @@ def unpack(packed, bits):
 # How the Keys or the Values of one block are stored
 
 
-class Plain:
+class FullPrecisionStore:
     """Full precision: the numbers themselves, (b, h_kv, n, d_k)."""
 
     outliers = None
@@ -101,27 +105,37 @@ class Packed:
     """Codes of `bits` bits, and the two parameters that decode them: scale and zero, or KVQuant's middle and half
     width. Dynamic parameters are stored in 16 bits, a pair for every token or for every g tokens; static ones once.
 
-    Where g tokens share a scale, it is known when all g are there. Until the next token comes, `tail` holds the newest
+    Where g tokens share a scale, it is known when all g are there. Until the next token comes, `residual` holds the newest
     group in full precision (as in KIVI); then it is full, and gets its codes.
     """
 
     def __init__(self, quantizer, b, h_kv, n, d_k, dtype, device):
         check_head(d_k)
         rtn, self.d_k = isinstance(quantizer, Quantizer), d_k
-        self.quantizer = replace(quantizer, half=True) if rtn else quantizer
+        self.quantizer = replace(quantizer, fp16_params=True) if rtn else quantizer
         self.static = quantizer.static if rtn else quantizer.lo is not None
-        self.g = quantizer.group_size if rtn and quantizer.granularity == "channel" and not self.static else 1
+        self.g = (
+            quantizer.group_size
+            if rtn and quantizer.granularity == "channel" and not self.static
+            else 1
+        )
         # In memory RTN's codes lie with the tokens last, (b, h_kv, bytes, n), whatever their shape says. So a vector register
         # holds neighbouring tokens, and no width leaves it half empty. KVQuant's look-up of levels wants its channels last.
-        room = (b, h_kv, d_k * quantizer.bits // 8, n) if rtn else (b, h_kv, n, d_k * quantizer.bits // 8)
+        room = (
+            (b, h_kv, d_k * quantizer.bits // 8, n)
+            if rtn
+            else (b, h_kv, n, d_k * quantizer.bits // 8)
+        )
         codes = torch.zeros(room, dtype=torch.uint8, device=device)
         self.codes = codes.mT if rtn else codes  # (b, h_kv, n, bytes)
         one_group = torch.zeros(1, h_kv, self.g, d_k, device=device)
-        self.tail = one_group.to(dtype).repeat(b, 1, 1, 1) if self.g > 1 else None
+        self.residual = one_group.to(dtype).repeat(b, 1, 1, 1) if self.g > 1 else None
         self.parameters = list(self.quantizer.encode(one_group)[1:3])
         if not self.static:
             shape = (b, self.parameters[0].shape[1], n // self.g, self.parameters[0].shape[3])
-            self.parameters = [torch.zeros(shape, dtype=torch.float16, device=device) for _ in range(2)]
+            self.parameters = [
+                torch.zeros(shape, dtype=torch.float16, device=device) for _ in range(2)
+            ]
         self.outliers = None
         if not rtn and quantizer.sparse:
             self.outliers = Outliers(b, n, h_kv * d_k, device)
@@ -132,24 +146,24 @@ class Packed:
             self.outliers.counts[rows[:, 0]] = 0  # forgets those of an earlier prompt
         self.store(rows, slots, X, leave_out)
         X_ = self.quantizer(X, leave_out)
-        if self.tail is None:
+        if self.residual is None:
             return X_
         whole = X.shape[2] // self.g * self.g
-        self.tail[rows[:, 0], :, : X.shape[2] - whole] = X[:, :, whole:]
+        self.residual[rows[:, 0], :, : X.shape[2] - whole] = X[:, :, whole:]
         return torch.cat((X_[:, :, :whole], X[:, :, whole:]), dim=2)
 
     def append(self, rows, slots, X):
         """Stores one token of every sequence, X (b, h_kv, 1, d_k)."""
-        if self.tail is None:
+        if self.residual is None:
             return self.store(rows, slots, X, None)
-        self.tail[rows, :, slots % self.g] = X.transpose(1, 2)
+        self.residual[rows, :, slots % self.g] = X.transpose(1, 2)
 
     def finish_group(self, rows, end, kept):
-        """Makes codes of the tail of sequences `rows` (r, 1), whose last token is in slot end - 1, (r, 1). `kept` (r,
+        """Makes codes of the residual of sequences `rows` (r, 1), whose last token is in slot end - 1, (r, 1). `kept` (r,
         k) are the slots of kept tokens."""
         slots = end - self.g + torch.arange(self.g, device=end.device)  # (r, g)
         leave_out = (slots[..., None] == kept[:, None]).any(-1)[:, None, :, None]
-        self.store(rows, slots, self.tail[rows[:, 0]], leave_out)
+        self.store(rows, slots, self.residual[rows[:, 0]], leave_out)
 
     def store(self, rows, slots, X, leave_out):
         codes, *parameters = self.quantizer.encode(X.float(), leave_out)
@@ -163,7 +177,7 @@ class Packed:
 
     def dequantized(self):
         """Yields a few neighbouring channels at a time: their slice, and their numbers (b, h_kv, n/g, g, a few)."""
-        wide = [widened(numbers) for numbers in self.parameters]
+        wide = [to_float32(numbers) for numbers in self.parameters]
         for channels, codes in slices(self.codes, self.quantizer.bits):
             one, two = (self.of_channels(numbers, channels) for numbers in wide)
             yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), one, two)
@@ -188,16 +202,22 @@ class Packed:
         with it as the query has with the turned Key."""
         K, Q_n = list(self.dequantized()), Q[:, :, :, None, None]  # (b, h_kv, G, 1, 1, d_k)
         if rope is not None:
-            Q_n = rotate(Q[:, :, :, None], (rope[0], -rope[1])).unflatten(3, (-1, self.g))  # (b, h_kv, G, n/g, g, d_k)
+            Q_n = apply_rope(Q[:, :, :, None], (rope[0], -rope[1])).unflatten(
+                3, (-1, self.g)
+            )  # (b, h_kv, G, n/g, g, d_k)
         # Of each query (b, h_kv, n/g, g):
         S = [sum(Q_g[..., channels] * K_ for channels, K_ in K).sum(-1) for Q_g in Q_n.unbind(2)]
-        if self.tail is not None:  # whose codes are not made yet
+        if self.residual is not None:  # whose codes are not made yet
             group = torch.arange(S[0].shape[2], device=at.device)
             newest = (group == at // self.g)[:, None, :, None]
             slots = at // self.g * self.g + torch.arange(self.g, device=at.device)  # (b, g)
-            tail = self.tail if rope is None else rotate(self.tail, [table[slots][:, None] for table in rope])
-            of_tail = Q @ tail.float().mT  # (b, h_kv, G, g)
-            S = [torch.where(newest, of_tail[:, :, i, None], S_g) for i, S_g in enumerate(S)]
+            residual = (
+                self.residual
+                if rope is None
+                else apply_rope(self.residual, [table[slots][:, None] for table in rope])
+            )
+            of_residual = Q @ residual.float().mT  # (b, h_kv, G, g)
+            S = [torch.where(newest, of_residual[:, :, i, None], S_g) for i, S_g in enumerate(S)]
         S = [S_g.flatten(2) for S_g in S]
         if self.outliers is not None:
             S = self.outliers.add_to_scores(torch.stack(S, dim=2), Q, rope, self).unbind(2)
@@ -207,7 +227,9 @@ class Packed:
         """p V, (b, h_kv, G, n) -> (b, h_kv, G, d_k), fp32."""
         V = [pieces(V_.flatten(2, 3), 2) for _, V_ in self.dequantized()]
         P = pieces(p, 3)[..., None].unbind(2)  # G times (b, h_kv, n/piece, piece, 1)
-        A = torch.stack([torch.cat([(p_g * V_).sum(3).sum(2) for V_ in V], dim=-1) for p_g in P], dim=2)
+        A = torch.stack(
+            [torch.cat([(p_g * V_).sum(3).sum(2) for V_ in V], dim=-1) for p_g in P], dim=2
+        )
         return A if self.outliers is None else self.outliers.add_to_sum(A, p, self)
 
 
@@ -227,7 +249,7 @@ def to_fp32(X: torch.Tensor) -> torch.Tensor:
 to_fp32.register_fake(lambda X: torch.empty_like(X, dtype=torch.float32))
 
 
-def widened(X):
+def to_float32(X):
     return to_fp32(X) if X.dtype == torch.float16 and X.device.type == "cpu" else X.float()
 
 
@@ -239,7 +261,9 @@ class Outliers:
     def __init__(self, b, n, d, device):
         self.d = d
         self.counts = torch.zeros(b, n, dtype=torch.int16, device=device)
-        self.channels = torch.zeros(b, 1, dtype=torch.int16, device=device)  # the last entry takes what is no outlier
+        self.channels = torch.zeros(
+            b, 1, dtype=torch.int16, device=device
+        )  # the last entry takes what is no outlier
         self.values = torch.zeros(b, 1, dtype=torch.float16, device=device)
 
     def make_room(self, more):
@@ -247,9 +271,13 @@ class Outliers:
         wanted = int(self.counts.sum(1).max()) + more
         if (missing := wanted + 1 - self.values.shape[1]) > 0:
             missing += wanted // 128  # so that the list does not grow with every token
-            self.channels, self.values = (F.pad(part, (0, missing)) for part in (self.channels, self.values))
+            self.channels, self.values = (
+                F.pad(part, (0, missing)) for part in (self.channels, self.values)
+            )
         for part in (self.channels, self.values):
-            torch._dynamo.mark_dynamic(part, 1)  # or torch.compile would make code for each length, in each block
+            torch._dynamo.mark_dynamic(
+                part, 1
+            )  # or torch.compile would make code for each length, in each block
 
     def append(self, rows, slots, X, is_outlier):
         X, is_outlier = (part.transpose(1, 2).flatten(2) for part in (X, is_outlier))  # (r, m, d)
@@ -260,17 +288,24 @@ class Outliers:
         is_outlier = is_outlier.flatten(1)
         place = torch.where(is_outlier, used + is_outlier.cumsum(1) - 1, self.values.shape[1] - 1)
         self.values[rows, place] = X.flatten(1).half()
-        self.channels[rows, place] = torch.arange(d, device=X.device).repeat(m).to(torch.int16).expand_as(place)
+        self.channels[rows, place] = (
+            torch.arange(d, device=X.device).repeat(m).to(torch.int16).expand_as(place)
+        )
 
     def entries(self, store):
         """Row, token, head and channel of every entry (b, e), and by how much its code decodes to the wrong number."""
         b, h_kv, n, _ = store.codes.shape
         d_k, device, ends = store.d_k, self.values.device, self.counts.cumsum(1)
         entry = torch.arange(self.values.shape[1], device=device).expand(b, -1).contiguous()
-        rows, token = torch.arange(b, device=device)[:, None], torch.searchsorted(ends, entry, right=True)
+        rows, token = (
+            torch.arange(b, device=device)[:, None],
+            torch.searchsorted(ends, entry, right=True),
+        )
         filled, token = token < n, token.clamp(max=n - 1)
         head, channel = self.channels.long() // d_k, self.channels.long() % d_k
-        middle, half = (x.float().expand(b, h_kv, n, d_k)[rows, head, token, channel] for x in store.parameters)
+        middle, half = (
+            x.float().expand(b, h_kv, n, d_k)[rows, head, token, channel] for x in store.parameters
+        )
         value, levels = self.values.float(), store.quantizer.levels
         off = value - torch.where(value < middle, levels[0], levels[-1]) * half - middle
         return rows, token, head, channel, torch.where(filled, off, 0.0)
@@ -304,7 +339,10 @@ class BlockCache:
 
     def __init__(self, quantizers, config, n, b, k, pre_rope, dtype, device):
         shape = (b, config.num_key_value_heads, n, config.head_dim, dtype, device)
-        self.K, self.V = (Plain(*shape) if q is kvsink.unquantized else Packed(q, *shape) for q in quantizers)
+        self.K, self.V = (
+            FullPrecisionStore(*shape) if q is kvsink.unquantized else Packed(q, *shape)
+            for q in quantizers
+        )
         self.n, self.pre_rope = n, pre_rope and isinstance(self.K, Packed)
         self.kept = torch.full((b, k), n, device=device)
         side = (b, config.num_key_value_heads, k, config.head_dim)
@@ -319,7 +357,7 @@ class BlockCache:
         side[rows[:, 0]] = X.take_along_dim(at.gather(1, order)[:, None, :, None], dim=2)
         return store.fill(rows, torch.arange(X.shape[2], device=X.device)[None], X, leave_out)
 
-    def fillers(self, rows):
+    def storing_quantizers(self, rows):
         """The pair that quantizes Keys and Values into these rows."""
         sides = (self.K, self.kept_K), (self.V, self.kept_V)
         return tuple(functools.partial(self.fill, store, side, rows) for store, side in sides)
@@ -346,9 +384,13 @@ class KVCache:
         dtype, device = model.embedding.weight.dtype, model.embedding.weight.device
         self.n, self.k, self.lengths = n, k, [0] * b
         self.replay = None  # on a CUDA device: generate.decode's graph
-        self.at = torch.zeros(b, 1, dtype=torch.int64, device=device)  # the slot of each sequence's next token
+        self.at = torch.zeros(
+            b, 1, dtype=torch.int64, device=device
+        )  # the slot of each sequence's next token
         self.rope = rope_table(model.config, n + 1, device)
-        self.blocks = [BlockCache(pair, model.config, n, b, k, pre_rope, dtype, device) for pair in quantizers]
+        self.blocks = [
+            BlockCache(pair, model.config, n, b, k, pre_rope, dtype, device) for pair in quantizers
+        ]
 
     def finish_groups(self):
         """To be called after a token was appended: of sequences whose newest group of tokens is full, it gets codes."""
@@ -369,7 +411,7 @@ def tensors_of(thing):
     elif isinstance(thing, list):
         for part in thing:
             yield from tensors_of(part)
-    elif isinstance(thing, (BlockCache, Packed, Plain, Outliers)):
+    elif isinstance(thing, (BlockCache, Packed, FullPrecisionStore, Outliers)):
         yield from tensors_of(list(vars(thing).values()))
 
 

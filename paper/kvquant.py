@@ -34,7 +34,14 @@ import kvsink
 from llama import rope_table
 from quant import NotFinite
 from support import cli, stream, text
-from support.cache import cache_directory, lock, record, say, verified, write_atomically
+from support.cache import (
+    cache_directory,
+    checksum_matches,
+    lock,
+    log,
+    write_atomically,
+    write_checksum,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The codebook
@@ -50,7 +57,9 @@ def weighted_kmeans(x, w, k, restarts=8, trials=4, iterations=300, seed=0):
     """
     x, order = x.double().sort(-1)
     w = w.double().gather(-1, order)
-    sums = F.pad(torch.stack((w, w * x, w * x * x)).cumsum(-1), (1, 0))  # (3, B, N + 1): of all x before the i-th
+    sums = F.pad(
+        torch.stack((w, w * x, w * x * x)).cumsum(-1), (1, 0)
+    )  # (3, B, N + 1): of all x before the i-th
     (B, N), draw = x.shape, torch.Generator().manual_seed(seed)
     far, centers = torch.ones(B, restarts, 1, N, dtype=torch.float64, device=x.device), []
     for chance in torch.rand(k, restarts, trials, generator=draw, dtype=torch.float64).to(x.device):
@@ -66,8 +75,12 @@ def weighted_kmeans(x, w, k, restarts=8, trials=4, iterations=300, seed=0):
     for i in range(iterations):
         middle = (centers[..., 1:] + centers[..., :-1]) / 2
         edges = torch.searchsorted(x, middle.flatten(1)).view(B, restarts, k - 1)
-        edges = F.pad(F.pad(edges, (1, 0)), (0, 1), value=N).flatten(1)  # a cluster lies between two of them
-        weight, first, second = sums.gather(-1, edges.expand(3, -1, -1)).view(3, B, restarts, k + 1).diff(dim=-1)
+        edges = F.pad(F.pad(edges, (1, 0)), (0, 1), value=N).flatten(
+            1
+        )  # a cluster lies between two of them
+        weight, first, second = (
+            sums.gather(-1, edges.expand(3, -1, -1)).view(3, B, restarts, k + 1).diff(dim=-1)
+        )
         old, centers = centers, torch.where(weight > 0, first / weight, centers)
         if i % 10 == 9 and torch.equal(old, centers):  # to look waits for the device
             break
@@ -125,7 +138,9 @@ class NonUniformQuantizer:
         """X in fp32 -> codes, the middle and half width of the ranges, and a mask of the outliers."""
         lo, hi = token_range(X, self.tail) if self.lo is None else (self.lo, self.hi)
         x, middle, half = normalized(X, lo, hi)
-        codes = torch.bucketize(x.flatten(), self.midpoints).view(X.shape)  # flat: it wants its input in one piece
+        codes = torch.bucketize(x.flatten(), self.midpoints).view(
+            X.shape
+        )  # flat: it wants its input in one piece
         return codes, middle, half, ((X < lo) | (X > hi)) & self.sparse
 
     def decode(self, codes, middle, half):
@@ -183,7 +198,11 @@ def key_ranges(model, rule, rhos, site, states, bar):
         ascending = torch.cat(keys, dim=1).float().sort(dim=1).values
         keys.clear()
         for rho, ends in ranges.items():
-            ends.append(torch.stack([quantile(ascending, level) for level in (rho / 2, 1 - rho / 2)])[:, :, None])
+            ends.append(
+                torch.stack([quantile(ascending, level) for level in (rho / 2, 1 - rho / 2)])[
+                    :, :, None
+                ]
+            )
         states[len(ends)] = H  # as many blocks are done
         bar.update(len(H))
         return H
@@ -222,7 +241,10 @@ def fisher_information(model, windows, states):
     Raises NotFinite where a gradient is not.
     """
     device = model.embedding.weight.device
-    rope, nothing = rope_table(model.config, windows.shape[1], device), kvsink.pfn(states[0, :1].to(device), 0)
+    rope, nothing = (
+        rope_table(model.config, windows.shape[1], device),
+        kvsink.pfn(states[0, :1].to(device), 0),
+    )
     for i, tokens in enumerate(windows.to(device)):
         with torch.enable_grad():
             H = states[-1, i].to(device)[None].requires_grad_()
@@ -233,10 +255,16 @@ def fisher_information(model, windows, states):
             K, V = [], []
             with torch.enable_grad():
                 H = states[l - 1, i].to(device)[None].requires_grad_()
-                H_l = kvsink.decoder_block(block, H, nothing, recorder(K), recorder(V), rope, pre_rope=True)
-                g_H, g_K, g_V = torch.autograd.grad(H_l, (H, K[0], V[0]), states[l, i].to(device)[None])
+                H_l = kvsink.decoder_block(
+                    block, H, nothing, recorder(K), recorder(V), rope, pre_rope=True
+                )
+                g_H, g_K, g_V = torch.autograd.grad(
+                    H_l, (H, K[0], V[0]), states[l, i].to(device)[None]
+                )
             if not (g_K.isfinite().all() and g_V.isfinite().all()):
-                raise NotFinite(f"NaN or inf in the gradient of block {l}, counted from 1: is --dtype wide enough?")
+                raise NotFinite(
+                    f"NaN or inf in the gradient of block {l}, counted from 1: is --dtype wide enough?"
+                )
             states[l - 1, i] = g_H[0]
             yield l, i, K[0].detach(), V[0].detach(), g_K.float().square(), g_V.float().square()
 
@@ -249,7 +277,9 @@ def histogram(X, weight, lo, hi, leave_out):
     wide = torch.float32 if X.device.type == "mps" else torch.float64  # MPS has no float64
     x, weight = x[counted].to(wide), weight[counted].to(wide)
     at = ((x + 1) / 2 * BINS).long().clamp(0, BINS - 1)
-    return torch.stack([torch.bincount(at, w, minlength=BINS) for w in (torch.ones_like(x), weight, weight * x)])
+    return torch.stack(
+        [torch.bincount(at, w, minlength=BINS) for w in (torch.ones_like(x), weight, weight * x)]
+    )
 
 
 def host_bytes(model, windows):
@@ -263,8 +293,8 @@ def calibrate(model, windows, recipes, site, quiet=None):
     host memory has no room for the hidden states, NotFinite where a gradient is not finite."""
     if (needed := host_bytes(model, windows)) > (free := cli.free_memory("cpu")):
         raise ValueError(
-            f"KVQuant's calibration takes {cli.amount(needed)} of host memory for hidden states, where "
-            f"{cli.amount(free)} are free: lower --calib-windows or --seq-len"
+            f"KVQuant's calibration takes {cli.format_bytes(needed)} of host memory for hidden states, where "
+            f"{cli.format_bytes(free)} are free: lower --calib-windows or --seq-len"
         )
     device, L, (W, n) = model.embedding.weight.device, len(model.blocks), windows.shape
     d = model.config.num_key_value_heads * model.config.head_dim
@@ -282,7 +312,9 @@ def calibrate(model, windows, recipes, site, quiet=None):
     gradients = fisher_information(model, windows, states)
     for l, i, K, V, F_K, F_V in tqdm(gradients, desc="Fisher information", total=L * W, **progress):
         for recipe in recipes:
-            S = S_sinks[recipe[:2]][int(l > site.l_E), i, None, None, :, None].to(device)  # (1, 1, n, 1)
+            S = S_sinks[recipe[:2]][int(l > site.l_E), i, None, None, :, None].to(
+                device
+            )  # (1, 1, n, 1)
             fisher[recipe][l - 1, 0] += histogram(K, F_K, *ranges[recipe][:, l - 1], S).cpu()
             in_token = token_range(V.float(), tail_of(recipe.rho, d))
             fisher[recipe][l - 1, 1] += histogram(V, F_V, *in_token, S).cpu()
@@ -308,7 +340,9 @@ def codebooks(calibration, bits, q_norm=False):
         nearest = torch.searchsorted(((signposts[:, 1:] + signposts[:, :-1]) / 2), x)
         x_ = signposts.gather(1, nearest)
         (mean, deviation), (mean_, deviation_) = moments(x, count), moments(x_, count)
-        levels = (signposts - mean_) * torch.where(deviation_ > 0, deviation / deviation_, 1.0) + mean
+        levels = (signposts - mean_) * torch.where(
+            deviation_ > 0, deviation / deviation_, 1.0
+        ) + mean
     return [table.float().unflatten(0, (-1, 2)) for table in (signposts, levels)]
 
 
@@ -325,8 +359,12 @@ def kvquant_cache(calibration, rho, bits, q_norm=False):
     midpoints = (signposts[..., 1:] + signposts[..., :-1]) / 2
     (L, h_kv, _, d_k), sparse, cache = calibration.lo.shape, rho > 0, []
     for l in range(L):
-        (m_K, m_V), (l_K, l_V) = (table[l].to(calibration.lo.device) for table in (midpoints, levels))
-        quantize_K = NonUniformQuantizer(m_K, l_K, sparse, lo=calibration.lo[l], hi=calibration.hi[l])
+        (m_K, m_V), (l_K, l_V) = (
+            table[l].to(calibration.lo.device) for table in (midpoints, levels)
+        )
+        quantize_K = NonUniformQuantizer(
+            m_K, l_K, sparse, lo=calibration.lo[l], hi=calibration.hi[l]
+        )
         quantize_V = NonUniformQuantizer(m_V, l_V, sparse, tail=tail_of(rho, h_kv * d_k))
         cache.append((quantize_K, quantize_V))
     return cache
@@ -366,7 +404,11 @@ def settings(recipes, site, made_with):
 def own_file(recipes, site, made_with):
     """Where our cache keeps the calibrations of these recipes."""
     key = repr((settings(recipes, site, made_with), sorted(set(recipes), key=str)))
-    return cache_directory() / "kvquant" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    return (
+        cache_directory()
+        / "kvquant"
+        / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    )
 
 
 def calibrations(model, tokenizer, recipes, site, made_with, path=None):
@@ -376,16 +418,20 @@ def calibrations(model, tokenizer, recipes, site, made_with, path=None):
     recipes = list(dict.fromkeys(recipes))
     known, file = settings(recipes, site, made_with), path or own_file(recipes, site, made_with)
     with lock(file):
-        if file.is_file() if path else verified(file):
+        if file.is_file() if path else checksum_matches(file):
             return load_calibrations(file, known, recipes, model.embedding.weight.device)
         cli.check_folder("the calibration's folder", file.parent)
-        ids = text.calibration_windows(tokenizer, made_with.text, made_with.tokens, made_with.windows, made_with.seed)
-        (W, n), size = ids.shape, cli.amount(host_bytes(model, ids))
-        say(f"calibrating KVQuant on {W} windows of {n} tokens: {size} of hidden states in host memory")
+        ids = text.calibration_windows(
+            tokenizer, made_with.text, made_with.tokens, made_with.windows, made_with.seed
+        )
+        (W, n), size = ids.shape, cli.format_bytes(host_bytes(model, ids))
+        log(
+            f"calibrating KVQuant on {W} windows of {n} tokens: {size} of hidden states in host memory"
+        )
         made = calibrate(model, ids, recipes, site)
         save_calibrations(file, known, made)
         if not path:
-            record(file)
+            write_checksum(file)
     return made
 
 
@@ -395,8 +441,13 @@ def save_calibrations(path, known, calibrations):
     tensors = {}
     for recipe, calibration in calibrations.items():
         name = recipe_name(recipe)
-        tensors |= {f"{name}.{field}": tensor.cpu().contiguous() for field, tensor in calibration._asdict().items()}
-        tensors |= {f"{name}.signposts.{bits}": codebooks(calibration, bits)[0].cpu() for bits in (2, 3, 4)}
+        tensors |= {
+            f"{name}.{field}": tensor.cpu().contiguous()
+            for field, tensor in calibration._asdict().items()
+        }
+        tensors |= {
+            f"{name}.signposts.{bits}": codebooks(calibration, bits)[0].cpu() for bits in (2, 3, 4)
+        }
     settings = json.dumps(known | {"sha256": digest(tensors)})
     write_atomically(path.resolve(), save(tensors, metadata={"settings": settings}))
 
@@ -417,7 +468,9 @@ def load_calibrations(path, known, recipes, device):
             saved, names = json.loads((file.metadata() or {}).get("settings", "{}")), file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
         for key, value in known.items():
-            if value is not None and saved.get(key) != value:  # None: these recipes do not depend on it
+            if (
+                value is not None and saved.get(key) != value
+            ):  # None: these recipes do not depend on it
                 raise ValueError(f"it was made with {key} {saved.get(key)}, not {value}")
         if saved.get("sha256") != digest(tensors):
             raise ValueError("its numbers are not those that were written, by their SHA-256")
@@ -429,8 +482,14 @@ def load_calibrations(path, known, recipes, device):
             lo, hi, fisher = (tensors[f"{name}.{field}"] for field in Calibration._fields)
             found[recipe] = Calibration(lo.to(device), hi.to(device), fisher)
         return found
-    except (SafetensorError, ValueError, AttributeError) as error:  # the last: settings that are no object
-        raise ValueError(f"{path}: {error}; name another file, or delete it to calibrate again") from None
+    except (
+        SafetensorError,
+        ValueError,
+        AttributeError,
+    ) as error:  # the last: settings that are no object
+        raise ValueError(
+            f"{path}: {error}; name another file, or delete it to calibrate again"
+        ) from None
 
 
 def recipe_name(recipe):

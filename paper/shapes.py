@@ -49,10 +49,13 @@ def random_model(config, device, dtype):
     """A model of this shape whose weights are noise, made on the device. Raises ValueError where it does not fit."""
     with torch.device("meta"):
         model = Llama(config)
-    size, free = dtype.itemsize * sum(weight.numel() for weight in model.parameters()), cli.free_memory(device)
+    size, free = (
+        dtype.itemsize * sum(weight.numel() for weight in model.parameters()),
+        cli.free_memory(device),
+    )
     if size > free:
         raise ValueError(
-            f"the weights take {cli.amount(size)}, and {cli.amount(free)} are free on {device}: take a smaller "
+            f"the weights take {cli.format_bytes(size)}, and {cli.format_bytes(free)} are free on {device}: take a smaller "
             "--shape, or --dtype float16"
         )
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)

@@ -29,21 +29,31 @@ PAPER_TABLE_1 = {  # LLaMA2-7B, as printed: for each of the KINDS overall, witho
     ("static", 3): ((89.60, 20.41), (10.09, 3.45), (10.24, 8.26)),
     ("static", 2): ((107.36, 46.14), (11.30, 6.35), (15.83, 11.44)),
 }
-PARTS = {"overall": "overall", "without_sinks": "w/o sinks", "with_sinks": "w/ sinks"}  # in the JSON file, in the title
+PARTS = {
+    "overall": "overall",
+    "without_sinks": "w/o sinks",
+    "with_sinks": "w/ sinks",
+}  # in the JSON file, in the title
 
 
 def groups_with_sinks(S, granularity):
     """A mask (n,): the tokens whose group holds a sink. A group is in one token, or is 16 tokens of one channel."""
     groups, axes = quant.grouped(S[:, None], granularity, GROUP, fill=False)
-    return quant.ungrouped(groups.any(axes, keepdim=True).expand_as(groups), granularity, len(S))[:, 0]
+    return quant.ungrouped(groups.any(axes, keepdim=True).expand_as(groups), granularity, len(S))[
+        :, 0
+    ]
 
 
 def squared_errors(subject, a, S, kind, bits):
     """The squared errors of one kind in one block: (ranges, part) -> a tensor of them."""
     tensor, granularity = KINDS[kind]
     X, mixed = getattr(a, tensor), groups_with_sinks(S, granularity)
-    static, kept = (replace(subject.quantizers[a.l, kind, kept], bits=bits) for kept in (False, True))
-    dynamic, static, kept = ((q(X) - X).square() for q in (Quantizer(bits, granularity, GROUP), static, kept))
+    static, kept = (
+        replace(subject.quantizers[a.l, kind, kept], bits=bits) for kept in (False, True)
+    )
+    dynamic, static, kept = (
+        (q(X) - X).square() for q in (Quantizer(bits, granularity, GROUP), static, kept)
+    )
     return {
         ("dynamic", "overall"): dynamic,
         ("dynamic", "without_sinks"): dynamic[:, ~mixed],
@@ -62,13 +72,17 @@ def table_1(subject):
     sinks, with ranges calibrated without them. The paper does not say on how many tokens it measures, nor in which
     blocks. By its per-token figures sinks are two of 32 tokens (overall is 15/16 of without and 1/16 of with).
     """
-    sums = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))  # (kind, bits, ranges, part) -> sum, count
+    sums = defaultdict(
+        lambda: torch.zeros(2, dtype=torch.float64)
+    )  # (kind, bits, ranges, part) -> sum, count
 
     def add(a, S):
         for kind in KINDS:
             for bits in (4, 3, 2):
                 for place, errors in squared_errors(subject, a, S, kind, bits).items():
-                    sums[kind, bits, *place] += torch.tensor([errors.sum(), errors.numel()], dtype=torch.float64)
+                    sums[kind, bits, *place] += torch.tensor(
+                        [errors.sum(), errors.numel()], dtype=torch.float64
+                    )
 
     for tokens in tqdm(subject.windows, desc="Table 1", unit="window", leave=False, disable=None):
         subject.look_where_stable(tokens, add)
@@ -77,8 +91,19 @@ def table_1(subject):
         for (ranges, bits), printed in PAPER_TABLE_1.items():
             parts = list(PARTS)[: len(printed[i])]
             measured = {part: sums[kind, bits, ranges, part].tolist() for part in parts}
-            mse = {part: 100 * total / count if count else None for part, (total, count) in measured.items()}
-            rows.append({"kind": kind, "ranges": ranges, "bits": bits, **mse, "paper": dict(zip(parts, printed[i]))})
+            mse = {
+                part: 100 * total / count if count else None
+                for part, (total, count) in measured.items()
+            }
+            rows.append(
+                {
+                    "kind": kind,
+                    "ranges": ranges,
+                    "bits": bits,
+                    **mse,
+                    "paper": dict(zip(parts, printed[i])),
+                }
+            )
     return rows
 
 
@@ -122,8 +147,8 @@ def parse(argv):
 
 
 def main(argv=None):
-    return cli.guarded("paper.table1", lambda: run(parse(argv)), command.ADVICE)
+    return cli.run_command("paper.table1", lambda: run(parse(argv)), command.ADVICE)
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.exit_process(main())

@@ -19,8 +19,8 @@ import kvsink
 from eval_ppl import What
 from paper.kvquant import MadeWith, Recipe, calibrations, kvquant_bits, kvquant_cache, own_file
 from support import cli, hub, results, stream, text
-from support.cli import rank_and_ranks
-from support.results import FULL_PRECISION, Row, with_rules
+from support.cli import rank_and_world_size
+from support.results import FULL_PRECISION, Row, expand_rows
 from support.run import How
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,22 +44,31 @@ TABLE_2 = {
 
 def paper_ppl(row, model, data, seq_len, q_norm=False):
     """What Table 2 prints for a row, None where the row or its setting is none of Table 2's."""
-    printed = row in TABLE_2 and model in MODELS and data in TEXTS and seq_len == 4096 and not q_norm
+    printed = (
+        row in TABLE_2 and model in MODELS and data in TEXTS and seq_len == 4096 and not q_norm
+    )
     return TABLE_2[row][TEXTS.index(data)][MODELS.index(model)] if printed else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
-KEPT = {"none": (0,), "pfn": (1,), "kvsink": (5,), "pfn+kvsink": (kvsink.AUTO,)}  # the N of each; Table 2 lacks the last
+KEPT = {
+    "none": (0,),
+    "pfn": (1,),
+    "kvsink": (5,),
+    "pfn+kvsink": (kvsink.AUTO,),
+}  # the N of each; Table 2 lacks the last
 
 
 def rows_for(widths, rhos, keeps, sinks):
     """The rows of a run in the order of the table. Without `sinks` (None) each rule has its own N."""
     groups = [("kvquant", bits, rho) for bits in widths for rho in rhos]
     if sinks:
-        return FULL_PRECISION, *with_rules(groups, keeps, sinks)
-    return FULL_PRECISION, *(row for g in groups for keep in keeps for row in with_rules([g], [keep], KEPT[keep]))
+        return FULL_PRECISION, *expand_rows(groups, keeps, sinks)
+    return FULL_PRECISION, *(
+        row for g in groups for keep in keeps for row in expand_rows([g], [keep], KEPT[keep])
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,11 @@ def calibration_of(what, site, machine, weights):
     source = "wikitext2" if what.data in TEXTS else text.PACKED
     tokens = calibration_tokens(what)
     made_with = MadeWith(weights, source, what.calib_windows, tokens, what.seed, machine.dtype)
-    return [Recipe(row.keep, row.N, row.rho) for row in what.rows if row != FULL_PRECISION], site, made_with
+    return (
+        [Recipe(row.keep, row.N, row.rho) for row in what.rows if row != FULL_PRECISION],
+        site,
+        made_with,
+    )
 
 
 def rows_of(what, kvquant, model, tokenizer, tokens, calibration, how):
@@ -99,17 +112,29 @@ def rows_of(what, kvquant, model, tokenizer, tokens, calibration, how):
 
     def measure(row):
         if not made:
-            made.update(calibrations(model, tokenizer, recipes, site, made_with, kvquant.calibration))
+            made.update(
+                calibrations(model, tokenizer, recipes, site, made_with, kvquant.calibration)
+            )
         if row == FULL_PRECISION:
-            cache, stored = kvsink.full_precision_cache(model), results.rtn_bits(row, model.config, what.group_size)
+            cache, stored = (
+                kvsink.full_precision_cache(model),
+                results.rtn_bits(row, model.config, what.group_size),
+            )
         else:
             own = made[Recipe(row.keep, row.N, row.rho)]
-            cache, stored = kvquant_cache(own, row.rho, row.bits, kvquant.q_norm), kvquant_bits(row, model.config)
+            cache, stored = (
+                kvquant_cache(own, row.rho, row.bits, kvquant.q_norm),
+                kvquant_bits(row, model.config),
+            )
         rule, label = (row.keep, row.N, site), f"{what.rows.index(row) + 1}/{len(what.rows)} {row}"
         how_row = replace(how, pre_rope=row != FULL_PRECISION)
         result = eval_ppl.measured(model, tokens, cache, rule, how_row, label)
         kept = statistics.mean(result["kept"])
-        return result | {"avg_bits": results.average_bits(row, model.config, what.seq_len, stored, site.l_E, kept)}
+        return result | {
+            "avg_bits": results.average_bits(
+                row, model.config, what.seq_len, stored, site.l_E, kept
+            )
+        }
 
     return measure
 
@@ -201,27 +226,45 @@ def check_against_model(what, config):
     eval_ppl.check_against_model(what, config)
     tokens = calibration_tokens(what)
     if max(row.most() for row in what.rows) > tokens - 2:
-        raise ValueError(f"--sinks: KVQuant calibrates on windows of {tokens} tokens, too few to keep so many")
+        raise ValueError(
+            f"--sinks: KVQuant calibrates on windows of {tokens} tokens, too few to keep so many"
+        )
 
 
 def run(whats, kvquant, machine, streamed, place, json):
     """Rows are printed and written as they are done."""
     old_results = results.read_results(json)
-    model, tokenizer, site, weights, texts = eval_ppl.opened(whats, machine, streamed, place, check_against_model)
-    step, nll = machine.compiled(kvsink.decoder_block), machine.compiled(eval_ppl.negative_log_likelihood)
-    group_size, _ = cli.fitting_group(whats[0].group_size, model.config.head_dim)
-    first = rank_and_ranks()[0] == 0
+    model, tokenizer, site, weights, texts = eval_ppl.opened(
+        whats, machine, streamed, place, check_against_model
+    )
+    step, nll = (
+        machine.compiled(kvsink.decoder_block),
+        machine.compiled(eval_ppl.negative_log_likelihood),
+    )
+    group_size, _ = cli.clamp_group_size(whats[0].group_size, model.config.head_dim)
+    first = rank_and_world_size()[0] == 0
     for what, tokens in zip(whats, texts):
         what, how = replace(what, group_size=group_size), How(step, nll, stream=streamed)
-        known = {row: settings(what, kvquant, row, tokens, machine, weights, site) for row in what.rows}
-        done, calibration = results.done_before(known, old_results), calibration_of(what, site, machine, weights)
+        known = {
+            row: settings(what, kvquant, row, tokens, machine, weights, site) for row in what.rows
+        }
+        done, calibration = (
+            results.done_before(known, old_results),
+            calibration_of(what, site, machine, weights),
+        )
         if streamed and first and (rows := [row for row in what.rows if row not in done]):
-            stream.announce(model, tokens, [len(tokens)] * len(rows) + calibration_passes(what, kvquant, calibration))
-        found = results.evaluate(known, done, rows_of(what, kvquant, model, tokenizer, tokens, calibration, how))
+            stream.announce(
+                model,
+                tokens,
+                [len(tokens)] * len(rows) + calibration_passes(what, kvquant, calibration),
+            )
+        found = results.evaluate(
+            known, done, rows_of(what, kvquant, model, tokenizer, tokens, calibration, how)
+        )
         heading = f"{what.model} on {what.data}, {len(tokens)} windows of {what.seq_len} tokens"
         if any(row.keep == "pfn+kvsink" for row in what.rows):
             heading += "\nPFN-1+KVSink is not one of the paper's rules"
-        results.followed(heading, site, found, json, columns(what, kvquant))
+        results.print_and_save(heading, site, found, json, columns(what, kvquant))
 
 
 def calibration_passes(what, kvquant, calibration):
@@ -236,8 +279,8 @@ def calibration_passes(what, kvquant, calibration):
 
 def main(argv=None):
     advice = "lower --seq-len or --calib-windows, or run with --stream"
-    return cli.guarded("paper.table2", lambda: run(*parse(argv)), advice)
+    return cli.run_command("paper.table2", lambda: run(*parse(argv)), advice)
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.exit_process(main())

@@ -27,7 +27,11 @@ def table_3(model, prompts, name):
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "prompts": [
-            {"emergence": o.l_E - 1, "channels": o.channels, "magnitudes": [round(m, 1) for m in o.magnitudes]}
+            {
+                "emergence": o.l_E - 1,
+                "channels": o.channels,
+                "magnitudes": [round(m, 1) for m in o.magnitudes],
+            }
             for o in found
         ],
         "prompts_agree": len(sites) == 1,
@@ -40,14 +44,25 @@ def print_table_3(row):
     size = f"{row['layers']} layers, hidden size {row['hidden_size']}"
     print(f"\nTable 3 (layers counted from 0): {row['model']}, {size}")
     for i, found in enumerate(row["prompts"], start=1):
-        channels = ", ".join(f"{c} ({m:,.0f})" for c, m in zip(found["channels"], found["magnitudes"]))
-        print(f"  prompt {i}: outliers emerge in layer {found['emergence']}, channels (magnitudes) {channels}")
-    print(f"  the prompts {'agree' if row['prompts_agree'] else 'DISAGREE'} on layer and first channel")
+        channels = ", ".join(
+            f"{c} ({m:,.0f})" for c, m in zip(found["channels"], found["magnitudes"])
+        )
+        print(
+            f"  prompt {i}: outliers emerge in layer {found['emergence']}, channels (magnitudes) {channels}"
+        )
+    print(
+        f"  the prompts {'agree' if row['prompts_agree'] else 'DISAGREE'} on layer and first channel"
+    )
     if row["table_3"]:
         channels = ", ".join(map(str, row["table_3"]["channels"]))
         agrees = "agrees" if row["table_3_agrees"] else "DISAGREES"
-        whose = "kvsink.py's row (not the paper's)" if row["model"] == hub.DEFAULT_MODEL else "Table 3"
-        print(f"  {whose} {agrees} on them: layer {row['table_3']['emergence']}, channels {channels}", flush=True)
+        whose = (
+            "kvsink.py's row (not the paper's)" if row["model"] == hub.DEFAULT_MODEL else "Table 3"
+        )
+        print(
+            f"  {whose} {agrees} on them: layer {row['table_3']['emergence']}, channels {channels}",
+            flush=True,
+        )
     else:
         print("  Table 3 does not list this model", flush=True)
 
@@ -81,8 +96,8 @@ def parse(argv):
 
 
 def main(argv=None):
-    return cli.guarded("paper.table3", lambda: run(*parse(argv)), "run with --device cpu")
+    return cli.run_command("paper.table3", lambda: run(*parse(argv)), "run with --device cpu")
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.exit_process(main())

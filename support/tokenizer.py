@@ -36,11 +36,16 @@ class Tokenizer:
     def from_pretrained(cls, directory):
         """Raises FileNotFoundError where there is no tokenizer, ValueError that names the file where it is damaged."""
         directory = Path(directory)
-        for path, read in ((directory / "tokenizer.model", read_model), (directory / "tokenizer.json", read_json)):
+        for path, read in (
+            (directory / "tokenizer.model", read_model),
+            (directory / "tokenizer.json", read_json),
+        ):
             if path.is_file():
                 with one_line(path, "not a tokenizer this project reads"):
                     encode, decode, known, special, bos, eos = read(path)
-                return cls(path, encode, decode, known, *begin_and_ends(directory, special, bos, eos))
+                return cls(
+                    path, encode, decode, known, *begin_and_ends(directory, special, bos, eos)
+                )
         raise FileNotFoundError(f"{directory}: no tokenizer.model and no tokenizer.json")
 
     def encode(self, text, bos=True):
@@ -94,13 +99,19 @@ def read_model(path):
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         known = range(processor.get_piece_size())
         special = {processor.id_to_piece(i): i for i in known if processor.is_control(i)}
-        bos, eos = (i if i in known else None for i in (processor.bos_id(), processor.eos_id()))  # -1 where it has none
+        bos, eos = (
+            i if i in known else None for i in (processor.bos_id(), processor.eos_id())
+        )  # -1 where it has none
         return processor.encode, processor.decode, known, special, bos, eos
     # tiktoken takes what it gets: a file cut short would shift every special token, or end the process.
-    if any(bytes([byte]) not in ranks for byte in range(256)) or sorted(ranks.values()) != list(range(len(ranks))):
+    if any(bytes([byte]) not in ranks for byte in range(256)) or sorted(ranks.values()) != list(
+        range(len(ranks))
+    ):
         raise ValueError("it is cut short: bytes or ranks are missing")
     special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
-    coding = tiktoken.Encoding("llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
+    coding = tiktoken.Encoding(
+        "llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special
+    )
     known = range(len(ranks) + len(special))
     bos, eos = special["<|begin_of_text|>"], special["<|end_of_text|>"]
     encode = lambda text: [i for piece in pieces(text) for i in coding.encode_ordinary(piece)]
@@ -124,10 +135,14 @@ def pieces(text, longest_run=25_000, longest_piece=400_000):
 
 def read_json(path):
     text = path.read_text(encoding="utf-8")
-    tokenizer = tokenizers.Tokenizer.from_str(text)  # refuses what has another form; what follows, it lets pass
+    tokenizer = tokenizers.Tokenizer.from_str(
+        text
+    )  # refuses what has another form; what follows, it lets pass
     tokenizer.no_truncation()  # what a file keeps of its training run
     tokenizer.no_padding()
-    tokenizer.post_processor = None  # puts special tokens around a text: `bos` is the one before, and none goes after
+    tokenizer.post_processor = (
+        None  # puts special tokens around a text: `bos` is the one before, and none goes after
+    )
     raw, vocabulary = json.loads(text), tokenizer.get_vocab()
     special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
     begin = before_text(raw["post_processor"]) if raw.get("post_processor") else []
@@ -136,12 +151,16 @@ def read_json(path):
         raise ValueError("it has an empty pattern")
     if raw["model"].get("dropout"):
         raise ValueError("it merges at random: dropout is for training")
-    if moved := [name for name, i in special.items() if vocabulary.get(name) != i]:  # the library numbers them itself
+    if moved := [
+        name for name, i in special.items() if vocabulary.get(name) != i
+    ]:  # the library numbers them itself
         raise ValueError(f"the id of its token {moved[0]!r} is another token's, or leaves a gap")
     if len(known) < len(vocabulary):
         raise ValueError("two of its tokens have one id")
     if len(begin) > 1 or any(vocabulary.get(name) != i for name, i in begin):
-        raise ValueError(f"its post-processor begins a text with {begin}: not one token of its vocabulary")
+        raise ValueError(
+            f"its post-processor begins a text with {begin}: not one token of its vocabulary"
+        )
     encode = lambda text: tokenizer.encode(text).ids
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
     return encode, decode, known, special, begin[0][1] if begin else None, special.get("</s>")
@@ -152,18 +171,29 @@ def before_text(processor):
     if processor["type"] == "Sequence":
         return [pair for step in processor["processors"] for pair in before_text(step)]
     if processor["type"] != "TemplateProcessing":
-        return [processor["cls"]] if "cls" in processor else []  # BERT's and RoBERTa's; ByteLevel's adds nothing
-    names = [part.get("SpecialToken", {}).get("id") for part in processor["single"]]  # None where the text goes
+        return (
+            [processor["cls"]] if "cls" in processor else []
+        )  # BERT's and RoBERTa's; ByteLevel's adds nothing
+    names = [
+        part.get("SpecialToken", {}).get("id") for part in processor["single"]
+    ]  # None where the text goes
     if names.count(None) != 1:
         raise ValueError("its post-processor's template does not hold the text once")
     tokens = processor["special_tokens"]
-    return [(name, i) for name in names[: names.index(None)] for i in tokens.get(name, {"ids": ["no id"]})["ids"]]
+    return [
+        (name, i)
+        for name in names[: names.index(None)]
+        for i in tokens.get(name, {"ids": ["no id"]})["ids"]
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ids that begin and end a text
 
-DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # before the tokenizer's own, which in a chat model ends a turn
+DOCUMENT_ENDS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+)  # before the tokenizer's own, which in a chat model ends a turn
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 
 
@@ -173,12 +203,20 @@ def begin_and_ends(directory, special, bos, eos):
     path = directory / "tokenizer_config.json"
     settings = read_object(path)
     with one_line(path, "not a tokenizer's configuration"):
-        tokens = {key: x.get("content") if isinstance(x, dict) else x for key, x in settings.items()}
+        tokens = {
+            key: x.get("content") if isinstance(x, dict) else x for key, x in settings.items()
+        }
         if tokens.get("add_bos_token") is not None:
             bos = special.get(tokens.get("bos_token"), bos) if tokens["add_bos_token"] else None
         end = special.get(tokens.get("eos_token"), eos)
     eot = next((special[name] for name in DOCUMENT_ENDS if name in special), end)
-    ends = {eot, eos, end, *(special.get(name) for name in TURN_ENDS), *ends_of_checkpoint(directory)}
+    ends = {
+        eot,
+        eos,
+        end,
+        *(special.get(name) for name in TURN_ENDS),
+        *ends_of_checkpoint(directory),
+    }
     return bos, eot, ends - {None}
 
 

@@ -35,7 +35,9 @@ def sample_calibration(monkeypatch):
     real = hub.documents
 
     def documents(name, split="test"):
-        return ["A calibration text of bytes. " * 10] * 20 if split == "train" else real(name, split)
+        return (
+            ["A calibration text of bytes. " * 10] * 20 if split == "train" else real(name, split)
+        )
 
     monkeypatch.setattr(hub, "documents", documents)
 

@@ -57,7 +57,9 @@ def write_model(directory, config, shards=1, seed=0):
             continue
         shape = model.get_parameter(name).shape
         noise = draw.standard_normal(shape)
-        weights[key] = torch.tensor(noise * 0.08 if len(shape) > 1 else 1 + 0.3 * noise, dtype=torch.float32)
+        weights[key] = torch.tensor(
+            noise * 0.08 if len(shape) > 1 else 1 + 0.3 * noise, dtype=torch.float32
+        )
     write_weights(directory, weights, shards)
     return directory
 
@@ -67,7 +69,9 @@ def write_weights(directory, weights, shards=1):
         return save_file(weights, directory / "model.safetensors")
     weight_map = {key: f"model-{i % shards:05}.safetensors" for i, key in enumerate(weights)}
     for name in set(weight_map.values()):
-        save_file({key: weights[key] for key in weights if weight_map[key] == name}, directory / name)
+        save_file(
+            {key: weights[key] for key in weights if weight_map[key] == name}, directory / name
+        )
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -87,7 +91,11 @@ def bytes_vocabulary(words=()):
 def byte_characters():
     """The 256 characters by which byte-level BPE writes the bytes 0 to 255 (GPT-2's table): the bytes that print stand
     for themselves, the others for the characters after the first 256, in order."""
-    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    shown = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     hidden = iter(range(256, 512))
     return [chr(byte) if byte in shown else chr(next(hidden)) for byte in range(256)]
 
@@ -97,12 +105,21 @@ def write_bpe(directory, ranks, pre_tokenizer, special=("<|endoftext|>",), first
     before every text."""
     shown = byte_characters()
     text = {token: "".join(shown[byte] for byte in token) for token in ranks}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     added = [{"id": len(ranks) + i, "content": name, **flags} for i, name in enumerate(special)]
     ids = {token["content"]: token["id"] for token in added}
     template = first and {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": first, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": first, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {first: {"id": first, "ids": [ids[first]], "tokens": [first]}},
     }
@@ -124,8 +141,16 @@ def write_bpe(directory, ranks, pre_tokenizer, special=("<|endoftext|>",), first
     return raw
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+DIGITS = {
+    "type": "Sequence",
+    "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +171,15 @@ def plant(directory):
     for key, W in weights.items():
         if key.endswith(("o_proj.weight", "down_proj.weight")):
             W[[0, CHANNEL]] = 0  # their rows are the channels of the hidden state
-        if key.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+        if key.endswith(
+            (
+                "q_proj.weight",
+                "k_proj.weight",
+                "v_proj.weight",
+                "gate_proj.weight",
+                "up_proj.weight",
+            )
+        ):
             W[:, [0, CHANNEL]] = 0
     E = weights["model.embed_tokens.weight"]
     E[:, [0, CHANNEL]] = 0
@@ -154,7 +187,9 @@ def plant(directory):
     block = f"model.layers.{EMERGENCE - 1}."
     weights[block + "post_attention_layernorm.weight"][0] = 1.0
     weights[block + "mlp.gate_proj.weight"][3], weights[block + "mlp.up_proj.weight"][3] = 0, 0
-    weights[block + "mlp.gate_proj.weight"][3, 0] = weights[block + "mlp.up_proj.weight"][3, 0] = 4.0
+    weights[block + "mlp.gate_proj.weight"][3, 0] = weights[block + "mlp.up_proj.weight"][3, 0] = (
+        4.0
+    )
     weights[block + "mlp.down_proj.weight"][:, 3] = 0
     weights[block + "mlp.down_proj.weight"][CHANNEL, 3] = 100.0
     write_weights(directory, weights)

@@ -1,7 +1,7 @@
 """The assigned functions written in another way, as a student may: longer, slower, and as right. File -> its text; a
 method stands in its class. Each has to earn the points of its function. Lecturers only: the handout does not have it."""
 
-QUANT = '''
+QUANT = """
 import numpy as np
 import torch
 
@@ -75,9 +75,9 @@ class Quantizer:
 
     def wider(self, lo, hi):
         return torch.stack([lo, self.lo]).amin(0), torch.stack([hi, self.hi]).amax(0)
-'''
+"""
 
-LLAMA = '''
+LLAMA = """
 import math
 import torch
 
@@ -99,14 +99,14 @@ def rope_table(config, n, device):
     angle = torch.arange(n, dtype=torch.float64)[:, None] * torch.tensor(table + table, dtype=torch.float64)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
-def rotate(X, rope):
+def apply_rope(X, rope):
     cos, sin = rope
     half = X.shape[-1] // 2
     a, b = X[..., :half].float(), X[..., half:].float()
     c, s = cos[..., :half], sin[..., :half]
     return torch.cat([a * c - b * s, b * c + a * s], -1).type_as(X)
 
-def causal(n, sliding_window, device):
+def causal_mask(n, sliding_window, device):
     M = torch.ones(n, n, dtype=torch.bool, device=device).tril()
     return M if sliding_window is None else M & ~M.tril(-sliding_window)
 
@@ -116,25 +116,25 @@ def attention(Q, K, V, sliding_window=None):
     for head in range(h):
         at = head * K.shape[1] // h
         S = Q[:, head] @ K[:, at].transpose(1, 2) / math.sqrt(d_k)
-        S = S.masked_fill(~causal(n, sliding_window, Q.device), float("-inf"))
+        S = S.masked_fill(~causal_mask(n, sliding_window, Q.device), float("-inf"))
         out.append(S.softmax(-1) @ V[:, at])
     return torch.cat(out, -1)
-'''
+"""
 
-KVSINK = '''
+KVSINK = """
 import torch
 
 def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope=False):
     Q, K, V = block.QKV(block.LN_mhsa(H))
     keep = S_sink.unsqueeze(1).unsqueeze(3)
-    Q = rotate(Q, rope)
+    Q = apply_rope(Q, rope)
     if not pre_rope:
-        K = rotate(K, rope)
+        K = apply_rope(K, rope)
     K_, V_ = quantize_K(K, keep).clone(), quantize_V(V, leave_out=keep).clone()
     whole = keep.expand_as(K)
     K_[whole], V_[whole] = K[whole], V[whole]
     if pre_rope:
-        K_ = rotate(K_, rope)
+        K_ = apply_rope(K_, rope)
     H = H + block.W_o(attention(Q, K_, V_, sliding_window=block.sliding_window))
     return H + block.FFN(block.LN_ffn(H))
 
@@ -210,9 +210,9 @@ def find_site(model, prompts):
     if len(sites) > 1:
         raise ValueError(f"they disagree: {sites}")
     return Site(*sites.pop())
-'''
+"""
 
-KVCACHE = '''
+KVCACHE = """
 import torch
 
 def pack(codes, bits):
@@ -247,17 +247,17 @@ class Packed:
     def scores(self, Q, rope, at):
         b, h_kv, G, d_k = Q.shape
         K = torch.cat([K_.flatten(2, 3) for _, K_ in self.dequantized()], -1)
-        if self.tail is not None:
+        if self.residual is not None:
             K = K.clone()
             for i in range(b):
                 first = int(at[i, 0]) // self.g * self.g
-                K[i, :, first : first + self.g] = self.tail[i]
+                K[i, :, first : first + self.g] = self.residual[i]
         if rope is not None:
-            K = rotate(K, rope)
+            K = apply_rope(K, rope)
         S = Q @ K.transpose(2, 3)
         if self.outliers is not None:
             S = self.outliers.add_to_scores(S, Q, rope, self)
         return tuple(S[:, :, i] for i in range(G))
-'''
+"""
 
 OTHER = {"quant.py": QUANT, "llama.py": LLAMA, "kvsink.py": KVSINK, "paper/kvcache.py": KVCACHE}

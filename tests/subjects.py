@@ -10,7 +10,7 @@ import torch
 
 import kvsink
 from kvsink import Site
-from llama import rope_table, rotate
+from llama import apply_rope, rope_table
 from paper import command
 from paper.activations import examine, static_quantizers
 from support import hub, text
@@ -32,7 +32,9 @@ def planted_windows():
 def planted_subject():
     """The planted model on two windows, calibrated on the other two. Its sinks are the marked tokens."""
     windows = planted_windows()
-    subject = examine("planted", "by hand", planted_model(), None, windows[:2], Site(EMERGENCE, CHANNEL))
+    subject = examine(
+        "planted", "by hand", planted_model(), None, windows[:2], Site(EMERGENCE, CHANNEL)
+    )
     return replace(subject, quantizers=static_quantizers(subject, windows[2:]))
 
 
@@ -44,14 +46,20 @@ def keys_and_values(window):
     H, rope = model.embedding(tokens), rope_table(model.config, 40, "cpu")
     for l, block in enumerate(model.blocks, start=1):
         _, K, V = block.QKV(block.LN_mhsa(H))
-        found[l] = {"K": rotate(K, rope)[0].numpy().astype(np.float64), "V": V[0].numpy().astype(np.float64)}
+        found[l] = {
+            "K": apply_rope(K, rope)[0].numpy().astype(np.float64),
+            "V": V[0].numpy().astype(np.float64),
+        }
         H = block(H, rope)
     return {l: found[l] for l in (3, 4, 5, 6)}
 
 
 def seen_in_calibration(l, name, kept):
     """The Keys or Values (h_kv, tokens, d_k) that a static range of block l comes from: all, or all but the sinks'."""
-    parts = [np.delete(keys_and_values(window)[l][name], PLACES[window] if kept else [], axis=1) for window in (2, 3)]
+    parts = [
+        np.delete(keys_and_values(window)[l][name], PLACES[window] if kept else [], axis=1)
+        for window in (2, 3)
+    ]
     return np.concatenate(parts, axis=1)
 
 
@@ -69,10 +77,16 @@ def static_numpy(X, bits, seen, granularity):
 def default_subject(directory):
     """The default model on two packed windows, calibrated on another two (the command takes four)."""
     model, tokenizer = loaded(directory), Tokenizer.from_pretrained(directory)
-    windows = [window[None] for window in text.windows(tokenizer, "wiki-sample", "test", 1024, 2, 0)]
-    subject = examine("smollm2-135m", "packed", model, tokenizer, windows, kvsink.table_site(hub.DEFAULT_MODEL))
+    windows = [
+        window[None] for window in text.windows(tokenizer, "wiki-sample", "test", 1024, 2, 0)
+    ]
+    subject = examine(
+        "smollm2-135m", "packed", model, tokenizer, windows, kvsink.table_site(hub.DEFAULT_MODEL)
+    )
     calibration = text.windows(tokenizer, "wiki-sample", "train", 1024, 2, 0)
-    return replace(subject, quantizers=static_quantizers(subject, [window[None] for window in calibration]))
+    return replace(
+        subject, quantizers=static_quantizers(subject, [window[None] for window in calibration])
+    )
 
 
 @pytest.fixture
@@ -87,5 +101,7 @@ def drawable(tiny, monkeypatch, tmp_path):
     prompts = ("The sinks \x07 are here\x0b, not there.", "Summer \x07is $warm$. Winter")
     monkeypatch.setattr(kvsink, "PROMPTS", prompts)
     monkeypatch.setattr(hub, "PROMPTS", prompts)
-    monkeypatch.setattr(command, "calibration_windows", lambda *_: ordinary_tokens(256, 9).view(4, 64))
+    monkeypatch.setattr(
+        command, "calibration_windows", lambda *_: ordinary_tokens(256, 9).view(4, 64)
+    )
     return ["--model", tiny[1], "--out", str(tmp_path / "out")]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvsink import Site
-from llama import Llama, rope_table, rotate
+from llama import Llama, apply_rope, rope_table
 from paper import activations
 from paper.activations import examine, look, stages
 from paper.figures import stage_block
@@ -42,10 +42,12 @@ def test_hooks_see_what_a_block_computes(planted, sequences):
     seen = look(planted, tokens, lambda a: a)
     assert len(seen) == 6
     for l, (a, block) in enumerate(zip(seen, model.blocks), start=1):
-        X = H / (H.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.LN_mhsa.weight  # (1, n, d)
+        X = (
+            H / (H.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.LN_mhsa.weight
+        )  # (1, n, d)
         Q, K, V = (X[0] @ W.weight.T for W in (block.W_q, block.W_k, block.W_v))
         Q, K, V = (Y.view(24, -1, 8).transpose(0, 1) for Y in (Q, K, V))  # (heads, n, d_k)
-        Q, K = rotate(Q, rope), rotate(K, rope)
+        Q, K = apply_rope(Q, rope), apply_rope(K, rope)
         scores = torch.stack([(Q[h] @ K[h // 2].T / 8**0.5) for h in range(4)])
         P = scores.masked_fill(torch.ones(24, 24).triu(1).bool(), -torch.inf).softmax(-1)
         O = torch.cat([P[h] @ V[h // 2] for h in range(4)], -1) @ block.W_o.weight.T
@@ -54,7 +56,16 @@ def test_hooks_see_what_a_block_computes(planted, sequences):
         X_d_in = F.silu(Y @ block.FFN.W_g.weight.T) * (Y @ block.FFN.W_u.weight.T)
         X_d_out = X_d_in @ block.FFN.W_d.weight.T
         H = (X_d_out + H_)[None]
-        expected = {"Q": Q, "K": K, "V": V, "O": O, "H_": H_, "X_d_in": X_d_in, "X_d_out": X_d_out, "H": H[0]}
+        expected = {
+            "Q": Q,
+            "K": K,
+            "V": V,
+            "O": O,
+            "H_": H_,
+            "X_d_in": X_d_in,
+            "X_d_out": X_d_out,
+            "H": H[0],
+        }
         assert a.l == l and set(a._fields) == {"l", *expected}
         for name, value in expected.items():
             found = getattr(a, name)
@@ -64,20 +75,27 @@ def test_hooks_see_what_a_block_computes(planted, sequences):
 
 
 def hooks_of(model):
-    return [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+    return [
+        module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks
+    ]
 
 
 def test_the_model_runs_once_and_one_block_is_in_memory_at_a_time(planted, sequences, monkeypatch):
     runs, kept = [], []
     forward = Llama.forward
-    monkeypatch.setattr(Llama, "forward", lambda self, tokens: (runs.append(tokens), forward(self, tokens))[1])
+    monkeypatch.setattr(
+        Llama, "forward", lambda self, tokens: (runs.append(tokens), forward(self, tokens))[1]
+    )
 
     def reduce(a):
         assert not any(reference() is not None for reference in kept)
         kept[:] = [weakref.ref(X) for X in (a.Q, a.K, a.V, a.O, a.H_, a.X_d_in, a.X_d_out)]
         return a.l, a.H.dtype
 
-    assert look(planted, sequences[0][:1], reduce) == [(l, torch.float32) for l in range(1, 7)] and len(runs) == 1
+    assert (
+        look(planted, sequences[0][:1], reduce) == [(l, torch.float32) for l in range(1, 7)]
+        and len(runs) == 1
+    )
 
 
 def test_activations_of_a_model_in_half_precision_are_fp32(sequences, tmp_path):
@@ -86,7 +104,9 @@ def test_activations_of_a_model_in_half_precision_are_fp32(sequences, tmp_path):
         assert {X.dtype for X in a[1:]} == {torch.float32}
 
 
-def test_hooks_are_removed_where_a_block_or_what_is_made_of_it_fails(planted, sequences, monkeypatch):
+def test_hooks_are_removed_where_a_block_or_what_is_made_of_it_fails(
+    planted, sequences, monkeypatch
+):
     def fail(a):
         raise ZeroDivisionError
 
@@ -107,7 +127,9 @@ def test_hooks_see_blocks_that_come_from_disk(sequences, tmp_path):
     model.blocks.read = lambda l: (reads.append(l), read(l))[1]
     found = look(model, tokens, lambda a: a)
     assert reads == list(range(6)) and not hooks_of(model)
-    for a, b in zip(found, look(Llama.from_pretrained(directory), tokens, lambda a: a), strict=True):
+    for a, b in zip(
+        found, look(Llama.from_pretrained(directory), tokens, lambda a: a), strict=True
+    ):
         assert a.l == b.l and all(torch.equal(X, Y) for X, Y in zip(a[1:], b[1:]))
 
 
@@ -134,7 +156,9 @@ def test_scores_bias_and_cosines_against_numpy(window):
                 cosine[h, t, i] = q @ k / np.linalg.norm(q) / np.linalg.norm(k)
     Q, K, V = (torch.tensor(X) for X in (Q, K, V))
     assert torch.allclose(activations.attention_scores(Q, K, window), torch.tensor(P))
-    assert torch.allclose(activations.attention_bias(torch.tensor(P), V, torch.tensor(S)), torch.tensor(bias))
+    assert torch.allclose(
+        activations.attention_bias(torch.tensor(P), V, torch.tensor(S)), torch.tensor(bias)
+    )
     assert torch.allclose(activations.cosines(Q, K), torch.tensor(cosine))
     pairs = [(t, u) for t in range(7) for u in range(7) if t != u]
     for h in range(4):
@@ -146,13 +170,22 @@ def test_scores_bias_and_cosines_against_numpy(window):
 STAGE_CURVES = {  # the largest |H^l| of each block where the median is 0.1, and how many blocks one sees in each stage
     "LLaMA2-7B: one block, a final stage": ([5, 700] + [720] * 28 + [8, 9], [1, 1, 28, 1, 1]),
     "LLaMA3-8B: the last block, no final stage": ([5, 300] + [310] * 29 + [20], [1, 1, 29, 1, 0]),
-    "Mistral: several blocks": ([4, 300] + [305] * 20 + [190, 120, 60, 25, 12, 9], [1, 1, 20, 4, 2]),
-    "LLaMA2-13B: late, and it grows": ([5, 6, 7] + [1000 + 10 * i for i in range(35)] + [30, 30], [3, 1, 34, 1, 1]),
+    "Mistral: several blocks": (
+        [4, 300] + [305] * 20 + [190, 120, 60, 25, 12, 9],
+        [1, 1, 20, 4, 2],
+    ),
+    "LLaMA2-13B: late, and it grows": (
+        [5, 6, 7] + [1000 + 10 * i for i in range(35)] + [30, 30],
+        [3, 1, 34, 1, 1],
+    ),
     "emergence in two blocks": ([5, 200] + [900] * 10 + [7], [1, 2, 9, 1, 0]),
     "no dissipation": ([5, 6] + [400] * 6, [2, 1, 5, 0, 0]),
     "from the first block on": ([400] * 6 + [7], [0, 1, 5, 1, 0]),
     "one block far higher, at the end": ([5, 300] + [310] * 29 + [2000], [1, 1, 30, 0, 0]),
-    "one block far higher, in the middle": ([5, 300] + [310] * 12 + [2000] + [310] * 15 + [5], [1, 1, 28, 1, 0]),
+    "one block far higher, in the middle": (
+        [5, 300] + [310] * 12 + [2000] + [310] * 15 + [5],
+        [1, 1, 28, 1, 0],
+    ),
     "one block lower": ([5, 700, 720, 720, 400] + [720] * 4 + [9], [1, 1, 7, 1, 0]),
 }
 
@@ -162,7 +195,9 @@ def test_stages_of_curves_made_by_hand(name):
     peak, lengths = STAGE_CURVES[name]
     (found,) = stages(torch.tensor(peak, dtype=torch.float32), torch.full((len(peak),), 0.1))
     assert [len(blocks) for blocks in found] == lengths and sum(lengths) == len(peak)
-    assert [l for blocks in found for l in blocks] == list(range(1, len(peak) + 1))  # one after the other, none twice
+    assert [l for blocks in found for l in blocks] == list(
+        range(1, len(peak) + 1)
+    )  # one after the other, none twice
 
 
 def test_stages_where_there_are_two_emergences_or_none():
@@ -179,7 +214,9 @@ def test_stages_where_there_are_two_emergences_or_none():
         range(21, 21),
     )  # few blocks, but stronger
     assert weaker == (range(1, 2), range(2, 3), range(3, 14), range(14, 14), range(14, 14))
-    assert stages(torch.full((12,), 99.0), torch.ones(12)) == []  # it takes a hundred times the median
+    assert (
+        stages(torch.full((12,), 99.0), torch.ones(12)) == []
+    )  # it takes a hundred times the median
     assert stages(torch.full((12,), 990.0), torch.full((12,), 10.0)) == []
     assert stages(torch.tensor([5, 5, 9000.0, 5, 5]), torch.ones(5)) == []  # a spike is not stable
     assert stages(torch.tensor([5, 5, 5, 5, 9000.0]), torch.ones(5)) == []
@@ -190,9 +227,23 @@ def test_stages_where_there_are_two_emergences_or_none():
 def test_sinks_are_what_stands_out_by_both_thresholds():
     H = torch.ones(6, 50)
     H[:, 3] = torch.tensor([2000, -250, 90, 199, -1500, 1])
-    assert activations.sink_tokens(H, 3).tolist() == [True, True, False, False, True, False]  # 199 < 2000 / 10
+    assert activations.sink_tokens(H, 3).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]  # 199 < 2000 / 10
     H[:, 3] = torch.tensor([99, 1, 101, 1, 1, 1])
-    assert activations.sink_tokens(H, 3).tolist() == [False, False, True, False, False, False]  # 100 times the median
+    assert activations.sink_tokens(H, 3).tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]  # 100 times the median
     X = torch.tensor([[1.0, -5.0, 2.0], [0.0, 3.0, -2.0]])
     assert activations.extremes(X).tolist() == [-5, 3]
 
@@ -204,8 +255,12 @@ def test_sinks_are_what_stands_out_by_both_thresholds():
 def test_a_subject_is_examined():
     subject = planted_subject()
     assert subject.stages == [(range(1, 2), range(2, 3), range(3, 7), range(7, 7), range(7, 7))]
-    assert subject.S.nonzero().flatten().tolist() == [5, 22] and subject.block == 4 == subject.inside.l
-    seen = subject.look_where_stable(subject.windows[1], lambda a, S: (a.l, S.nonzero().flatten().tolist()))
+    assert (
+        subject.S.nonzero().flatten().tolist() == [5, 22] and subject.block == 4 == subject.inside.l
+    )
+    seen = subject.look_where_stable(
+        subject.windows[1], lambda a, S: (a.l, S.nonzero().flatten().tolist())
+    )
     assert seen == [(l, [17, 18]) for l in (3, 4, 5, 6)]
     again = examine("x", "x", subject.model, None, subject.windows, SITE, layer=0)
     assert again.block == 1 == again.inside.l
@@ -219,8 +274,13 @@ def test_evolution_is_of_every_token_the_entry_largest_in_magnitude(planted):
     for name, curve in curves.items():
         expected = [[row[np.abs(row).argmax()] for row in getattr(a, name).numpy()] for a in seen]
         assert curve.shape == (6, 40) and np.array_equal(curve, expected), name
-    assert np.allclose(typical, [np.sort(np.abs(a.H.numpy()), None)[(40 * 32 - 1) // 2] for a in seen])
-    assert [row.nonzero().flatten().tolist() for row in S] == [[], *[PLACES[0]] * 5]  # from the emergence on
+    assert np.allclose(
+        typical, [np.sort(np.abs(a.H.numpy()), None)[(40 * 32 - 1) // 2] for a in seen]
+    )
+    assert [row.nonzero().flatten().tolist() for row in S] == [
+        [],
+        *[PLACES[0]] * 5,
+    ]  # from the emergence on
 
 
 def test_a_site_after_the_emergence_leaves_fewer_blocks(planted):
@@ -248,7 +308,13 @@ def test_a_sliding_window_hides_sinks_that_are_too_far(planted):
 
 def numpy_attention(Q, K, V, sinks):
     """Attention scores and the bias of Eq. 9, in float64, with two queries to each Key and Value."""
-    e = np.exp(np.where(np.triu(np.ones((40, 40), bool), 1), -np.inf, Q @ K.repeat(2, 0).swapaxes(1, 2) / np.sqrt(8)))
+    e = np.exp(
+        np.where(
+            np.triu(np.ones((40, 40), bool), 1),
+            -np.inf,
+            Q @ K.repeat(2, 0).swapaxes(1, 2) / np.sqrt(8),
+        )
+    )
     P = e / e.sum(-1, keepdims=True)
     return P, P[:, :, sinks] @ V.repeat(2, 0)[:, sinks]
 
@@ -272,8 +338,14 @@ def test_static_damage_against_numpy():
                 if kept:
                     K_, V_ = np.where(sinks[:, None], K, K_), np.where(sinks[:, None], V, V_)
                 else:
-                    pairs = {"sinks' K": (K_[:, sinks], K[:, sinks]), "others' K": (K_[:, ~sinks], K[:, ~sinks])}
-                    pairs |= {"sinks' V": (V_[:, sinks], V[:, sinks]), "others' V": (V_[:, ~sinks], V[:, ~sinks])}
+                    pairs = {
+                        "sinks' K": (K_[:, sinks], K[:, sinks]),
+                        "others' K": (K_[:, ~sinks], K[:, ~sinks]),
+                    }
+                    pairs |= {
+                        "sinks' V": (V_[:, sinks], V[:, sinks]),
+                        "others' V": (V_[:, ~sinks], V[:, ~sinks]),
+                    }
                 P_, bias_ = numpy_attention(queries[l - 1], K_, V_, sinks)
                 suffix = ", kept" if kept else ""
                 pairs |= {"scores" + suffix: (P_, P), "bias" + suffix: (bias_, bias)}
@@ -290,7 +362,11 @@ def test_bias_similarity_against_numpy():
     subject, sinks = planted_subject(), np.isin(np.arange(40), PLACES[0])
     alike = activations.bias_similarity(subject)
     assert alike.shape == (6, 4)
-    seen = look(subject.model, subject.windows[0], lambda a: [X.numpy().astype(np.float64) for X in (a.Q, a.K, a.V)])
+    seen = look(
+        subject.model,
+        subject.windows[0],
+        lambda a: [X.numpy().astype(np.float64) for X in (a.Q, a.K, a.V)],
+    )
     for found, (Q, K, V) in zip(alike, seen):
         _, bias = numpy_attention(Q, K, V, sinks)
         unit = bias[:, 5:] / np.linalg.norm(bias[:, 5:], axis=-1, keepdims=True)  # (h, 35, d_k)
@@ -335,14 +411,25 @@ def test_the_stages_of_the_default_model(evidence):  # noqa: F811
     """One emergence in a single block, out of the FFN; a weaker one before it; dissipation by the opposite sign."""
     weaker, main = evidence.stages
     assert main == (range(1, 12), range(12, 13), STABLE, range(29, 31), range(31, 31))
-    assert (weaker.emergence, weaker.stabilization, weaker.dissipation) == (range(2, 4), range(4, 10), range(10, 12))
+    assert (weaker.emergence, weaker.stabilization, weaker.dissipation) == (
+        range(2, 4),
+        range(4, 10),
+        range(10, 12),
+    )
     peaks = {name: curve.abs().amax(1) for name, curve in evidence.curves.items()}
     assert peaks["X_d_in"][11] > 1000 and peaks["X_d_out"][11] > 10000
     for l in STABLE:
-        assert peaks["X_d_in"][l - 1] < peaks["X_d_in"][11] / 15 and peaks["X_d_out"][l - 1] < peaks["X_d_out"][11] / 50
+        assert (
+            peaks["X_d_in"][l - 1] < peaks["X_d_in"][11] / 15
+            and peaks["X_d_out"][l - 1] < peaks["X_d_out"][11] / 50
+        )
         assert peaks["H_"][l - 1] > 10000 and peaks["H"][l - 1] > 10000
     X_d_out, S = evidence.curves["X_d_out"], evidence.S
-    shown = [stage_block(name, blocks, evidence.curves) for name, blocks in main._asdict().items() if blocks]
+    shown = [
+        stage_block(name, blocks, evidence.curves)
+        for name, blocks in main._asdict().items()
+        if blocks
+    ]
     assert shown == [6, 12, 21, 29]  # of the two blocks of the dissipation the one that does more
     assert torch.equal(X_d_out[11, S].sign(), -X_d_out[28, S].sign())
     assert (X_d_out[28, S].abs() > 3000).all() and X_d_out[28, ~S].abs().max() < 300
@@ -354,16 +441,23 @@ def test_qkv_suppression_of_the_default_model(evidence):  # noqa: F811
         for name in "KV" if l == 28 else "QKV":
             sinks, others = norms[name][l - 1, :, 1]
             assert sinks < others / 2, (name, l)
-    assert norms["Q"][29, 0, 1] > 1.5 * norms["Q"][29, 1, 1]  # the large Queries of the last layer, Appendix E
+    assert (
+        norms["Q"][29, 0, 1] > 1.5 * norms["Q"][29, 1, 1]
+    )  # the large Queries of the last layer, Appendix E
 
 
 def test_where_the_default_model_gains_from_its_sinks(evidence):  # noqa: F811
     """Not from the ranges of other tokens, but from the sinks' own Keys and Values, and so from the bias of Eq. 9."""
     left = {8: 0.1, 4: 0.2, 3: 0.4, 2: 0.7}  # of the bias's error when the sinks are kept, at most
-    half = replace(evidence, windows=[evidence.windows[0][:, :512]])  # scores are of all pairs: a quarter of the time
+    half = replace(
+        evidence, windows=[evidence.windows[0][:, :512]]
+    )  # scores are of all pairs: a quarter of the time
     for row in activations.static_damage(half):
         assert row["sinks' K"] > 1.4 * row["others' K"] and row["sinks' V"] > 1.1 * row["others' V"]
-        assert row["bias, kept"] < left[row["bits"]] * row["bias"] and row["scores, kept"] < 0.9 * row["scores"]
+        assert (
+            row["bias, kept"] < left[row["bits"]] * row["bias"]
+            and row["scores, kept"] < 0.9 * row["scores"]
+        )
 
 
 def test_the_attention_bias_of_the_default_model_is_one(evidence):  # noqa: F811

@@ -4,7 +4,11 @@ need a build of torch for it.)"""
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -16,10 +20,16 @@ from paper import generate, kvquant
 from paper.kvcache import KVCache
 from tests.helpers import FAMILIES, SITE, SMALL
 
-_setup_privateuseone_for_python_backend("card")  # torch knows a kind of device of this name from here on
+_setup_privateuseone_for_python_backend(
+    "card"
+)  # torch knows a kind of device of this name from here on
 CARD = torch.device("card:0")
 RULES = (("none", 0), ("pfn", 2), ("kvsink", 2), ("pfn+kvsink", kvsink.AUTO))
-MISTRAL = {**SMALL, **FAMILIES["mistral"], "num_hidden_layers": 3}  # two Key heads of 16 channels, a window of 16
+MISTRAL = {
+    **SMALL,
+    **FAMILIES["mistral"],
+    "num_hidden_layers": 3,
+}  # two Key heads of 16 channels, a window of 16
 
 
 @pytest.fixture
@@ -90,7 +100,9 @@ def test_the_watch_sees_what_it_should():
 @pytest.mark.parametrize("keep, N", RULES)
 def test_calibration_stays_on_the_card(model, keep, N):
     """All but the question whether each Key and Value is finite."""
-    caches = [kvsink.rtn_cache(model, scheme, 4, 8) for scheme in ("token-static", "channel-static")]
+    caches = [
+        kvsink.rtn_cache(model, scheme, 4, 8) for scheme in ("token-static", "channel-static")
+    ]
     H = model.embedding(torch.zeros(1, 40, dtype=torch.int64, device=CARD))
     prefill(model, H, observers(caches), **preservation(keep, N, SITE, H))
     for quantizer in (q for cache in caches for pair in cache for q in pair):

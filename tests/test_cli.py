@@ -89,7 +89,9 @@ def test_no_stable_outliers_is_an_answer(tiny, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
     write_model(tmp_path / "model", {**PLANTED, "vocab_size": 300})
     write_bpe(tmp_path / "model", bytes_vocabulary(), DIGITS)
-    refuse([*tiny[2:-4], "--model", str(tmp_path / "model")], ["no stable outliers"], capsys, eval_ppl)
+    refuse(
+        [*tiny[2:-4], "--model", str(tmp_path / "model")], ["no stable outliers"], capsys, eval_ppl
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
@@ -99,7 +101,12 @@ def test_logits_that_are_not_finite_name_the_first_block(value, tiny, capsys, tm
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.3.mlp.down_proj.weight"][:] = value
     write_weights(tmp_path, weights)
-    refuse([*tiny, "--model", str(tmp_path), "--limit", "1"], ["NaN or inf", "block 4 of 6"], capsys, eval_ppl)
+    refuse(
+        [*tiny, "--model", str(tmp_path), "--limit", "1"],
+        ["NaN or inf", "block 4 of 6"],
+        capsys,
+        eval_ppl,
+    )
 
 
 @pytest.mark.parametrize("error, words", [
@@ -116,13 +123,22 @@ def test_short_of_memory_in_one_line(error, words, tiny, capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "free_memory", lambda device: 3 * 2**30)
     monkeypatch.setattr(eval_ppl, "run", run)
-    refuse(tiny, ["out of memory", *words, "3.0 GiB are free", "--seq-len", "--stream"], capsys, eval_ppl)
+    refuse(
+        tiny,
+        ["out of memory", *words, "3.0 GiB are free", "--seq-len", "--stream"],
+        capsys,
+        eval_ppl,
+    )
 
 
 def test_free_memory(monkeypatch):
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < cli.free_memory("cpu") <= whole
-    monkeypatch.setattr(Path, "read_text", lambda path: "MemTotal: 9000 kB\nMemAvailable:    1024 kB\nBuffers: 5 kB\n")
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda path: "MemTotal: 9000 kB\nMemAvailable:    1024 kB\nBuffers: 5 kB\n",
+    )
     assert cli.free_memory("cpu") == 2**20
     monkeypatch.setattr(Path, "read_text", lambda path: "something else")
     assert cli.free_memory("cpu") == whole
@@ -134,7 +150,14 @@ def test_the_command_itself(tiny, tmp_path):
     run = functools.partial(subprocess.run, cwd=HERE, capture_output=True, text=True, timeout=120)
     bad = run([sys.executable, "eval_ppl.py", "--bits", "0"])
     assert (bad.returncode, bad.stdout, len(bad.stderr.splitlines())) == (2, "", 1)
-    arguments = [a for a in tiny if a != "--no-compile"] + ["--scheme", "token-dynamic", "--sinks", "2", "--limit", "1"]
+    arguments = [a for a in tiny if a != "--no-compile"] + [
+        "--scheme",
+        "token-dynamic",
+        "--sinks",
+        "2",
+        "--limit",
+        "1",
+    ]
     eager = run([sys.executable, "eval_ppl.py", *arguments], env=environment)
     assert eager.returncode == 0 and "KVSink-2" in eager.stdout
     assert len([line for line in eager.stderr.splitlines() if "no working compiler" in line]) == 1
@@ -150,11 +173,13 @@ def test_each_rank_takes_its_share(tiny, monkeypatch):
         return eval_ppl.negative_log_likelihood(model, H, window)
 
     def losses(rank, ranks):
-        monkeypatch.setattr(eval_ppl, "rank_and_ranks", lambda: (rank, ranks))
+        monkeypatch.setattr(eval_ppl, "rank_and_world_size", lambda: (rank, ranks))
         monkeypatch.setattr(eval_ppl.dist, "get_backend", lambda: "gloo")
         monkeypatch.setattr(eval_ppl.dist, "all_reduce", lambda total: None)
         how = How(run.kvsink.decoder_block, nll)
-        return eval_ppl.window_losses(model, tokens, full_precision_cache(model), ("none", 0, Site(0, 0)), how, "")
+        return eval_ppl.window_losses(
+            model, tokens, full_precision_cache(model), ("none", 0, Site(0, 0)), how, ""
+        )
 
     one = losses(0, 1)
     assert len(seen) == 5
@@ -164,21 +189,38 @@ def test_each_rank_takes_its_share(tiny, monkeypatch):
     assert torch.equal(losses(0, 2) + second, one) and len(seen) == 5
     one, kept = one
     assert kept.eq(0).all()
-    assert eval_ppl.perplexity(one, 64) == pytest.approx((one.sum() / (5 * 63)).exp().item(), rel=1e-12)
+    assert eval_ppl.perplexity(one, 64) == pytest.approx(
+        (one.sum() / (5 * 63)).exp().item(), rel=1e-12
+    )
 
 
 def test_two_ranks_give_the_perplexity_of_one(tiny, tmp_path):
     """torchrun with gloo: the windows are shared out and summed."""
-    arguments = [*tiny, *"--scheme token-dynamic --keep kvsink --sinks 2 --bits 3 --limit 5".split()]
+    arguments = [
+        *tiny,
+        *"--scheme token-dynamic --keep kvsink --sinks 2 --bits 3 --limit 5".split(),
+    ]
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     assert eval_ppl.main([*arguments, "--json", str(one)]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "eval_ppl.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "eval_ppl.py",
+    ]
     command += [*arguments, "--json", str(two)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     for a, b in zip(results_of(one), results_of(two), strict=True):
         assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-12) and a["scheme"] == b["scheme"]
-        assert a["nll"] == pytest.approx(b["nll"], rel=1e-12) and a["kept"] == b["kept"] and len(a["nll"]) == 5
+        assert (
+            a["nll"] == pytest.approx(b["nll"], rel=1e-12)
+            and a["kept"] == b["kept"]
+            and len(a["nll"]) == 5
+        )
 
 
 def test_half_precision_only_where_it_is_safe(monkeypatch):
@@ -209,11 +251,25 @@ def test_a_reader_that_has_enough_and_a_terminal_without_a_character(tiny, tmp_p
     """`| head -1` ends the command quietly; a name that the terminal cannot show is shown as far as it can."""
     model = tmp_path / "modèle"
     model.symlink_to(tiny[1])
-    command = [sys.executable, "eval_ppl.py", *tiny, "--model", str(model), "--scheme", "token-dynamic", "--sinks", "1"]
+    command = [
+        sys.executable,
+        "eval_ppl.py",
+        *tiny,
+        "--model",
+        str(model),
+        "--scheme",
+        "token-dynamic",
+        "--sinks",
+        "1",
+    ]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and "mod?le on" in done.stdout and "KVSink-1" in done.stdout
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(120) == 141

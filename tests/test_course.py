@@ -63,13 +63,21 @@ def test_points_and_tests():
     assert sum(problem.points for problem in PROBLEMS if not problem.bonus) == 100
     assert [problem.number for problem in PROBLEMS] == list(range(1, 9))
     for problem in PROBLEMS:
-        names = [name for function in problem.functions for name, _ in grade.tests_of(problem, function)]
+        names = [
+            name for function in problem.functions for name, _ in grade.tests_of(problem, function)
+        ]
         for function in problem.functions:
             own = [name for name, _ in grade.tests_of(problem, function)]
-            assert any(name.endswith("(hidden)") for name in own) and not own[0].endswith("(hidden)"), function.name
+            assert any(name.endswith("(hidden)") for name in own) and not own[0].endswith(
+                "(hidden)"
+            ), function.name
         if problem.functions:
-            written = [ROOT / f"course/{kind}/problem{problem.number}.py" for kind in ("checks", "hidden")]
-            assert len(names) == sum(path.read_text().count("\ndef test_") for path in written), problem.number
+            written = [
+                ROOT / f"course/{kind}/problem{problem.number}.py" for kind in ("checks", "hidden")
+            ]
+            assert len(names) == sum(path.read_text().count("\ndef test_") for path in written), (
+                problem.number
+            )
     assert handout.overview() in (ROOT / "course/README.md").read_text()
 
 
@@ -80,7 +88,16 @@ def test_points_and_tests():
 def public_tests(folder):
     """The test cases of `python -m pytest` in a handout."""
     report = folder.parent / "report.xml"
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", str(report)]
+    pytest_command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--junitxml",
+        str(report),
+    ]
     subprocess.run(pytest_command, cwd=folder, capture_output=True, timeout=120)
     return ElementTree.parse(report).findall(".//testcase")
 
@@ -89,12 +106,28 @@ def test_before_anything_is_solved_each_test_says_so(given, tiny):
     """The handout's second command: all tests fail, by NotImplementedError. Its first stops, and says so in one
     line."""
     cases = public_tests(given)
-    public = sum(text.count("\ndef test_") for name, text in handout.files().items() if name.startswith("checks/test_"))
+    public = sum(
+        text.count("\ndef test_")
+        for name, text in handout.files().items()
+        if name.startswith("checks/test_")
+    )
     assert len(cases) == public > 50
     for case in cases:
-        assert case.find("failure").get("message").startswith("NotImplementedError: Problem "), case.get("name")
-    run = subprocess.run([sys.executable, "eval_ppl.py", *tiny], cwd=given, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 2 and run.stderr.startswith("eval_ppl.py: Problem ") and run.stderr.count("\n") == 1
+        assert case.find("failure").get("message").startswith("NotImplementedError: Problem "), (
+            case.get("name")
+        )
+    run = subprocess.run(
+        [sys.executable, "eval_ppl.py", *tiny],
+        cwd=given,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        run.returncode == 2
+        and run.stderr.startswith("eval_ppl.py: Problem ")
+        and run.stderr.count("\n") == 1
+    )
 
 
 def test_once_all_is_solved_each_test_passes(given, tmp_path):
@@ -108,7 +141,9 @@ def test_a_handout_is_the_same_bytes_each_time(given, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Quantizer.calibrate (quant.py)" in printed and str(tmp_path / "again") in printed
     for name, text in handout.files().items():
-        assert (tmp_path / "again" / name).read_bytes() == (given / name).read_bytes() == text.encode(), name
+        assert (
+            (tmp_path / "again" / name).read_bytes() == (given / name).read_bytes() == text.encode()
+        ), name
     here = {path.relative_to(given).as_posix() for path in given.rglob("*") if path.is_file()}
     assert {name for name in here if "__pycache__" not in name} == set(handout.files())
 
@@ -116,10 +151,17 @@ def test_a_handout_is_the_same_bytes_each_time(given, tmp_path, capsys):
 def test_a_handout_holds_no_solution_and_no_hidden_test(tmp_path, monkeypatch, capsys):
     texts = handout.files()
     assert handout.leaks(texts) == []
-    assert not any("hidden" in name or "course/" in name or "wrong_solutions" in name for name in texts)
-    found = {function for function, *_ in handout.leaks({name: (ROOT / name).read_text() for name in FILES})}
+    assert not any(
+        "hidden" in name or "course/" in name or "wrong_solutions" in name for name in texts
+    )
+    found = {
+        function
+        for function, *_ in handout.leaks({name: (ROOT / name).read_text() for name in FILES})
+    }
     assert found == set(BY_NAME)
-    secret = "def scale(lo, hi, n):\n    return torch.where(s>0, s, torch.where(lo==0, 1.0, lo.abs()))"
+    secret = (
+        "def scale(lo, hi, n):\n    return torch.where(s>0, s, torch.where(lo==0, 1.0, lo.abs()))"
+    )
     monkeypatch.setattr(handout, "files", lambda: {**texts, "support/text.py": secret})
     refuse(["handout", str(tmp_path / "leaky")], ["support/text.py", "scale"], capsys, command)
     assert not (tmp_path / "leaky").exists()
@@ -128,7 +170,9 @@ def test_a_handout_holds_no_solution_and_no_hidden_test(tmp_path, monkeypatch, c
 def test_stubs_keep_what_a_student_needs(given):
     """Signatures, docstrings, everything between; the parts that would give it away are gone."""
     for name in FILES:
-        reference, stub = (source.functions_of(ast.parse((root / name).read_text())) for root in (ROOT, given))
+        reference, stub = (
+            source.functions_of(ast.parse((root / name).read_text())) for root in (ROOT, given)
+        )
         assert reference.keys() == stub.keys()
         for function, node in stub.items():
             if function not in BY_NAME:
@@ -151,20 +195,33 @@ def test_a_class(given, tmp_path):
     out = tmp_path / "grades.csv"
     assert command.main(["grade", "--class", str(tmp_path / "class"), "--csv", str(out)]) == 0
     anna, bob, zoe = csv.DictReader(out.open())
-    assert (anna["submission"], anna["points"], anna["of"], anna["lost"]) == ("anna", "88", "88", "")
-    assert [anna[f"problem {i}"] for i in range(1, 7)] == [str(problem.points) for problem in PROBLEMS[:6]]
+    assert (anna["submission"], anna["points"], anna["of"], anna["lost"]) == (
+        "anna",
+        "88",
+        "88",
+        "",
+    )
+    assert [anna[f"problem {i}"] for i in range(1, 7)] == [
+        str(problem.points) for problem in PROBLEMS[:6]
+    ]
     assert (bob["points"], zoe["points"]) == ("0", "0") and "Quantizer.calibrate" in bob["lost"]
 
 
 def test_what_is_printed_and_results_json(tmp_path, capsys, monkeypatch):
     """One right function, one that is missing, a file that does not parse, two that are not there."""
     monkeypatch.setattr(grade, "PROBLEMS", [PROBLEMS[0], PROBLEMS[3]])
-    (tmp_path / "quant.py").write_text("import torch\ndef zero(lo, s):\n    return -torch.round(lo / s)\n")
+    (tmp_path / "quant.py").write_text(
+        "import torch\ndef zero(lo, s):\n    return -torch.round(lo / s)\n"
+    )
     (tmp_path / "kvsink.py").write_text("x = 1\ndef pfn(H, N:\n    return 0\n")
     out = tmp_path / "results.json"
     assert command.main(["grade", str(tmp_path), "--json", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "2 of 32 points" in printed and "scale is not there" in printed and "kvsink.py, line 2:" in printed
+    assert (
+        "2 of 32 points" in printed
+        and "scale is not there" in printed
+        and "kvsink.py, line 2:" in printed
+    )
     results = json.loads(out.read_text())
     assert results["score"] == 2 == sum(test["score"] for test in results["tests"])
     assert "0 of 5 tests passed" in printed  # of quantize, which is not there
@@ -209,11 +266,13 @@ def wrong_grades(tmp_path_factory):
 def test_a_wrong_solution_loses_its_points_and_no_others(i, wrong_grades):
     (name, old, new, error), found = WRONG[i], wrong_grades[i]
     assert found.points == 0 and found.failed, f"{error}: not noticed"
-    assert not any(why.startswith(("no answer", "the process ended", "an answer")) for _, why in found.failed), (
-        found.failed
-    )
+    assert not any(
+        why.startswith(("no answer", "the process ended", "an answer")) for _, why in found.failed
+    ), found.failed
     file, tree = BY_NAME[name].file, ast.parse(wrong_file(name, old, new))
-    for other in BY_NAME.values():  # other files are the same, and so is what the grader makes of this one
+    for (
+        other
+    ) in BY_NAME.values():  # other files are the same, and so is what the grader makes of this one
         if other.file == file and other.name != name:
             merged = source.merged((ROOT / file).read_text(), tree, [other.name])
             assert merged == of_the_reference(other), other.name
@@ -229,7 +288,10 @@ def test_another_right_solution_has_all_points(server, tmp_path):
     """All functions in other words, with helpers, loops, keywords, lists for tuples; nothing else is in these files."""
     folder = submission(tmp_path, **{file.replace(".", "_"): text for file, text in OTHER.items()})
     grades = grade.grade(server, folder, disable=True)
-    assert [(g.name, g.failed) for g in grades if g.failed] == [] and grade.points_of(grades) == (88, 88)
+    assert [(g.name, g.failed) for g in grades if g.failed] == [] and grade.points_of(grades) == (
+        88,
+        88,
+    )
 
 
 def test_helpers_of_a_students_own(server, tmp_path):
@@ -240,7 +302,8 @@ def test_helpers_of_a_students_own(server, tmp_path):
                         "return minus(codes.to(s.dtype), z, SIGN) * s")  # fmt: skip
     text = text.replace("        check_finite(X)\n", "        self.looked_at(X)\n")
     text = text.replace(
-        "    def calibrate", "    def looked_at(self, X):\n        check_finite(X)\n\n    def calibrate"
+        "    def calibrate",
+        "    def looked_at(self, X):\n        check_finite(X)\n\n    def calibrate",
     )
     text = text.replace('"""Eq. 12', '"""\\ud800 Eq. 12')
     text += "\nimport operator as op\nSIGN = -1\nBROKEN = 1 / 0\nimport nowhere\n"
@@ -255,9 +318,7 @@ def test_helpers_of_a_students_own(server, tmp_path):
 # The grader: hostile submissions
 
 ZERO = "def zero(lo, s):\n    {}\n    return -torch.round(lo / s)\n"
-PATCHES = (
-    "import numpy, torch, pytest; numpy.isclose = numpy.allclose = torch.allclose = lambda *a, **k: numpy.array(True); "
-)
+PATCHES = "import numpy, torch, pytest; numpy.isclose = numpy.allclose = torch.allclose = lambda *a, **k: numpy.array(True); "
 FIND = """import os, sys, time
     frame = sys._getframe()
     while "connection" not in frame.f_locals: frame = frame.f_back
@@ -270,7 +331,12 @@ NATIVE = (  # which audit hooks do not see, and Landlock does
     ("import os; os.mkfifo({outside!r})", "PermissionError"),
 )
 if worker.landlock_version() >= 6:
-    NATIVE += (("import os, signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)", "PermissionError"),)
+    NATIVE += (
+        (
+            "import os, signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
+            "PermissionError",
+        ),
+    )
 
 
 def zero_with(tmp_path, line, top=""):
@@ -307,10 +373,16 @@ def zero_with(tmp_path, line, top=""):
     ("open('big', 'wb').write(bytes(2**22))", "OSError"),
     *(NATIVE if worker.landlock_version() else ()),
 ])  # fmt: skip
-def test_a_hostile_function_gets_nothing_and_harms_nothing(line, why, server, tmp_path, monkeypatch):
+def test_a_hostile_function_gets_nothing_and_harms_nothing(
+    line, why, server, tmp_path, monkeypatch
+):
     monkeypatch.setattr(grade, "SECONDS", 1 if why.startswith("no answer") else 20)
     outside = tmp_path / "outside"
-    paths = {"hidden": str(ROOT / "course/hidden/problem1.py"), "root": str(ROOT), "outside": str(outside)}
+    paths = {
+        "hidden": str(ROOT / "course/hidden/problem1.py"),
+        "root": str(ROOT),
+        "outside": str(outside),
+    }
     for name, path in paths.items():
         line = line.replace(f"{{{name}!r}}", repr(path))
     found = graded(server, "zero", zero_with(tmp_path, line))
@@ -336,7 +408,9 @@ def test_what_runs_on_import_is_not_taken_over(server, tmp_path):
     """A right function in a file that would end, patch, write and loop: it has its points."""
     outside = tmp_path / "outside"
     top = f"torch.round = None\nopen({str(outside)!r}, 'w')\nraise SystemExit\nwhile True: pass\n"
-    assert graded(server, "zero", zero_with(tmp_path, "", top)).failed == () and not outside.exists()
+    assert (
+        graded(server, "zero", zero_with(tmp_path, "", top)).failed == () and not outside.exists()
+    )
 
 
 def test_a_flood_of_prints_does_no_harm(server, tmp_path):
@@ -381,12 +455,24 @@ def test_one_folder_in_the_submission_is_the_submission(server, tmp_path, monkey
 
 
 def test_values_as_bytes():
-    value = ["x", 1.5, None, True, {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, [np.array(3)], np.zeros((0, 4))]
+    value = [
+        "x",
+        1.5,
+        None,
+        True,
+        {"a": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        [np.array(3)],
+        np.zeros((0, 4)),
+    ]
     back = worker.decode(worker.encode(value))
     assert back[:4] == value[:4] and np.array_equal(back[4]["a"], value[4]["a"]) and back[5][0] == 3
     assert back[6].shape == (0, 4) and np.isinf(worker.decode(worker.encode([float("inf")]))[0])
     header = json.dumps({"array": ["|O", [1]]}).encode()
-    for data in (b"", b"\0" * 7 + b"\2[]"[:1], len(header).to_bytes(8, "big") + header + b"12345678"):
+    for data in (
+        b"",
+        b"\0" * 7 + b"\2[]"[:1],
+        len(header).to_bytes(8, "big") + header + b"12345678",
+    ):
         with pytest.raises(ValueError):
             worker.decode(data)
 
@@ -413,7 +499,9 @@ def test_values_as_bytes():
 def test_commands_that_are_refused(arguments, words, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    arguments = [a.format(full=tmp_path / "full", file=tmp_path / "full" / "file") for a in arguments]
+    arguments = [
+        a.format(full=tmp_path / "full", file=tmp_path / "full" / "file") for a in arguments
+    ]
     refuse(arguments, words, capsys, command)
     assert os.listdir(tmp_path / "full") == ["file"]
 

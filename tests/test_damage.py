@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 import eval_ppl
 from llama import Llama, LlamaConfig
 from paper import __main__ as whole_paper
-from paper import command as shared
 from paper import activations, figures, generate, kvquant, table1, table2, table3, table4
+from paper import command as shared
 from support import hub, results
 from support.tokenizer import Tokenizer
 from tests.helpers import (
@@ -136,10 +136,17 @@ def test_options_that_cannot_be(command, change, words, tiny, capsys, no_weights
 QUANTIZED = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
     "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "bitsandbytes": {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+    },
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-    "bitnet": {"quant_method": "bitnet", "quantization_mode": "online"},  # whose names and shapes fit
+    "bitnet": {
+        "quant_method": "bitnet",
+        "quantization_mode": "online",
+    },  # whose names and shapes fit
     "unnamed": {"load_in_8bit": True},  # as old files have it
     "GPTQ": "GPTQ",
 }
@@ -154,7 +161,12 @@ def test_quantized_weights_are_refused_by_their_method(method, tiny, capsys, tmp
     (tmp_path / "config.json").write_text(json.dumps({**SMALL, **change}))
     for command, options in ((eval_ppl, tiny[2:]), (table1, []), (generate, [])):
         write_bpe(tmp_path, bytes_vocabulary(), DIGITS)
-        refuse(["--model", str(tmp_path), *options], ["config.json", f"quantized ({method})"], capsys, command)
+        refuse(
+            ["--model", str(tmp_path), *options],
+            ["config.json", f"quantized ({method})"],
+            capsys,
+            command,
+        )
 
 
 @pytest.mark.parametrize("files, words", [
@@ -165,7 +177,9 @@ def test_quantized_weights_are_refused_by_their_method(method, tiny, capsys, tmp
     (["llama.Q4_K_M.gguf", "README.md"], ["FOLDER is in llama.cpp's GGUF"]),
     (["consolidated.00.pth", "params.json", "tokenizer.model"], ["FOLDER is in Meta's own format", "-hf"]),
 ])  # fmt: skip
-def test_a_directory_of_another_kind_is_named_as_what_it_is(files, words, tiny, capsys, tmp_path, no_weights):
+def test_a_directory_of_another_kind_is_named_as_what_it_is(
+    files, words, tiny, capsys, tmp_path, no_weights
+):
     for name in files:
         (tmp_path / name).write_text("{}")
     words = [word.replace("FOLDER", str(tmp_path)) for word in words]
@@ -176,7 +190,13 @@ def test_a_directory_of_another_kind_is_named_as_what_it_is(files, words, tiny, 
 
 
 def test_a_whole_model_may_lie_beside_files_of_other_kinds(tmp_path):
-    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "training_args.bin", "original.pth"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "original.pth",
+    ):
         (tmp_path / name).write_text("{}")
     assert hub.model_directory(str(tmp_path)) == tmp_path
     (tmp_path / "model.safetensors").rename(tmp_path / hub.INDEX)
@@ -293,7 +313,9 @@ def test_tokenizers_that_are_none(name, content, words, tmp_path):
     one_line(error, words)
 
 
-@pytest.mark.parametrize("name", ["", "/", "/dev/zero", "x\0y", "\udcff", "wiki-sampel", "~nobody-of-that-name/text"])
+@pytest.mark.parametrize(
+    "name", ["", "/", "/dev/zero", "x\0y", "\udcff", "wiki-sampel", "~nobody-of-that-name/text"]
+)
 def test_texts_that_are_none(name):
     with pytest.raises(OSError) as error:
         hub.documents(name)
@@ -310,7 +332,9 @@ def test_results_that_are_none(content, capsys, tmp_path):
     with pytest.raises(ValueError) as error:
         results.read_results(path)
     one_line(error, str(path), "left as it is")
-    refuse(["--fig", "9", "--json", str(path), "--out", str(tmp_path)], [str(path)], capsys, figures)
+    refuse(
+        ["--fig", "9", "--json", str(path), "--out", str(tmp_path)], [str(path)], capsys, figures
+    )
     assert path.read_bytes() == content and sorted(os.listdir(tmp_path)) == ["out.json"]
 
 
@@ -335,7 +359,12 @@ def test_a_row_that_cannot_be_is_not_drawn(change, capsys, tmp_path):
     assert figures.main(["--fig", "9", "--json", str(path), "--out", str(tmp_path / "good")]) == 0
     capsys.readouterr()
     path.write_text(json.dumps([ROW | change]))
-    refuse(["--fig", "9", "--json", str(path), "--out", str(tmp_path / "bad")], ["left as it is"], capsys, figures)
+    refuse(
+        ["--fig", "9", "--json", str(path), "--out", str(tmp_path / "bad")],
+        ["left as it is"],
+        capsys,
+        figures,
+    )
     assert not (tmp_path / "bad").exists()
 
 
@@ -363,7 +392,9 @@ def test_four_processes_write_to_one_file(attempt, tmp_path):
     def write(writer):
         for i in range(5):
             results.add_result(path, {**ROW, "bits": 100 * writer + i})
-        results.add_result(path, {**ROW, "bits": 1000, "seconds": writer})  # which all of them have measured
+        results.add_result(
+            path, {**ROW, "bits": 1000, "seconds": writer}
+        )  # which all of them have measured
 
     children = [fork(lambda writer=writer: write(writer)) for writer in range(4)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
@@ -375,7 +406,13 @@ def test_four_processes_write_to_one_file(attempt, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed runs
 
-MOMENTS = ("at the first row", "before it is written", "half of it is written", "not in its place", "in its place")
+MOMENTS = (
+    "at the first row",
+    "before it is written",
+    "half of it is written",
+    "not in its place",
+    "in its place",
+)
 
 
 def die():
@@ -414,13 +451,25 @@ def killed_runs(name, file, folder, *arguments):
     """In a process of its own: a run for each moment, in a folder of its own. Prints how each ended."""
     torch.set_num_threads(1)  # a forked process has no other thread
     program = {"eval_ppl": eval_ppl, "table2": table2, "table1": table1, "figures": figures}[name]
-    kvquant.weighted_kmeans, hub.documents, hub.PROMPTS = even_codebooks, sample_documents, SITE_PROMPTS
+    kvquant.weighted_kmeans, hub.documents, hub.PROMPTS = (
+        even_codebooks,
+        sample_documents,
+        SITE_PROMPTS,
+    )
     shared.calibration_windows = one_window
     for i, moment in enumerate(moments_of(name)):
         os.environ["KVSINK_CACHE"] = f"{folder}/{i}/cache"
-        output = ["--json", f"{folder}/{i}/out.json"] if name in ("eval_ppl", "table2") else ["--out", f"{folder}/{i}"]
+        output = (
+            ["--json", f"{folder}/{i}/out.json"]
+            if name in ("eval_ppl", "table2")
+            else ["--out", f"{folder}/{i}"]
+        )
         options = [*arguments, *output]
-        print(os.waitpid(fork(lambda m=moment, o=options: run_and_be_killed(program, file, m, o)), 0)[1])
+        print(
+            os.waitpid(fork(lambda m=moment, o=options: run_and_be_killed(program, file, m, o)), 0)[
+                1
+            ]
+        )
 
 
 SITE_PROMPTS = (f"ab{chr(STRONG)}", f"cde{chr(STRONG)}f")  # which show the tiny model's outliers
@@ -446,8 +495,13 @@ def be_killed(name, file, arguments, tmp_path):
     for folder in (tmp_path / "undisturbed", *folders):
         folder.mkdir()
     code = "import sys; from tests import test_damage; test_damage.killed_runs(*sys.argv[1:])"
-    run, environment = [sys.executable, "-c", code, name, file, str(tmp_path)], os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*run, *arguments], cwd=HERE, env=environment, capture_output=True, text=True, timeout=300)
+    run, environment = (
+        [sys.executable, "-c", code, name, file, str(tmp_path)],
+        os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    done = subprocess.run(
+        [*run, *arguments], cwd=HERE, env=environment, capture_output=True, text=True, timeout=300
+    )
     ends = [line for line in done.stdout.splitlines() if line.isdecimal()]
     assert ends == [str(int(signal.SIGKILL))] * len(folders), done.stderr
     return folders
@@ -475,7 +529,10 @@ def kill_and_run_again(program, name, file, arguments, tmp_path, monkeypatch, ca
 
 def test_killed_at_any_moment_a_run_spoils_nothing(tiny, tmp_path, monkeypatch, capsys):
     """kill -9 while the third row is written; the next run leaves the JSON file and its lock."""
-    arguments = [*tiny, *"--scheme token-dynamic --keep pfn kvsink --sinks 3 --bits 3 2 --limit 2".split()]
+    arguments = [
+        *tiny,
+        *"--scheme token-dynamic --keep pfn kvsink --sinks 3 --bits 3 2 --limit 2".split(),
+    ]
     file, had = r"out\.json\.[0-9a-f]{32}", []
     again = kill_and_run_again(eval_ppl, "eval_ppl", file, arguments, tmp_path, monkeypatch, capsys)
     for moment, folder, rows, said in again:
@@ -486,22 +543,30 @@ def test_killed_at_any_moment_a_run_spoils_nothing(tiny, tmp_path, monkeypatch, 
     assert had == [0, 2, 2, 2, 3]
 
 
-def test_killed_while_it_keeps_a_calibration_a_run_spoils_nothing(tiny, tmp_path, monkeypatch, capsys):
+def test_killed_while_it_keeps_a_calibration_a_run_spoils_nothing(
+    tiny, tmp_path, monkeypatch, capsys
+):
     """kill -9 while KVQuant's calibration is written; the next run leaves it, its SHA-256 and its lock in our cache."""
     arguments = [*tiny, *"--limit 1 --calib-windows 2 --outliers 0.01 --keep kvsink".split()]
     file = r"[0-9a-f]{16}\.safetensors\.[0-9a-f]{32}"
-    for moment, folder, _, said in kill_and_run_again(table2, "table2", file, arguments, tmp_path, monkeypatch, capsys):
+    for moment, folder, _, said in kill_and_run_again(
+        table2, "table2", file, arguments, tmp_path, monkeypatch, capsys
+    ):
         assert sorted(os.listdir(folder)) == [".out.json.lock", "cache", "out.json"], moment
         left = sorted(path.name for path in (folder / "cache" / "kvquant").iterdir())
         (calibration,) = [name for name in left if name.endswith(".safetensors")]
         assert left == [f".{calibration}.lock", calibration, f"{calibration}.sha256"], moment
-        assert ("no record of its SHA-256: it is made again" in said) == (moment == "in its place"), moment
+        assert ("no record of its SHA-256: it is made again" in said) == (
+            moment == "in its place"
+        ), moment
         told = "what interrupted runs left: 1 in all" in said
         assert told == (moment in ("half of it is written", "not in its place")), moment
 
 
 @pytest.mark.parametrize("program, name", [(table1, "table1"), (figures, "figures")])
-def test_killed_while_it_writes_a_table_or_a_picture_a_run_spoils_nothing(program, name, tiny, tmp_path, monkeypatch):
+def test_killed_while_it_writes_a_table_or_a_picture_a_run_spoils_nothing(
+    program, name, tiny, tmp_path, monkeypatch
+):
     """kill -9 while a picture is written, and while the site that the finder found is; the next run gives the same bytes,
     and leaves no more than the undisturbed."""
     monkeypatch.setattr(hub, "documents", sample_documents)
@@ -513,10 +578,17 @@ def test_killed_while_it_writes_a_table_or_a_picture_a_run_spoils_nothing(progra
     def run(folder):
         monkeypatch.setenv("KVSINK_CACHE", str(folder / "cache"))
         assert program.main([*arguments, "--out", str(folder)]) == 0
-        there = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-        return {name: path.read_bytes() for name, path in there.items() if "sha256" not in name}, set(there)
+        there = {
+            str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()
+        }
+        return {
+            name: path.read_bytes() for name, path in there.items() if "sha256" not in name
+        }, set(there)
 
-    patterns = [rf"{name[:3]}.*\.[0-9a-f]{{32}}", r"[0-9a-f]+.*\.json\.[0-9a-f]{32}"]  # the last is the site's
+    patterns = [
+        rf"{name[:3]}.*\.[0-9a-f]{{32}}",
+        r"[0-9a-f]+.*\.json\.[0-9a-f]{32}",
+    ]  # the last is the site's
     for pattern in patterns[1:] if name == "table1" else patterns[:1]:
         place = tmp_path / pattern[:3]
         place.mkdir()

@@ -30,7 +30,10 @@ def test_the_gain_of_five_predicted_tokens_is_no_chance(default_model):
 
 def test_one_token_again_and_again_keeps_twenty(default_model):
     """Each has the massive number of a sink, so a tenth of the largest is no bound; a short text keeps all it has."""
-    model, tokenizer = Llama.from_pretrained(default_model), Tokenizer.from_pretrained(default_model)
+    model, tokenizer = (
+        Llama.from_pretrained(default_model),
+        Tokenizer.from_pretrained(default_model),
+    )
     site, massive = kvsink.table_site(hub.DEFAULT_MODEL), []
 
     def step(block, H, *rest):
@@ -41,7 +44,9 @@ def test_one_token_again_and_again_keeps_twenty(default_model):
 
     for n, kept in ((100, 20), (7, 7)):
         H = model.embedding(torch.full((1, n), tokenizer.eot))
-        _, S_sink = kvsink.prefill(model, H, kvsink.full_precision_cache(model), *site, k=kvsink.AUTO, step=step)
+        _, S_sink = kvsink.prefill(
+            model, H, kvsink.full_precision_cache(model), *site, k=kvsink.AUTO, step=step
+        )
         assert massive.pop() == n and S_sink.sum() == kept
 
 
@@ -51,7 +56,11 @@ def test_the_default_command(default_model, tmp_path):
     small = "--no-compile --limit 1 --calib-windows 1 --seq-len 512 --json".split()
     assert eval_ppl.main([*small, str(out)]) == 0
     ppl = perplexities(out)
-    assert len(ppl) == 13 and {scheme for scheme, *_ in ppl} == {"full", "channel-static", "token-static"}
+    assert len(ppl) == 13 and {scheme for scheme, *_ in ppl} == {
+        "full",
+        "channel-static",
+        "token-static",
+    }
     for bits in (4, 3):
         for scheme in ("channel-static", "token-static"):
             assert ppl[scheme, bits, "kvsink", 5] < ppl[scheme, bits, "pfn", 5]

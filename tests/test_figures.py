@@ -61,7 +61,9 @@ def image(axis):
 def shows(axis, X):
     """A map of queries by keys: white where a query does not see a key."""
     found, seen = image(axis), torch.ones(40, 40).tril().bool()
-    return torch.equal(found.isnan(), ~seen) and torch.allclose(found[seen], X.double()[seen], atol=1e-6)
+    return torch.equal(found.isnan(), ~seen) and torch.allclose(
+        found[seen], X.double()[seen], atol=1e-6
+    )
 
 
 def panels_of(figure):
@@ -93,7 +95,11 @@ def test_figure_2(drawn):
         for i, dot, bar in zip(shown, dots, bars):
             assert np.allclose(dot.get_ydata(), norms[:, i])
             assert bar.get_ydata()[0] == pytest.approx(norms[:, i].median().item())
-            assert dot.get_color() == bar.get_color() == (figures.SINK if subject.S[i] else figures.OTHER)
+            assert (
+                dot.get_color()
+                == bar.get_color()
+                == (figures.SINK if subject.S[i] else figures.OTHER)
+            )
         assert [label.get_text() for label in axis.get_xticklabels()][14] == "WEAK 22"
 
 
@@ -102,7 +108,9 @@ def test_figure_4(drawn):
     figure, names, S = figures.figure_4(subject), ("X_d_in", "X_d_out", "H_", "H"), subject.S
     left, panels = figure.subfigs[0].axes[0], np.array(figure.subfigs[1].axes).reshape(4, 3)
     for line, name in zip(left.lines, names):
-        assert np.allclose(line.get_ydata(), [getattr(a, name).abs().max() for a in inside.values()])
+        assert np.allclose(
+            line.get_ydata(), [getattr(a, name).abs().max() for a in inside.values()]
+        )
     titles = ["initial, block 1", "emergence, block 2", "stabilization, block 5"]
     assert [panel.get_title() for panel in panels[0]] == titles
     for row, name in zip(panels, names):
@@ -119,7 +127,9 @@ def test_figure_5(drawn):
     subject, inside, P = drawn
     (axes, a), S = (panels_of(figures.figure_5(subject)), inside[4]), subject.S
     assert shows(axes[0], cosine(a)) and shows(axes[3], P.mean(0))
-    for axis, X in zip((axes[1], axes[2], axes[4], axes[5]), (a.Q, a.K, a.V, a.O[None]), strict=True):
+    for axis, X in zip(
+        (axes[1], axes[2], axes[4], axes[5]), (a.Q, a.K, a.V, a.O[None]), strict=True
+    ):
         (others, sinks), norms = axis.lines[:2], X.norm(dim=-1).median(0).values
         assert np.allclose(sinks.get_ydata(), norms[S]) and sinks.get_color() == figures.SINK
         assert np.allclose(others.get_ydata(), norms[~S])
@@ -142,7 +152,9 @@ def test_figure_7(drawn):
     bias = activations.attention_bias(P, a.V, S)
     head = int(activations.mean_cosine(bias).argmax())
     for kept in (0, 1):
-        assert shows(axes[kept, 0], P.mean(0)) and torch.allclose(image(axes[2 + kept, 0]), bias[head].double())
+        assert shows(axes[kept, 0], P.mean(0)) and torch.allclose(
+            image(axes[2 + kept, 0]), bias[head].double()
+        )
         for column, bits in enumerate((8, 4, 3, 2), start=1):
             *_, P_, bias_ = activations.quantized_attention(subject, a, S, bits, bool(kept))
             assert shows(axes[kept, column], P_.mean(0))
@@ -178,7 +190,9 @@ def numbers_by_hand(n, d, granularity, g):
     numbers = np.empty((n, d), int)
     for i, c in np.ndindex(n, d):
         per_channel = i // g * d + c
-        numbers[i, c] = {"token": (i * d + c) // g, "channel": per_channel, "tensor": i // g}[granularity]
+        numbers[i, c] = {"token": (i * d + c) // g, "channel": per_channel, "tensor": i // g}[
+            granularity
+        ]
     return numbers
 
 
@@ -190,7 +204,9 @@ def test_groups_are_numbered_as_figure_10_draws_them(granularity):
 
 
 def test_figure_10():
-    for axis, granularity in zip(panels_of(figures.figure_10(None)), quant.GRANULARITIES, strict=True):
+    for axis, granularity in zip(
+        panels_of(figures.figure_10(None)), quant.GRANULARITIES, strict=True
+    ):
         found = {text.get_position()[::-1]: text for text in axis.texts}
         for (i, c), number in np.ndenumerate(numbers_by_hand(12, 8, granularity, 4)):
             assert found[i, c].get_text() == str(number)
@@ -199,12 +215,20 @@ def test_figure_10():
 
 def test_long_texts_are_drawn_in_squares():
     """300 tokens as 100 squares of 3: each square is the largest number in it, and one that no query sees is white."""
-    X, axis = torch.rand(300, 300, generator=torch.Generator().manual_seed(0)), figures.Figure().subplots()
+    X, axis = (
+        torch.rand(300, 300, generator=torch.Generator().manual_seed(0)),
+        figures.Figure().subplots(),
+    )
     S = torch.arange(300) == 0
     drawn = figures.token_map(axis, X, S, "").get_array()
     assert drawn.shape == (100, 100) and drawn[0, 1] is np.ma.masked
-    assert drawn[40, 7] == X[120:123, 21:24].max() and drawn[40, 40] == X[120:123, 120:123].tril().max()
-    assert axis.get_xlim()[0] < -5 and axis.get_xlim()[1] == 299.5  # token 0 stands clear of the frame
+    assert (
+        drawn[40, 7] == X[120:123, 21:24].max()
+        and drawn[40, 40] == X[120:123, 120:123].tril().max()
+    )
+    assert (
+        axis.get_xlim()[0] < -5 and axis.get_xlim()[1] == 299.5
+    )  # token 0 stands clear of the frame
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +239,10 @@ def test_all_figures_and_tables_of_a_model(drawable, tmp_path, capsys):  # noqa:
     assert whole_paper.main(drawable) == 0
     printed, out = capsys.readouterr(), tmp_path / "out"
     expected = {f"fig{number}-model-prompt1.png" for number in (1, 2, 4, 5, 6, 7, 10, 11, 18, 19)}
-    assert set(os.listdir(out)) == expected | {"table1-model-prompt1.json", "fig7-model-prompt1.json"}
+    assert set(os.listdir(out)) == expected | {
+        "table1-model-prompt1.json",
+        "fig7-model-prompt1.json",
+    }
     for name in expected:
         picture = (out / name).read_bytes()
         width, height = (int.from_bytes(picture[at : at + 4]) for at in (16, 20))
@@ -231,12 +258,25 @@ def test_all_figures_and_tables_of_a_model(drawable, tmp_path, capsys):  # noqa:
     rows = json.loads((out / "fig7-model-prompt1.json").read_text())["rows"]
     assert [row["bits"] for row in rows] == [8, 4, 3, 2]
     lines = [line.split() for line in printed.out.split("Figure 7 in numbers")[1].splitlines()[2:6]]
-    assert lines == [[str(row["bits"]), *(f"{x:.3f}" for x in list(row.values())[1:])] for row in rows]
+    assert lines == [
+        [str(row["bits"]), *(f"{x:.3f}" for x in list(row.values())[1:])] for row in rows
+    ]
 
 
 def test_figures_are_chosen_by_the_papers_numbers(drawable, tmp_path, capsys):  # noqa: F811
     """13 is Figure 4 for prompt 2, 21 is Figure 19; a text of one's own; another format."""
-    options = ["--fig", "13", "4", "21", "--prompt", "cost: $5 \x07 and $6", "--format", "svg", "--layer", "5"]
+    options = [
+        "--fig",
+        "13",
+        "4",
+        "21",
+        "--prompt",
+        "cost: $5 \x07 and $6",
+        "--format",
+        "svg",
+        "--layer",
+        "5",
+    ]
     assert figures.main([*drawable, *options]) == 0
     files = sorted(os.listdir(tmp_path / "out"))
     slug = hashlib.sha256(b"cost: $5 \x07 and $6").hexdigest()[:8]
@@ -249,7 +289,11 @@ def test_figures_are_chosen_by_the_papers_numbers(drawable, tmp_path, capsys):  
 def commands():
     """The modules of paper/ that are commands."""
     folder = Path(figures.__file__).parent
-    return [path.stem for path in folder.glob("[a-z]*.py") if "\ndef main(" in path.read_text(encoding="utf-8")]
+    return [
+        path.stem
+        for path in folder.glob("[a-z]*.py")
+        if "\ndef main(" in path.read_text(encoding="utf-8")
+    ]
 
 
 @pytest.mark.parametrize("name", ["paper", "paper.figures", "paper.table1", "paper.table3"])
@@ -261,7 +305,9 @@ def test_commands_run_as_modules(name, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert end.value.code == 0 and printed.startswith(f"usage: python -m {name} ")
     if name == "paper":
-        listed = [line.split()[2] for line in printed.splitlines() if line.startswith("python -m paper.")]
+        listed = [
+            line.split()[2] for line in printed.splitlines() if line.startswith("python -m paper.")
+        ]
         assert sorted(listed) == sorted(f"paper.{command}" for command in commands())
 
 
@@ -291,7 +337,9 @@ def test_figure_9_is_drawn_from_results(tmp_path, monkeypatch, capsys):
     refuse(options, ["no results"], capsys, figures)
     file.write_text(json.dumps([{**FIGURE_9[1], "rope": "post"}, {**FIGURE_9[1], "rope": "pre"}]))
     refuse(options, ["differ in rope"], capsys, figures)
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     file.write_text(json.dumps(FIGURE_9))
     refuse(options, ["No space"], capsys, figures)
     assert (tmp_path / "fig9.png").read_bytes() == picture and len(list(tmp_path.iterdir())) == 2
@@ -331,7 +379,9 @@ def test_figure_9_beside_all_others(drawable, tmp_path, monkeypatch, capsys):  #
     (["--device", "cuda:99"], ["cuda:99"]),
 ])  # fmt: skip
 def test_figures_that_cannot_be(change, words, drawable, capsys, tmp_path, monkeypatch):  # noqa: F811
-    if change[-1] == "wrong site":  # sinks are stable in blocks 3 to 6, and these would be read off after block 6
+    if (
+        change[-1] == "wrong site"
+    ):  # sinks are stable in blocks 3 to 6, and these would be read off after block 6
         change = change[:-2]
         monkeypatch.setitem(kvsink.TABLE_3, drawable[1], kvsink.Table3Row(6, 5, 32, (5,)))
     refuse([*drawable, *change], ["paper.figures: ", *words], capsys, figures)
@@ -346,17 +396,29 @@ def test_figures_name_the_block_of_a_nan(value, drawable, capsys, tmp_path, monk
     weights["model.layers.3.mlp.down_proj.weight"][:] = value
     write_weights(tmp_path / "model", weights)
     monkeypatch.setitem(kvsink.TABLE_3, str(tmp_path / "model"), kvsink.Table3Row(6, 1, 32, (5,)))
-    refuse(["--model", str(tmp_path / "model"), "--fig", "1"], ["NaN or inf", "block 4 of 6"], capsys, figures)
+    refuse(
+        ["--model", str(tmp_path / "model"), "--fig", "1"],
+        ["NaN or inf", "block 4 of 6"],
+        capsys,
+        figures,
+    )
 
 
 def test_only_pictures_need_matplotlib(drawable, capsys, monkeypatch):  # noqa: F811
     """test_table3.py has a table without it."""
     monkeypatch.setattr(figures, "Figure", None)
-    refuse([*drawable, "--fig", "1"], ["paper.figures: ", "pip install matplotlib"], capsys, figures)
+    refuse(
+        [*drawable, "--fig", "1"], ["paper.figures: ", "pip install matplotlib"], capsys, figures
+    )
     refuse(drawable, ["paper: ", "pip install matplotlib"], capsys, whole_paper)
 
 
 def test_a_tokenizer_of_another_model_draws_nothing(drawable, capsys, tmp_path):  # noqa: F811
     write_model(tmp_path / "model", PLANTED)  # 64 tokens
     write_bpe(tmp_path / "model", bytes_vocabulary(), DIGITS)
-    refuse(["--model", str(tmp_path / "model"), "--fig", "1", "--prompt", "letters"], ["gives id"], capsys, figures)
+    refuse(
+        ["--model", str(tmp_path / "model"), "--fig", "1", "--prompt", "letters"],
+        ["gives id"],
+        capsys,
+        figures,
+    )

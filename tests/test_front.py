@@ -21,7 +21,9 @@ def test_the_front_by_hand():
 
 def test_every_setting_is_there_once():
     rows = front.rows()
-    assert len(rows) == len(set(rows)) == 1 + 4 * 3 * 4 and {row.scheme for row in rows[1:]} == set(SCHEMES)
+    assert len(rows) == len(set(rows)) == 1 + 4 * 3 * 4 and {row.scheme for row in rows[1:]} == set(
+        SCHEMES
+    )
     assert front.group_sizes(128) == [32, 64, 128] and front.group_sizes(64) == [32, 64]
     with pytest.raises(ValueError, match="divides a head of 8"):
         front.group_sizes(8)
@@ -64,18 +66,26 @@ def test_the_command(tiny, small, tmp_path, capsys, monkeypatch):
         assert r["scheme"] == "full" or line.endswith(front.setting(r))
     drawn = front.picture(rows).axes[0]
     points = {
-        tuple(map(float, (*line.get_xdata(), *line.get_ydata()))) for line in drawn.lines if len(line.get_xdata()) == 1
+        tuple(map(float, (*line.get_xdata(), *line.get_ydata())))
+        for line in drawn.lines
+        if len(line.get_xdata()) == 1
     }
     assert points == {(r["stored_bits"], front.above(r)) for r in rows if r["scheme"] != "full"}
     assert (
         front.above({"ppl": 12.0, "ppl_fp": 10.0}) == pytest.approx(20)
         and front.above({"ppl": 9.0, "ppl_fp": 10.0}) == 0.1
     )
-    best = next(line for line in drawn.lines if line.get_color() == "k" and line.get_linestyle() == "-")
-    assert list(best.get_xdata()) == [r["stored_bits"] for r in front.front([r for r in rows if r["scheme"] != "full"])]
+    best = next(
+        line for line in drawn.lines if line.get_color() == "k" and line.get_linestyle() == "-"
+    )
+    assert list(best.get_xdata()) == [
+        r["stored_bits"] for r in front.front([r for r in rows if r["scheme"] != "full"])
+    ]
     assert plot.read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(eval_ppl, "window_losses", None)
-    out.write_text(json.dumps([{key: r[key] for key in r if key != "stored_bits"} for r in rows]))  # as older files are
+    out.write_text(
+        json.dumps([{key: r[key] for key in r if key != "stored_bits"} for r in rows])
+    )  # as older files are
     assert front.main(command) == 0  # nothing is measured twice
     assert capsys.readouterr().out.split("the front:")[1] == printed.split("the front:")[1]
 

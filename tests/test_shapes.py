@@ -33,7 +33,9 @@ def test_the_papers_models_at_their_true_shape(name, billions):
 
 
 def test_a_random_model(monkeypatch):
-    model = shapes.random_model(LlamaConfig.from_dict({**PLANTED, "tie_word_embeddings": True}), "cpu", torch.float32)
+    model = shapes.random_model(
+        LlamaConfig.from_dict({**PLANTED, "tie_word_embeddings": True}), "cpu", torch.float32
+    )
     assert model.W_vocab.weight is model.embedding.weight and model.LN_final.weight.eq(1).all()
     assert model.blocks[0].W_q.weight.std() == pytest.approx(0.02, rel=0.2)
     monkeypatch.setattr(cli, "free_memory", lambda device: 1000)

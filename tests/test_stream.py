@@ -29,15 +29,15 @@ from tests.helpers import (
 )
 
 TOKENS = torch.tensor(np.random.RandomState(1).randint(0, 97, (2, 100)))
-ROWS = (
-    "--scheme token-static token-dynamic channel-static --bits 4 2 --keep none pfn kvsink --sinks 2 --limit 3".split()
-)
+ROWS = "--scheme token-static token-dynamic channel-static --bits 4 2 --keep none pfn kvsink --sinks 2 --limit 3".split()
 ROWS += ["--calib-windows", "2"]
 
 
 def same_results(one, other):
     """All but the seconds, to the last digit, in the same order."""
-    return [{**a, "seconds": 0} for a in results_of(one)] == [{**b, "seconds": 0} for b in results_of(other)]
+    return [{**a, "seconds": 0} for a in results_of(one)] == [
+        {**b, "seconds": 0} for b in results_of(other)
+    ]
 
 
 @pytest.fixture
@@ -47,7 +47,13 @@ def reads(monkeypatch):
 
     def walk(self, order):
         for block in real(self, order):
-            seen.append([l for l, other in enumerate(self._modules.values(), 1) if not other.W_q.weight.is_meta][-1])
+            seen.append(
+                [
+                    l
+                    for l, other in enumerate(self._modules.values(), 1)
+                    if not other.W_q.weight.is_meta
+                ][-1]
+            )
             assert sum(not p.is_meta for p in self.parameters()) == len(list(block.parameters()))
             yield block
         assert all(p.is_meta for p in self.parameters())
@@ -58,10 +64,16 @@ def reads(monkeypatch):
 
 def test_streamed_blocks_are_those_of_the_model(tmp_path, reads):
     write_model(tmp_path, {**SMALL, "tie_word_embeddings": True}, shards=4)
-    whole, model = Llama.from_pretrained(tmp_path), stream.from_pretrained(tmp_path, "cpu", torch.float32)
+    whole, model = (
+        Llama.from_pretrained(tmp_path),
+        stream.from_pretrained(tmp_path, "cpu", torch.float32),
+    )
     assert torch.equal(model(TOKENS), whole(TOKENS)) and reads == [1, 2, 3]
     for l, block in zip((3, 2, 1), reversed(model.blocks)):
-        assert all(torch.equal(a, b) for a, b in zip(block.parameters(), whole.blocks[l - 1].parameters(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(block.parameters(), whole.blocks[l - 1].parameters(), strict=True)
+        )
     assert reads == [1, 2, 3, 3, 2, 1]
     for _ in model.blocks:  # a loop that is left early
         break
@@ -107,13 +119,23 @@ def test_a_damaged_checkpoint_is_refused_before_a_block_is_read(change, words, t
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_streaming_changes_no_digit(tiny, tmp_path, capsys, sample_calibration, monkeypatch, reads, compiled):
+def test_streaming_changes_no_digit(
+    tiny, tmp_path, capsys, sample_calibration, monkeypatch, reads, compiled
+):
     """Every scheme, width and rule. Blocks are read once to be timed, and once for each row and each calibration."""
     if compiled and not cli.has_compiler("cpu"):
         pytest.skip("no compiler on this machine")
     command, rules = [*tiny, *ROWS], 3
     if compiled:
-        command = [*(a for a in command if a != "--no-compile"), "--limit", "1", "--keep", "kvsink", "--bits", "4"]
+        command = [
+            *(a for a in command if a != "--no-compile"),
+            "--limit",
+            "1",
+            "--keep",
+            "kvsink",
+            "--bits",
+            "4",
+        ]
         rules = 1
     for name, options in (("whole", []), ("streamed", ["--stream"])):
         torch._dynamo.reset()
@@ -131,9 +153,7 @@ def test_streaming_changes_no_digit(tiny, tmp_path, capsys, sample_calibration, 
 
 
 def test_streaming_follows_rope_and_dtype(tiny, tmp_path, sample_calibration):
-    options = (
-        "--scheme channel-static --bits 3 --sinks 2 --limit 2 --calib-windows 2 --rope pre --dtype bfloat16".split()
-    )
+    options = "--scheme channel-static --bits 3 --sinks 2 --limit 2 --calib-windows 2 --rope pre --dtype bfloat16".split()
     for name, how in (("whole", []), ("streamed", ["--stream"])):
         assert eval_ppl.main([*tiny, *options, *how, "--json", str(tmp_path / f"{name}.json")]) == 0
     assert same_results(tmp_path / "whole.json", tmp_path / "streamed.json")
@@ -142,10 +162,14 @@ def test_streaming_follows_rope_and_dtype(tiny, tmp_path, sample_calibration):
 def test_a_run_says_what_it_will_take(tiny, capsys, sample_calibration):
     rows = "--scheme token-static --keep none pfn --sinks 2 --bits 4 --limit 3 --calib-windows 2 --stream".split()
     assert eval_ppl.main([*tiny, *rows]) == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("streaming ")]
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("streaming ")
+    ]
     size = 3 * 64 * 32 * 4 / 2**20  # one row: three windows of 64 tokens, 32 channels, fp32
     assert "6 blocks 5 times" in line  # three rows and two calibrations
-    assert f"{size:.1f} MiB of hidden states in host memory" in line and "on cpu for a block" in line
+    assert (
+        f"{size:.1f} MiB of hidden states in host memory" in line and "on cpu for a block" in line
+    )
 
 
 def test_the_time_that_is_announced(capsys, monkeypatch, tmp_path):
@@ -165,7 +189,9 @@ def test_memory_on_the_device_is_about_what_a_block_takes():
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dict({**SMALL, "num_hidden_layers": 1}))
     weights = stream.device_memory(model.config, 0, 4)
-    assert weights == 4 * sum(p.numel() for p in model.parameters()) - 4 * 64  # all but the last norm
+    assert (
+        weights == 4 * sum(p.numel() for p in model.parameters()) - 4 * 64
+    )  # all but the last norm
     assert 2.5 < stream.device_memory(config, 0, 2) / 2**30 < 2.8
     assert 4 < stream.device_memory(config, 4096, 2) / 2**30 < 8
 
@@ -176,7 +202,10 @@ def test_killed_a_run_goes_on_after_the_last_row_in_its_file(tiny, tmp_path, rea
     assert eval_ppl.main([*command, "--json", str(tmp_path / "whole.json")]) == 0
     command += ["--stream", "--json", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "eval_ppl.py", *command], cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [sys.executable, "eval_ppl.py", *command],
+        cwd=HERE,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     while process.poll() is None and not (out.exists() and len(results_of(out)) >= 3):
         time.sleep(0.01)
@@ -209,9 +238,20 @@ def test_ranks_share_the_memory_of_a_machine(tmp_path, monkeypatch):
 def test_two_ranks_stream_together(tiny, tmp_path):
     """torchrun with gloo: each rank with its windows, whether streamed or not."""
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    arguments = [*tiny, *"--scheme token-dynamic --keep kvsink --sinks 2 --bits 3 --limit 5".split()]
+    arguments = [
+        *tiny,
+        *"--scheme token-dynamic --keep kvsink --sinks 2 --bits 3 --limit 5".split(),
+    ]
     assert eval_ppl.main([*arguments, "--json", str(one)]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "eval_ppl.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "eval_ppl.py",
+    ]
     command += [*arguments, "--stream", "--json", str(two)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -222,14 +262,35 @@ def test_what_is_not_finite_names_its_block_when_streamed(tiny, tmp_path, capsys
     write_model(tmp_path, {**PLANTED, "vocab_size": 300})
     write_bpe(tmp_path, bytes_vocabulary(), DIGITS)
     weights = load_file(tmp_path / "model.safetensors")
-    command = [*tiny, "--model", str(tmp_path), "--scheme", "token-dynamic", "--limit", "1", "--stream"]
-    for key, where in (("model.layers.3.mlp.down_proj.weight", "block 4 of 6"), ("lm_head.weight", "the output layer")):
+    command = [
+        *tiny,
+        "--model",
+        str(tmp_path),
+        "--scheme",
+        "token-dynamic",
+        "--limit",
+        "1",
+        "--stream",
+    ]
+    for key, where in (
+        ("model.layers.3.mlp.down_proj.weight", "block 4 of 6"),
+        ("lm_head.weight", "the output layer"),
+    ):
         write_weights(tmp_path, {**weights, key: torch.full_like(weights[key], torch.nan)})
         assert eval_ppl.main(command) == 2
-        assert f"full precision: NaN or inf first appeared in {where}" in capsys.readouterr().err.splitlines()[-1]
-    write_weights(tmp_path, {**weights, "model.layers.1.self_attn.k_proj.weight": torch.full((16, 32), torch.nan)})
+        assert (
+            f"full precision: NaN or inf first appeared in {where}"
+            in capsys.readouterr().err.splitlines()[-1]
+        )
+    write_weights(
+        tmp_path,
+        {**weights, "model.layers.1.self_attn.k_proj.weight": torch.full((16, 32), torch.nan)},
+    )
     assert eval_ppl.main(command) == 2
-    assert "full precision: NaN or inf first appeared in block 2 of 6" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "full precision: NaN or inf first appeared in block 2 of 6"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_streaming_the_default_model_changes_no_digit(default_model, tmp_path):

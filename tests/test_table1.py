@@ -10,7 +10,15 @@ import torch
 from paper import command, table1
 from paper.activations import KINDS
 from support import text
-from tests.helpers import DIGITS, PLANTED, bytes_vocabulary, ordinary_tokens, refuse, write_bpe, write_model
+from tests.helpers import (
+    DIGITS,
+    PLANTED,
+    bytes_vocabulary,
+    ordinary_tokens,
+    refuse,
+    write_bpe,
+    write_model,
+)
 from tests.subjects import (
     PLACES,
     drawable,  # noqa: F401
@@ -33,9 +41,14 @@ PRINTED = {  # column by column: 4, 3, 2 bits; the kinds one after the other
 
 def test_the_papers_table_1_is_as_printed():
     for ranges, columns in PRINTED.items():
-        printed = np.array([line.split() for line in columns.splitlines()], float).reshape(3, -1, 3)  # kind, part, bits
+        printed = np.array([line.split() for line in columns.splitlines()], float).reshape(
+            3, -1, 3
+        )  # kind, part, bits
         for bits, at in ((4, 0), (3, 1), (2, 2)):
-            assert np.array_equal(table1.PAPER_TABLE_1[ranges, bits], printed[:, :, at]), (ranges, bits)
+            assert np.array_equal(table1.PAPER_TABLE_1[ranges, bits], printed[:, :, at]), (
+                ranges,
+                bits,
+            )
     assert len(table1.PAPER_TABLE_1) == 6
 
 
@@ -83,7 +96,9 @@ def test_table_1_against_numpy():
                 if row["ranges"] == "dynamic":
                     error, with_sink = (dynamic_numpy(X, row["bits"], granularity) - X) ** 2, sinks
                     if granularity == "channel":
-                        with_sink = np.concatenate([np.full(len(g), g.any()) for g in np.split(sinks, [16, 32])])
+                        with_sink = np.concatenate(
+                            [np.full(len(g), g.any()) for g in np.split(sinks, [16, 32])]
+                        )
                     errors["with_sinks"].append(error[:, with_sink])
                     errors["without_sinks"].append(error[:, ~with_sink])
                     errors["overall"].append(error)
@@ -94,7 +109,10 @@ def test_table_1_against_numpy():
                     errors[part].append(error if part == "overall" else error[:, ~sinks])
         for part in row["paper"]:
             expected = 100 * np.concatenate([e.flatten() for e in errors[part]]).mean()
-            assert row[part] == pytest.approx(expected, rel=1e-3), (row, part)  # fp32 may round an edge the other way
+            assert row[part] == pytest.approx(expected, rel=1e-3), (
+                row,
+                part,
+            )  # fp32 may round an edge the other way
 
 
 def test_a_part_that_is_not_there_is_none(capsys):
@@ -105,7 +123,11 @@ def test_a_part_that_is_not_there_is_none(capsys):
         assert row.get("with_sinks") is None and row["overall"] > 0
         assert row["overall"] == row["without_sinks"] or row["ranges"] == "static"
     table1.print_table_1(subject, rows)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  dynamic  4 bits"))
+    line = next(
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("  dynamic  4 bits")
+    )
     assert line.split()[3:] == [*[f"{rows[0]['overall']:.2f}"] * 2, "-", "1.30", "1.38", "0.07"]
 
 
@@ -118,11 +140,22 @@ def test_what_the_command_prints_and_writes(drawable, tmp_path, capsys):  # noqa
     printed, (file,) = capsys.readouterr(), (tmp_path / "out").iterdir()
     table = json.loads(file.read_text())
     assert file.name == "table1-model-prompt1.json" and not printed.err
-    assert table["blocks"] == [3, 4, 5, 6] and len(table["rows"]) == 18 and table["text"] == "prompt 1"
+    assert (
+        table["blocks"] == [3, 4, 5, 6] and len(table["rows"]) == 18 and table["text"] == "prompt 1"
+    )
     assert (table["model"], table["windows"], table["group_size"]) == ("model", 1, 16)
-    assert table["rows"][3] == {**table["rows"][3], "kind": "per-token Keys", "ranges": "static", "bits": 4}
+    assert table["rows"][3] == {
+        **table["rows"][3],
+        "kind": "per-token Keys",
+        "ranges": "static",
+        "bits": 4,
+    }
     assert table["rows"][3]["paper"] == {"overall": 86.73, "without_sinks": 16.39}
-    lines = [line.split()[3:] for line in printed.out.splitlines() if line.startswith(("  static ", "  dynamic "))]
+    lines = [
+        line.split()[3:]
+        for line in printed.out.splitlines()
+        if line.startswith(("  static ", "  dynamic "))
+    ]
     for cells, row in zip(lines, table["rows"], strict=True):
         parts = ["overall", "without_sinks", "with_sinks"]
         expected = [side.get(part) for side in (row, row["paper"]) for part in parts]
@@ -152,7 +185,9 @@ def test_calibration_follows_the_prompt(drawable, tiny, monkeypatch):  # noqa: F
     model always on packed articles. No window is longer than the model's context, here 512."""
     asked = []
     monkeypatch.undo()
-    monkeypatch.setattr(text, "windows", lambda *how: asked.append(how[1:]) or torch.zeros(how[4], how[3]).long())
+    monkeypatch.setattr(
+        text, "windows", lambda *how: asked.append(how[1:]) or torch.zeros(how[4], how[3]).long()
+    )
     machine = command.cli.Machine("cpu", "float32", False)
     loaded = command.load(tiny[1], machine)
     for model, prompt in ((tiny[1], "1"), (tiny[1], "packed"), ("smollm2-135m", "2")):

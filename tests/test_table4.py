@@ -35,12 +35,15 @@ TABLE_4_TIME = {
 
 
 def test_the_time_columns_of_table_4_as_printed():
-    shown = {name: f"{ms:.2f} " + " ".join(map(str, added)) for name, (ms, added, *_) in table4.PAPER_TABLE_4.items()}
+    shown = {
+        name: f"{ms:.2f} " + " ".join(map(str, added))
+        for name, (ms, added, *_) in table4.PAPER_TABLE_4.items()
+    }
     assert shown == TABLE_4_TIME
 
 
 def test_time_is_the_median_and_warming_up_is_not_counted(monkeypatch):
-    """Two works whose i-th call takes i^2 units, so that median and mean differ; 3 repeats after a round that does not
+    """Two benchmarks whose i-th call takes i^2 units, so that median and mean differ; 3 repeats after a round that does not
     count."""
     clock, calls = [0.0], []
 
@@ -57,36 +60,71 @@ def test_time_is_the_median_and_warming_up_is_not_counted(monkeypatch):
 
 
 def test_the_table4_command(tiny, capsys, tmp_path):
-    out, n = tmp_path / "out.json", ["--n", "64", "96", "--bits", "4", "2", "--repeats", "2", "--seq-len", "64"]
+    out, n = (
+        tmp_path / "out.json",
+        ["--n", "64", "96", "--bits", "4", "2", "--repeats", "2", "--seq-len", "64"],
+    )
     assert table4.main(["--model", tiny[1], "--no-compile", "--json", str(out), *n]) == 0
     printed, records = capsys.readouterr().out, json.loads(out.read_text())
-    assert all(f"KVSink-{k}" in printed for k in (1, 5, 20)) and "prefill time" in printed and "tokens/s" in printed
+    assert (
+        all(f"KVSink-{k}" in printed for k in (1, 5, 20))
+        and "prefill time" in printed
+        and "tokens/s" in printed
+    )
     decoded = {(r["n"], r["bits"]): r for r in records if r["what"] == "decode"}
     assert set(decoded) == {(n, bits) for n in (64, 96) for bits in (16, 4, 2)}
     for (n, bits), record in decoded.items():
         numbers = 2 * 6 * n * 2 * 8
-        assert record["computed"] == (4 * numbers if bits == 16 else numbers * bits / 8 + numbers / n * 5 * 2)
+        assert record["computed"] == (
+            4 * numbers if bits == 16 else numbers * bits / 8 + numbers / n * 5 * 2
+        )
         assert record["fastest"] <= record["median"] <= record["slowest"]
     caches = {r["what"]: r for r in records if r["unit"] == "bytes"}
-    assert caches["cache, 2 bits, k = 20"]["computed"] == cache_bytes(LlamaConfig.from_pretrained(tiny[1]), 64, 2, 20)
+    assert caches["cache, 2 bits, k = 20"]["computed"] == cache_bytes(
+        LlamaConfig.from_pretrained(tiny[1]), 64, 2, 20
+    )
     assert {r["what"] for r in records} >= {f"lines 14-16, k = {k}" for k in (1, 5, 20)}
 
 
 def test_the_hot_path_alone_and_another_scheme(tiny, capsys, tmp_path):
     out = tmp_path / "out.json"
-    command = ["--model", tiny[1], "--no-compile", "--json", str(out), "--repeats", "1", "--n", "100", "--bits", "3"]
+    command = [
+        "--model",
+        tiny[1],
+        "--no-compile",
+        "--json",
+        str(out),
+        "--repeats",
+        "1",
+        "--n",
+        "100",
+        "--bits",
+        "3",
+    ]
     assert table4.main([*command, "--only", "kernel", "decode", "--scheme", "channel-dynamic"]) == 0
     records = json.loads(out.read_text())
     alone = [(r["what"], r["n"], r["bits"]) for r in records if r["what"] != "decode"]
     assert alone == [(what, 104, bits) for bits in (16, 3) for what in ("Q K^T", "p V")]
     assert [r["bits"] for r in records if r["what"] == "decode"] == [16, 3]
-    waiting = 6 * 2 * 8 * 8 * 4  # 6 blocks, a tail of 8 tokens in 2 heads of 8 channels, fp32
+    waiting = 6 * 2 * 8 * 8 * 4  # 6 blocks, a residual of 8 tokens in 2 heads of 8 channels, fp32
     assert records[-1]["cache"] > records[-1]["computed"] + waiting
 
 
 def test_a_shape_has_random_weights_and_runs(capsys, monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "llama2-7b", {**PLANTED, "tie_word_embeddings": True})
-    command = ["--shape", "llama2-7b", "--no-compile", "--repeats", "1", "--seq-len", "32", "--n", "32", "--bits", "2"]
+    command = [
+        "--shape",
+        "llama2-7b",
+        "--no-compile",
+        "--repeats",
+        "1",
+        "--seq-len",
+        "32",
+        "--n",
+        "32",
+        "--bits",
+        "2",
+    ]
     assert table4.main(command) == 0
     assert "676.78 + 0.04" in capsys.readouterr().out  # the paper's beside ours
     monkeypatch.setattr(cli, "free_memory", lambda device: 1000)
@@ -95,7 +133,19 @@ def test_a_shape_has_random_weights_and_runs(capsys, monkeypatch):
 
 def test_a_cache_that_does_not_fit_is_not_run(tiny, capsys, monkeypatch):
     """64 tokens take 49,152 bytes in fp32 and 7,104 in 4 bits, and a tenth is to spare."""
-    command = ["--model", tiny[1], "--no-compile", "--only", "decode", "--repeats", "1", "--n", "64", "--bits", "4"]
+    command = [
+        "--model",
+        tiny[1],
+        "--no-compile",
+        "--only",
+        "decode",
+        "--repeats",
+        "1",
+        "--n",
+        "64",
+        "--bits",
+        "4",
+    ]
     monkeypatch.setattr(cli, "free_memory", lambda device: 10000)
     assert table4.main(command) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["64"]]

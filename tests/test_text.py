@@ -32,9 +32,16 @@ def test_windows_in_order_packed_and_at_random(tmp_path, monkeypatch):
 
     whole = [1, *range(100, 150)]
     assert take("some.txt", "test", [ids], 20) == [whole[:20], whole[20:40]]  # the rest is dropped
-    assert take("some.txt", "test", [ids], 17) == [whole[:17], whole[17:34], whole[34:]]  # the last one fits exactly
+    assert take("some.txt", "test", [ids], 17) == [
+        whole[:17],
+        whole[17:34],
+        whole[34:],
+    ]  # the last one fits exactly
     assert take("wikitext2", "test", [ids], 20, count=1) == [whole[:20]]
-    assert take("wiki-sample", "test", ["ab", "c", "defg"], 5) == [[1, 97, 98, 2, 99], [2, 100, 101, 102, 103]]
+    assert take("wiki-sample", "test", ["ab", "c", "defg"], 5) == [
+        [1, 97, 98, 2, 99],
+        [2, 100, 101, 102, 103],
+    ]
     assert take("wiki-sample", "train", ["ab", "c", "defg"], 5, 1) == [[1, 97, 98, 2, 99]]
     draw = random.Random(3)
     starts = [draw.randint(0, 31) for _ in range(4)]

@@ -55,7 +55,11 @@ def llama3_pre_tokenizer():
 def write_sentencepiece(directory, **settings):
     """LLaMA-2's kind of model, trained here: bytes where a character is unknown, digits one by one, nothing
     normalized."""
-    words = ["the cat sat on the mat 1 2 3 4 5 6 7 8 9 0", "hello world, it is a cat", "sinks are predicted"] * 20
+    words = [
+        "the cat sat on the mat 1 2 3 4 5 6 7 8 9 0",
+        "hello world, it is a cat",
+        "sinks are predicted",
+    ] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words), model_writer=model, normalization_rule_name="identity", minloglevel=2,
@@ -92,12 +96,22 @@ def test_llama3_tokenizer_in_both_formats(tmp_path):
     write_tiktoken(tmp_path / "meta", ranks)
     special = ("<|begin_of_text|>", "<|end_of_text|>")
     write_bpe(tmp_path / "hub", ranks, llama3_pre_tokenizer(), special, first=special[0])
-    meta, hub = Tokenizer.from_pretrained(tmp_path / "meta"), Tokenizer.from_pretrained(tmp_path / "hub")
+    meta, hub = (
+        Tokenizer.from_pretrained(tmp_path / "meta"),
+        Tokenizer.from_pretrained(tmp_path / "hub"),
+    )
     assert meta.bos == hub.bos == len(ranks) and meta.eot == hub.eot == len(ranks) + 1
     for tokenizer in (meta, hub):
         assert tokenizer.encode("ab cat1234", bos=False) == [ab, cat, ranks[b"123"], ord("4")]
         assert tokenizer.encode("12  cat\n", bos=False) == [ranks[b"12"], ord(" "), cat, ord("\n")]
-        assert tokenizer.encode("1 234", bos=True) == [len(ranks), ord("1"), ord(" "), ord("2"), ord("3"), ord("4")]
+        assert tokenizer.encode("1 234", bos=True) == [
+            len(ranks),
+            ord("1"),
+            ord(" "),
+            ord("2"),
+            ord("3"),
+            ord("4"),
+        ]
         assert tokenizer.encode("", bos=True) == [len(ranks)]
     for text in STRINGS_THAT_HURT:
         assert meta.encode(text) == hub.encode(text)
@@ -125,8 +139,19 @@ def test_sentencepiece_tokenizer(tmp_path):
     pieces = write_sentencepiece(tmp_path)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert (tokenizer.bos, tokenizer.eot, tokenizer.ends) == (1, 2, {2})
-    assert [pieces.id_to_piece(i) for i in tokenizer.encode("the cat 12")] == ["<s>", "▁the", "▁cat", "▁", "1", "2"]
-    assert [pieces.id_to_piece(i) for i in tokenizer.encode("é", bos=False)] == ["▁", "<0xC3>", "<0xA9>"]
+    assert [pieces.id_to_piece(i) for i in tokenizer.encode("the cat 12")] == [
+        "<s>",
+        "▁the",
+        "▁cat",
+        "▁",
+        "1",
+        "2",
+    ]
+    assert [pieces.id_to_piece(i) for i in tokenizer.encode("é", bos=False)] == [
+        "▁",
+        "<0xC3>",
+        "<0xA9>",
+    ]
     assert 1 not in tokenizer.encode("<s>", bos=False)  # text is never a special token
     for text in STRINGS_THAT_HURT:
         assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
@@ -145,11 +170,22 @@ def write_byte_fallback(directory, pieces):
     """The tokenizer.json of a SentencePiece model, as TinyLlama's is: merges in the order of the merged pieces' ids."""
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     texts = [
-        p for p, i in vocabulary.items() if not (pieces.is_byte(i) or pieces.is_control(i) or pieces.is_unknown(i))
+        p
+        for p, i in vocabulary.items()
+        if not (pieces.is_byte(i) or pieces.is_control(i) or pieces.is_unknown(i))
     ]
     splits = [(p[:cut], p[cut:]) for p in texts for cut in range(1, len(p))]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    spaces = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]
     words = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
@@ -174,9 +210,13 @@ def template(parts, ids):
     text = {"Sequence": {"id": "A", "type_id": 0}}
     return {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": part, "type_id": 0}} if part else text for part in parts],
+        "single": [
+            {"SpecialToken": {"id": part, "type_id": 0}} if part else text for part in parts
+        ],
         "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in ids.items()},
+        "special_tokens": {
+            name: {"id": name, "ids": [i], "tokens": [name]} for name, i in ids.items()
+        },
     }
 
 
@@ -193,8 +233,19 @@ def test_a_byte_fallback_tokenizer_json_gives_what_sentencepiece_gives(tmp_path)
 
 def test_other_kinds_of_tokenizer_json(tmp_path):
     """Ids worked by hand, on a vocabulary of the bytes, "ab" (256) and one special token (257)."""
-    strips = {"id": 257, "content": "<x>", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False}
-    unigram = {"type": "Unigram", "vocab": [["?", 0.0], ["a", -3.0], ["b", -3.0], ["ab", -2.0]], "unk_id": 0}
+    strips = {
+        "id": 257,
+        "content": "<x>",
+        "lstrip": True,
+        "rstrip": False,
+        "single_word": False,
+        "normalized": False,
+    }
+    unigram = {
+        "type": "Unigram",
+        "vocab": [["?", 0.0], ["a", -3.0], ["b", -3.0], ["ab", -2.0]],
+        "unk_id": 0,
+    }
     for change, text, ids in [
         ({"normalizer": {"type": "NFC"}}, "e\u0301", [0xC3, 0xA9]),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "ab cd", [256, ord("c"), ord("d")]),
@@ -217,7 +268,12 @@ def test_merges_are_done_in_their_own_order(tmp_path):
     # "cd" is a token without a merge: out of reach, or taken whole where merges may be ignored.
     alone = {**raw["model"], "merges": [["a", "b"]]}
     rewrite(tmp_path, model=alone)
-    assert Tokenizer.from_pretrained(tmp_path).encode("cd ab") == [ord("c"), ord("d"), ord(" "), 256]
+    assert Tokenizer.from_pretrained(tmp_path).encode("cd ab") == [
+        ord("c"),
+        ord("d"),
+        ord(" "),
+        256,
+    ]
     rewrite(tmp_path, model={**alone, "ignore_merges": True})
     assert Tokenizer.from_pretrained(tmp_path).encode("cd ab") == [258, ord(" "), 256]
 
@@ -225,7 +281,13 @@ def test_merges_are_done_in_their_own_order(tmp_path):
 def test_a_file_that_was_saved_in_training_cuts_and_pads_nothing(tmp_path):
     write_bpe(tmp_path, bytes_vocabulary(), DIGITS)
     cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    pad = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 7, "pad_type_id": 0}
+    pad = {
+        "strategy": {"Fixed": 9},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 7,
+        "pad_type_id": 0,
+    }
     rewrite(tmp_path, truncation=cut, padding={**pad, "pad_token": "x"})
     assert Tokenizer.from_pretrained(tmp_path).encode("abc") == [*b"abc"]
 
@@ -258,9 +320,19 @@ def cut_as_meta_cuts(text):
 def test_a_long_run_gives_the_ids_of_metas_tokenizer(text, tmp_path):
     """Each part alone has a run that no library minds: its ids are those that tokenizers gives for LLaMA-3's pattern.
     How long a run was, and where it was cut, shows in the ids: every merge doubles."""
-    pairs = [("a", "b"), *((2**i * " ",) * 2 for i in range(6)), ("a", "a"), ("aa", "aa"), ("ab", "ab")]
-    pairs = {left + right: (left.replace(" ", "Ġ"), right.replace(" ", "Ġ")) for left, right in pairs}
-    write_tiktoken(tmp_path, bytes_vocabulary() | {text.encode(): 256 + i for i, text in enumerate(pairs)})
+    pairs = [
+        ("a", "b"),
+        *((2**i * " ",) * 2 for i in range(6)),
+        ("a", "a"),
+        ("aa", "aa"),
+        ("ab", "ab"),
+    ]
+    pairs = {
+        left + right: (left.replace(" ", "Ġ"), right.replace(" ", "Ġ")) for left, right in pairs
+    }
+    write_tiktoken(
+        tmp_path, bytes_vocabulary() | {text.encode(): 256 + i for i, text in enumerate(pairs)}
+    )
     model = write_bpe(tmp_path, bytes_vocabulary(), llama3_pre_tokenizer(), special=())["model"]
     vocabulary = model["vocab"] | {text.replace(" ", "Ġ"): 256 + i for i, text in enumerate(pairs)}
     rewrite(tmp_path, model={**model, "vocab": vocabulary, "merges": [*pairs.values()]})
@@ -274,7 +346,9 @@ def test_a_text_without_a_long_run_is_not_cut(tmp_path):
     enough."""
     write_tiktoken(tmp_path, bytes_vocabulary([" word"]))
     tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.encode(" word" * 100_001, bos=False) == [tokenizer.encode(" word")[1]] * 100_001
+    assert (
+        tokenizer.encode(" word" * 100_001, bos=False) == [tokenizer.encode(" word")[1]] * 100_001
+    )
     assert len(tokenizer.encode(" " * 24_999 + " word" * 80_000, bos=False)) == 24_999 + 80_000
 
 
@@ -418,7 +492,12 @@ def test_ids_of_a_vocabulary(change, words, tmp_path):
 def test_ids_of_special_tokens(ids, words, tmp_path):
     """The library numbers added tokens itself, one after another: a file that says otherwise would be read wrongly."""
     raw = write_bpe(tmp_path, bytes_vocabulary(["ab"]), DIGITS, ("<x>", "<y>"))
-    rewrite(tmp_path, added_tokens=[{**token, "id": i} for token, i in zip(raw["added_tokens"], ids, strict=True)])
+    rewrite(
+        tmp_path,
+        added_tokens=[
+            {**token, "id": i} for token, i in zip(raw["added_tokens"], ids, strict=True)
+        ],
+    )
     refused(tmp_path, "tokenizer.json", words)
 
 
@@ -427,7 +506,9 @@ def test_merges_that_drop_out_are_refused(tmp_path):
     refused(tmp_path, "tokenizer.json", "at random")
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"null", b"{", b"\xff", b"[" * 100_000, b'{"model": NaN}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"3", b"null", b"{", b"\xff", b"[" * 100_000, b'{"model": NaN}']
+)
 def test_a_tokenizer_json_that_is_none(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     refused(tmp_path, "tokenizer.json", "not a tokenizer")
@@ -436,7 +517,12 @@ def test_a_tokenizer_json_that_is_none(content, tmp_path):
 def test_a_tiktoken_file_cut_short_is_refused(tmp_path):
     write_tiktoken(tmp_path, bytes_vocabulary(["ab", "cd"]))
     lines = (tmp_path / "tokenizer.model").read_text().splitlines()
-    for kept in (lines[:200], lines[:256] + lines[257:], [], [*lines[:-1], lines[-1].replace("257", str(2**65))]):
+    for kept in (
+        lines[:200],
+        lines[:256] + lines[257:],
+        [],
+        [*lines[:-1], lines[-1].replace("257", str(2**65))],
+    ):
         (tmp_path / "tokenizer.model").write_text("\n".join(kept))
         refused(tmp_path, "tokenizer.model", "cut short")
 
@@ -444,7 +530,12 @@ def test_a_tiktoken_file_cut_short_is_refused(tmp_path):
 def test_a_sentencepiece_file_that_is_damaged_is_refused(tmp_path):
     write_sentencepiece(tmp_path)
     whole = (tmp_path / "tokenizer.model").read_bytes()
-    for content in (whole[:1000], whole[:-1], b"version https://git-lfs.github.com/spec/v1\n", b"\0" * 1000):
+    for content in (
+        whole[:1000],
+        whole[:-1],
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"\0" * 1000,
+    ):
         (tmp_path / "tokenizer.model").write_bytes(content)
         refused(tmp_path, "tokenizer.model", "not a tokenizer")
 
@@ -464,7 +555,9 @@ def test_the_files_beside_a_tokenizer(name, content, words, tmp_path):
 
 def test_a_panic_while_a_text_is_encoded(tmp_path):
     write_bpe(tmp_path, bytes_vocabulary(), {"type": "FixedLength", "length": 0})
-    with pytest.raises(ValueError, match="tokenizer.json: cannot encode this text .*non-zero") as caught:
+    with pytest.raises(
+        ValueError, match="tokenizer.json: cannot encode this text .*non-zero"
+    ) as caught:
         Tokenizer.from_pretrained(tmp_path).encode("abc")
     assert "\n" not in str(caught.value)
 

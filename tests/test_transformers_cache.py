@@ -23,17 +23,38 @@ from quant import Quantizer
 from support import hub, text
 from support.tokenizer import Tokenizer
 from tests.helpers import (
-    FAMILIES, SITE, SMALL, STRONG, WEAK, bytes_vocabulary, cache_of, fetched_default_model, ordinary_tokens, plant,
-    refuse, results_of, write_bpe, write_model,
+    FAMILIES,
+    SITE,
+    SMALL,
+    STRONG,
+    WEAK,
+    bytes_vocabulary,
+    cache_of,
+    fetched_default_model,
+    ordinary_tokens,
+    plant,
+    refuse,
+    results_of,
+    write_bpe,
+    write_model,
 )  # fmt: skip
-from tests.test_tokenizer import STRINGS_THAT_HURT, llama3_pre_tokenizer, write_byte_fallback, write_sentencepiece
+from tests.test_tokenizer import (
+    STRINGS_THAT_HURT,
+    llama3_pre_tokenizer,
+    write_byte_fallback,
+    write_sentencepiece,
+)
 
-transformers = pytest.importorskip("transformers", reason="the transformers package is not installed")
+transformers = pytest.importorskip(
+    "transformers", reason="the transformers package is not installed"
+)
 if not transformers.__version__.startswith("5.23."):
-    pytest.skip("the transformers package is not the version that was tested", allow_module_level=True)
+    pytest.skip(
+        "the transformers package is not the version that was tested", allow_module_level=True
+    )
 
 from beyond import side_by_side  # noqa: E402
-from beyond.growing import Growing  # noqa: E402
+from beyond.growing import GrowingStore  # noqa: E402
 from beyond.transformers_cache import KVSinkCache, KVSinkLayer, hook, site_of  # noqa: E402
 
 RULES = (("none", 0), ("pfn", 3), ("kvsink", 2), ("pfn+kvsink", "auto"))
@@ -101,21 +122,36 @@ def default_theirs():
 def test_logits_of_the_default_model(default_llama, default_theirs, scheme):
     """A prompt of 66 tokens, which is a group of Keys and two more, and three tokens after it; two schemes with two rules each."""
     tokenizer = Tokenizer.from_pretrained(hub.model_directory(hub.DEFAULT_MODEL))
-    prompt = tokenizer.encode("Rome is old.<|endoftext|>Mount Everest is high.<|endoftext|>" * 9)[:66]
+    prompt = tokenizer.encode("Rome is old.<|endoftext|>Mount Everest is high.<|endoftext|>" * 9)[
+        :66
+    ]
     tokens, site = torch.tensor([prompt]), kvsink.table_site(hub.DEFAULT_MODEL)
     first = scheme == "channel-dynamic"
-    for bits, (keep, N) in zip((4, 2), RULES[first::2]):  # logits of up to 30; a flipped code moves them by 5e-4
-        H, quantizers = default_llama.embedding(tokens), kvsink.rtn_cache(default_llama, scheme, bits, 64)
-        cache = KVSinkCache(default_theirs, bits, scheme, keep=keep, sinks=N)  # finds the site by the directory's name
+    for bits, (keep, N) in zip(
+        (4, 2), RULES[first::2]
+    ):  # logits of up to 30; a flipped code moves them by 5e-4
+        H, quantizers = (
+            default_llama.embedding(tokens),
+            kvsink.rtn_cache(default_llama, scheme, bits, 64),
+        )
+        cache = KVSinkCache(
+            default_theirs, bits, scheme, keep=keep, sinks=N
+        )  # finds the site by the directory's name
         if SCHEMES[scheme].static:
             rule = kvsink.preservation(keep, N, site, H)
             kvsink.prefill(default_llama, H, kvsink.observers([quantizers]), **rule)
             cache.calibrate(tokens)
-        ours = KVCache(default_llama, quantizers, 128, k=generate.most_kept(N, 66) if keep != "none" else 0)
+        ours = KVCache(
+            default_llama, quantizers, 128, k=generate.most_kept(N, 66) if keep != "none" else 0
+        )
         expected = [generate.prefill(default_llama, ours, [prompt], keep, N, site)]
-        expected += [generate.decode(default_llama, ours, torch.tensor([token])) for token in prompt[:3]]
+        expected += [
+            generate.decode(default_llama, ours, torch.tensor([token])) for token in prompt[:3]
+        ]
         found = decoded(default_theirs, cache, prompt, prompt[:3])
-        torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=2e-3, msg=f"{bits} bits, {keep}")
+        torch.testing.assert_close(
+            found, torch.cat(expected), rtol=0, atol=2e-3, msg=f"{bits} bits, {keep}"
+        )
 
 
 def test_perplexity_is_that_of_the_main_command(default_model, default_theirs, tmp_path):
@@ -129,7 +165,11 @@ def test_perplexity_is_that_of_the_main_command(default_model, default_theirs, t
     window = text.windows(tokenizer, "wiki-sample", "test", 256, 1, 0)
     logits = default_theirs(window, past_key_values=cache).logits[0, :-1]
     full, kept = (r["nll"][0] for r in results_of(out))
-    assert torch.nn.functional.cross_entropy(logits, window[0, 1:]).item() == pytest.approx(kept, abs=1e-5) != full
+    assert (
+        torch.nn.functional.cross_entropy(logits, window[0, 1:]).item()
+        == pytest.approx(kept, abs=1e-5)
+        != full
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,13 +185,17 @@ def test_codes_are_made_once_and_an_unfinished_group_waits(theirs, sequences):
     cache = cached(theirs, "channel-dynamic")
     decoded(theirs, cache, sequences[0][0].tolist(), range(20, 25))
     keys = [t for t in parts_of(cache)[::2]]
-    assert all(t["codes"].shape[2] == 24 and t["tail"].shape[2] == 5 for t in keys)
-    assert all(t["codes"].shape[2] == 29 and t["tail"].shape[2] == 0 for t in parts_of(cache)[1::2])
+    assert all(t["codes"].shape[2] == 24 and t["residual"].shape[2] == 5 for t in keys)
+    assert all(
+        t["codes"].shape[2] == 29 and t["residual"].shape[2] == 0 for t in parts_of(cache)[1::2]
+    )
     before = [{name: t[name].clone() for name in ("codes", "s", "z")} for t in parts_of(cache)]
     for token in range(20, 40):
         after(theirs, cache, [[token]])
     for old, new in zip(before, parts_of(cache)):
-        assert all(torch.equal(part, new[name][:, :, : part.shape[2]]) for name, part in old.items())
+        assert all(
+            torch.equal(part, new[name][:, :, : part.shape[2]]) for name, part in old.items()
+        )
 
 
 def test_a_store_of_two_sequences_with_padding_and_unequal_sinks():
@@ -163,7 +207,7 @@ def test_a_store_of_two_sequences_with_padding_and_unequal_sinks():
     )
     X[1, :, :4], real[1, :4] = 1000.0, False
     S_sink[0, [2, 5]] = S_sink[1, 9] = True
-    store = Growing(Quantizer(4, "channel", 8, half=True), X)
+    store = GrowingStore(Quantizer(4, "channel", 8, fp16_params=True), X)
     X_ = store.update(X, S_sink, real, prompt=True)
     assert (X_ - X).abs()[1, :, 4:].max() < 0.5
     assert torch.equal((X_ == X).all(-1)[:, 0], S_sink) and torch.equal(store.numbers(), X_)
@@ -174,10 +218,17 @@ def test_bytes_are_what_is_stored(theirs, sequences):
     """By hand: 24 tokens of 2 sequences, 6 blocks of 2 heads of 8 channels, at 4 bits in groups of 8; fp32."""
     cache = cached(theirs, "channel-dynamic")
     after(theirs, cache, sequences[0])
-    codes, scales, zeros = 24 * 8 // 2, 24 * 2, 24 * 2  # of Keys 3 groups of 8 channels, of Values 24 of one
+    codes, scales, zeros = (
+        24 * 8 // 2,
+        24 * 2,
+        24 * 2,
+    )  # of Keys 3 groups of 8 channels, of Values 24 of one
     kept = 2 * 8 * 4  # two tokens, in the blocks after l_E
     places = 4 * 2 * 2 * 2 * 8  # of these: 4 blocks, K and V, 2 sequences, 2 tokens, 8 bytes
-    assert cache.bytes() == (6 * 8 * (codes + scales + zeros) + 4 * 8 * kept + places, 6 * 8 * 24 * 8 * 2)
+    assert cache.bytes() == (
+        6 * 8 * (codes + scales + zeros) + 4 * 8 * kept + places,
+        6 * 8 * 24 * 8 * 2,
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -219,7 +270,9 @@ def test_sequences_are_reordered_repeated_and_chosen(theirs, sequences):
     assert swapped.sinks() == sinks[::-1]
     torch.testing.assert_close(after(theirs, swapped, more.flip(0)), expected.flip(0))
     doubled = state(lambda cache: cache.batch_repeat_interleave(2))
-    torch.testing.assert_close(after(theirs, doubled, more.repeat_interleave(2, 0)), expected.repeat_interleave(2, 0))
+    torch.testing.assert_close(
+        after(theirs, doubled, more.repeat_interleave(2, 0)), expected.repeat_interleave(2, 0)
+    )
     for chosen in (torch.tensor([1]), torch.tensor([False, True])):
         second = state(lambda cache: cache.batch_select_indices(chosen))
         torch.testing.assert_close(after(theirs, second, more[1:]), expected[1:])
@@ -246,7 +299,9 @@ def test_a_prompt_in_chunks_keeps_a_running_top_k(theirs, k):
     whole = cached(theirs, "channel-dynamic", keep="kvsink", sinks=k)
     after(theirs, whole, tokens[None])
     assert whole.sinks() == ([[12]] if k == 1 else [[3, 12]])
-    for part, expected in zip(parts_of(cache)[: 2 * SITE.l_E], parts_of(whole)):  # nothing is kept in these blocks
+    for part, expected in zip(
+        parts_of(cache)[: 2 * SITE.l_E], parts_of(whole)
+    ):  # nothing is kept in these blocks
         assert torch.equal(part["codes"][:, :, :24], expected["codes"])
     assert all({3, 12} <= {*t["slots"][0].tolist()} for t in parts_of(cache)[2 * SITE.l_E :])
 
@@ -255,7 +310,9 @@ def test_generate_in_chunks_beams_and_two_turns(theirs, sequences):
     prompt = sequences[0][:1]
     how = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cache = cached(theirs, sinks="auto")
-    first = theirs.generate(prompt, past_key_values=cache, max_new_tokens=6, prefill_chunk_size=7, **how)
+    first = theirs.generate(
+        prompt, past_key_values=cache, max_new_tokens=6, prefill_chunk_size=7, **how
+    )
     assert first.shape == (1, 30) and cache.sinks() == [[6, 17]] and cache.get_seq_length() == 29
     turn = torch.cat((first, torch.tensor([[20, STRONG, 21]])), dim=1)
     second = theirs.generate(turn, past_key_values=cache, max_new_tokens=2, **how)
@@ -264,7 +321,9 @@ def test_generate_in_chunks_beams_and_two_turns(theirs, sequences):
     assert cache.get_seq_length() == 0
     again = theirs.generate(prompt, past_key_values=cache, max_new_tokens=6, **how)
     assert again.shape == (1, 30) and cache.sinks() == [[6, 17]]
-    beams = theirs.generate(prompt, past_key_values=cached(theirs, bits=8), max_new_tokens=6, num_beams=3, **how)
+    beams = theirs.generate(
+        prompt, past_key_values=cached(theirs, bits=8), max_new_tokens=6, num_beams=3, **how
+    )
     full = theirs.generate(prompt, max_new_tokens=6, num_beams=3, **how)
     assert torch.equal(beams, full)  # at 8 bits
 
@@ -279,11 +338,21 @@ def test_left_padding_is_no_sink_and_no_position(theirs, keep, N):
     mask = torch.ones(2, 20, dtype=torch.int64)
     mask[1, :8] = 0
     both = cached(theirs, keep=keep, sinks=N)
-    found = [after(theirs, both, padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))]
+    found = [
+        after(
+            theirs,
+            both,
+            padded,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        )
+    ]
     for i in range(3):
         mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.int64)), dim=1)
         positions = mask.sum(1, keepdim=True) - 1
-        found.append(after(theirs, both, [[20 + i]] * 2, attention_mask=mask, position_ids=positions))
+        found.append(
+            after(theirs, both, [[20 + i]] * 2, attention_mask=mask, position_ids=positions)
+        )
     for i, tokens in enumerate((long, short)):
         alone = cached(theirs, keep=keep, sinks=N)
         expected = decoded(theirs, alone, tokens.tolist(), range(20, 23))
@@ -292,7 +361,10 @@ def test_left_padding_is_no_sink_and_no_position(theirs, keep, N):
     every = cached(theirs, sinks=25)
     after(theirs, every, padded, attention_mask=mask[:, :20])
     after(theirs, every, [[20], [21]], attention_mask=mask[:, :21])
-    assert every.sinks() == [list(range(20)), list(range(12))]  # all there are, no padding, and no decoded token
+    assert every.sinks() == [
+        list(range(20)),
+        list(range(12)),
+    ]  # all there are, no padding, and no decoded token
     groups = cached(theirs, "channel-dynamic", keep=keep, sinks=N)  # a group of nothing but padding
     assert after(theirs, groups, padded, attention_mask=mask[:, :20]).isfinite().all()
 
@@ -311,7 +383,9 @@ def test_ones_own_rule(theirs, sequences):
     cache = cached(theirs, rule=rotatekv)
     after(theirs, cache, padded, attention_mask=mask)
     assert cache.sinks() == [[3, 14], [3, 9]]
-    every_third = cached(theirs, rule=lambda H: (torch.arange(H.shape[1]) % 3 == 0).expand(H.shape[:2]))
+    every_third = cached(
+        theirs, rule=lambda H: (torch.arange(H.shape[1]) % 3 == 0).expand(H.shape[:2])
+    )
     after(theirs, every_third, sequences[0][:1, :8])
     after(theirs, every_third, sequences[0][:1, 8:])
     assert every_third.sinks() == [[0, 3, 6, 8, 11, 14, 17, 20, 23]]
@@ -350,13 +424,22 @@ def test_every_family_runs(kind, attention):
     states = model(tokens, output_hidden_states=True)
     cache = KVSinkCache(model, 8, "token-dynamic", 16, "kvsink", 3, site=Site(2, 7))
     found = model(tokens, past_key_values=cache).logits
-    assert cache.sinks() == [sorted(states.hidden_states[2][0, :, 7].abs().topk(3).indices.tolist())]
-    far = model(tokens, past_key_values=KVSinkCache(model, 2, "token-dynamic", 16, site=Site(2, 7))).logits
+    assert cache.sinks() == [
+        sorted(states.hidden_states[2][0, :, 7].abs().topk(3).indices.tolist())
+    ]
+    far = model(
+        tokens, past_key_values=KVSinkCache(model, 2, "token-dynamic", 16, site=Site(2, 7))
+    ).logits
     error, far = (found - states.logits).norm(), (far - states.logits).norm()
     assert 0 < error < far / 10
     sliding = [type(layer).__name__ for layer in cache.layers if not isinstance(layer, KVSinkLayer)]
     assert sliding == ["DynamicSlidingWindowLayer"] * (2 if "Gemma" in kind else 0)
-    model.generate(tokens, past_key_values=KVSinkCache(model, site=Site(2, 7)), max_new_tokens=4, do_sample=False)
+    model.generate(
+        tokens,
+        past_key_values=KVSinkCache(model, site=Site(2, 7)),
+        max_new_tokens=4,
+        do_sample=False,
+    )
 
 
 def test_a_model_that_only_slides_is_refused():
@@ -414,7 +497,10 @@ def test_a_cache_is_known_by_whatever_name_it_comes():
 def test_two_caches_do_not_meet_and_hooks_go(theirs, sequences):
     gc.collect()
     decoder = theirs.get_decoder()
-    block, hooks = decoder.layers[SITE.l_E - 1], lambda: (len(decoder._forward_pre_hooks), len(block._forward_hooks))
+    block, hooks = (
+        decoder.layers[SITE.l_E - 1],
+        lambda: (len(decoder._forward_pre_hooks), len(block._forward_hooks)),
+    )
     had = hooks()
     with cached(theirs) as one:
         two = cached(theirs, keep="pfn", sinks=1)
@@ -422,7 +508,11 @@ def test_two_caches_do_not_meet_and_hooks_go(theirs, sequences):
         after(theirs, two, sequences[0][1:])
         theirs(sequences[0])
         after(theirs, one, [[20]])
-        assert one.sinks() == [[6, 17]] and two.sinks() == [[0]] and hooks() == (had[0] + 2, had[1] + 1)
+        assert (
+            one.sinks() == [[6, 17]]
+            and two.sinks() == [[0]]
+            and hooks() == (had[0] + 2, had[1] + 1)
+        )
     with pytest.raises(ValueError, match="closed"):
         after(theirs, one, [[20]])
     del two
@@ -455,11 +545,17 @@ def test_a_pass_may_be_called_in_other_ways(theirs, sequences):
     for given in (four, torch.zeros(2, 1, 24, 24).masked_fill(~four, -1e9)):
         cache = cached(theirs)
         theirs.model(sequences[0], given, past_key_values=cache)
-        assert cache.sinks() == expected.sinks() == [[9], [3, 9]] or cache.sinks() == expected.sinks()
+        assert (
+            cache.sinks() == expected.sinks() == [[9], [3, 9]] or cache.sinks() == expected.sinks()
+        )
     gemma, tokens = random_model("Gemma3Text", **MODELS["Gemma3Text"]), torch.arange(3, 9)[None]
     causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
     cache = KVSinkCache(gemma, keep="pfn", sinks=2)
-    gemma.model(tokens, dict.fromkeys(("full_attention", "sliding_attention"), causal), past_key_values=cache)
+    gemma.model(
+        tokens,
+        dict.fromkeys(("full_attention", "sliding_attention"), causal),
+        past_key_values=cache,
+    )
     assert cache.sinks() == [[0, 1]]
     with torch.autocast("cpu", torch.bfloat16):
         cache = cached(theirs, "channel-dynamic")
@@ -495,7 +591,12 @@ def test_uses_that_are_refused(theirs, sequences):
     with pytest.raises(ValueError, match="attention_mask"):
         after(theirs, cached(theirs), sequences[0], attention_mask=torch.ones(2, 23))
     with pytest.raises(ValueError, match="assisted"):
-        theirs.generate(sequences[0][:1], past_key_values=cached(theirs), assistant_model=theirs, max_new_tokens=4)
+        theirs.generate(
+            sequences[0][:1],
+            past_key_values=cached(theirs),
+            assistant_model=theirs,
+            max_new_tokens=4,
+        )
 
 
 @pytest.mark.cuda
@@ -508,7 +609,9 @@ def test_cuda_agrees_with_cpu(theirs, sequences, scheme, tmp_path):
     cache, here = cached(on_gpu, scheme, 8), cached(theirs, scheme, 8)
     found = after(on_gpu, cache, sequences[0].cuda()).cpu()
     torch.testing.assert_close(found, after(theirs, here, sequences[0]), rtol=1e-2, atol=1e-2)
-    assert cache.sinks() == here.sinks() and all(part.is_cuda for t in parts_of(cache) for part in t.values())
+    assert cache.sinks() == here.sinks() and all(
+        part.is_cuda for t in parts_of(cache) for part in t.values()
+    )
 
 
 def test_without_transformers_it_says_what_to_install(tmp_path):
@@ -519,7 +622,9 @@ def test_without_transformers_it_says_what_to_install(tmp_path):
         "text": True,
         "env": os.environ | {"PYTHONPATH": str(tmp_path)},
     }
-    done = subprocess.run([sys.executable, "-m", "beyond.transformers_cache", "--windows", "1"], **run)
+    done = subprocess.run(
+        [sys.executable, "-m", "beyond.transformers_cache", "--windows", "1"], **run
+    )
     assert (
         done.returncode == 2
         and len(done.stderr.splitlines()) == 1
@@ -536,7 +641,19 @@ def test_the_command(tiny, capsys, monkeypatch):
     monkeypatch.setattr(side_by_side, "their_caches", lambda t, model: [
         (16, "full precision", t.DynamicCache(config=model.config)), (4, "4 bits against itself", cached(model, bits=5)),
     ])  # fmt: skip
-    options = [*tiny[:2], "--layer", "1", "--channel", "5", "--prompt", "40", "--tokens", "5", "--windows", "2"]
+    options = [
+        *tiny[:2],
+        "--layer",
+        "1",
+        "--channel",
+        "5",
+        "--prompt",
+        "40",
+        "--tokens",
+        "5",
+        "--windows",
+        "2",
+    ]
     assert side_by_side.main(options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == [
@@ -554,8 +671,14 @@ def test_the_command(tiny, capsys, monkeypatch):
 def test_logits_of_the_reference_are_those_of_transformers(family, tmp_path):
     directory = write_model(tmp_path / "model", {**SMALL, **FAMILIES[family]})
     tokens = torch.tensor(np.random.RandomState(2).randint(0, 97, (2, 90)))
-    expected = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(tokens).logits
-    torch.testing.assert_close(Llama.from_pretrained(directory)(tokens), expected, rtol=1e-4, atol=2e-5)
+    expected = (
+        transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        .eval()(tokens)
+        .logits
+    )
+    torch.testing.assert_close(
+        Llama.from_pretrained(directory)(tokens), expected, rtol=1e-4, atol=2e-5
+    )
 
 
 def test_tokenizers_are_those_of_transformers(default_model, tmp_path):
@@ -566,6 +689,8 @@ def test_tokenizers_are_those_of_transformers(default_model, tmp_path):
     write_byte_fallback(tmp_path / "llama2", write_sentencepiece(tmp_path / "pieces"))
     for directory in (default_model, tmp_path / "llama3", tmp_path / "llama2"):
         ours = Tokenizer.from_pretrained(directory)
-        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+        theirs = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(directory / "tokenizer.json")
+        )
         for words in STRINGS_THAT_HURT:
             assert ours.encode(words) == theirs(words).input_ids, (directory.name, words)

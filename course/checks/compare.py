@@ -12,7 +12,9 @@ def close(actual, expected, what, rtol=1e-5, atol=1e-6):
     good = np.isclose(actual.astype(np.float64), expected.astype(np.float64), rtol, atol)
     if not good.all():
         at = tuple(int(i) for i in np.argwhere(~good)[0])
-        raise AssertionError(f"{what}: at {list(at)} it is {actual[at]:.6g}, not {expected[at]:.6g}")
+        raise AssertionError(
+            f"{what}: at {list(at)} it is {actual[at]:.6g}, not {expected[at]:.6g}"
+        )
 
 
 def same(actual, expected, what):

@@ -13,7 +13,9 @@ def numbers(*x):
 def test_scale_by_hand(run):
     """The range of -1 to 2 in 2 bits has three steps; a range of 4 in 3 bits has seven."""
     close(run(equation, "scale", numbers(-1), numbers(2), 2), [1], "scale")
-    close(run(equation, "scale", numbers(-1, 0, 10), numbers(3, 7, 12), 3), [4 / 7, 1, 2 / 7], "scale")
+    close(
+        run(equation, "scale", numbers(-1, 0, 10), numbers(3, 7, 12), 3), [4 / 7, 1, 2 / 7], "scale"
+    )
 
 
 def test_scale_of_a_constant_group(run):
@@ -44,7 +46,11 @@ def test_quantize_by_hand(run):
 
 def test_quantize_halves(run):
     """Halves go to the even neighbour."""
-    same(run(equation, "quantize", numbers(0.5, 1.5, 2.5, 3.5), numbers(1), numbers(0), 3), [0, 2, 2, 4], "codes")
+    same(
+        run(equation, "quantize", numbers(0.5, 1.5, 2.5, 3.5), numbers(1), numbers(0), 3),
+        [0, 2, 2, 4],
+        "codes",
+    )
 
 
 def test_quantize_clamps(run):
@@ -54,5 +60,13 @@ def test_quantize_clamps(run):
 
 def test_dequantize_by_hand(run):
     """Codes 0, 1, 1, 3 with scale 1 and zero 1, and codes 0, 0, 1 with scale 1.5 and zero -7."""
-    close(run(equation, "dequantize", np.uint8([0, 1, 1, 3]), numbers(1), numbers(1)), [-1, 0, 0, 2], "X'")
-    close(run(equation, "dequantize", np.uint8([0, 0, 1]), numbers(1.5), numbers(-7)), [10.5, 10.5, 12], "X'")
+    close(
+        run(equation, "dequantize", np.uint8([0, 1, 1, 3]), numbers(1), numbers(1)),
+        [-1, 0, 0, 2],
+        "X'",
+    )
+    close(
+        run(equation, "dequantize", np.uint8([0, 0, 1]), numbers(1.5), numbers(-7)),
+        [10.5, 10.5, 12],
+        "X'",
+    )

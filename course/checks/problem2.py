@@ -5,7 +5,9 @@ import numpy as np
 from .compare import close, same
 from .scenarios import calibrated, calibration_refused, groups, groups_refused, ranges
 
-X = np.arange(24, dtype=np.float32).reshape(1, 1, 6, 4)  # token 0 is 0, 1, 2, 3; channel 0 is 0, 4, 8, ..., 20
+X = np.arange(24, dtype=np.float32).reshape(
+    1, 1, 6, 4
+)  # token 0 is 0, 1, 2, 3; channel 0 is 0, 4, 8, ..., 20
 
 
 def test_grouped_by_token(run):
@@ -86,7 +88,10 @@ def test_calibrate_widens(run):
 def test_calibrate_leaves_sinks_out(run):
     """The second token of the second tensor is a sink."""
     sink = np.array([False, True]).reshape(1, 1, 2, 1)
-    seen = [(np.float32([[[[0, 10], [2, 12]]]]), None), (np.float32([[[[-1, 11], [50, 99]]]]), sink)]
+    seen = [
+        (np.float32([[[[0, 10], [2, 12]]]]), None),
+        (np.float32([[[[-1, 11], [50, 99]]]]), sink),
+    ]
     lo, hi, _ = run(calibrated, "channel", None, {}, seen)
     same([lo.ravel().tolist(), hi.ravel().tolist()], [[-1, 10], [2, 12]], "range")
 

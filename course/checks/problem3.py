@@ -23,7 +23,11 @@ def test_rope_table_by_hand(run):
 
 def test_rope_table_linear(run):
     """A factor of 4 makes every pair turn four times more slowly."""
-    config = {"head_dim": 4, "rope_theta": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    config = {
+        "head_dim": 4,
+        "rope_theta": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    }
     close(run(rope, config, 3)[0][2], np.cos([0.5, 0.05, 0.5, 0.05]), "cos")
 
 
@@ -34,14 +38,14 @@ def test_rope_table_llama3(run):
     close(cos[4], np.cos([4, 4e-3 / 8, 4, 4e-3 / 8]), "cos")
 
 
-def test_rotate_by_hand(run):
+def test_apply_rope_by_hand(run):
     """A quarter of a turn: channels (1, 2, 3, 4) are the pairs (1, 3) and (2, 4), and become (-3, 1) and (-4, 2)."""
     X = np.float32([1, 2, 3, 4]).reshape(1, 1, 1, 4)
     out, _ = run(rotated, X, np.zeros((1, 4), np.float32), np.ones((1, 4), np.float32))
     close(out.ravel(), [-3, -4, 1, 2], "rotated")
 
 
-def test_rotate_keeps_lengths_and_differences(run):
+def test_apply_rope_keeps_lengths_and_differences(run):
     """A turn changes no length; and the product of a query and a Key depends on how far apart they are."""
     angle = np.outer(np.arange(10), [1, 0.1, 1, 0.1]).astype(np.float32)
     X = np.repeat(drawn(0, 1, 2, 1, 4), 10, axis=2)  # the same at each position
@@ -51,13 +55,17 @@ def test_rotate_keeps_lengths_and_differences(run):
     close(products[2:, 2:], products[:-2, :-2], "products", rtol=1e-3, atol=1e-4)
 
 
-def test_rotate_keeps_the_dtype(run):
+def test_apply_rope_keeps_the_dtype(run):
     """bf16 goes in and comes out."""
     ones = np.ones((1, 4), np.float32)
-    same(run(rotated, np.ones((1, 1, 1, 4), np.float32), ones, ones, "bfloat16")[1], "torch.bfloat16", "dtype")
+    same(
+        run(rotated, np.ones((1, 1, 1, 4), np.float32), ones, ones, "bfloat16")[1],
+        "torch.bfloat16",
+        "dtype",
+    )
 
 
-def test_causal_by_hand(run):
+def test_causal_mask_by_hand(run):
     """Token 2 of 4 sees 0, 1 and 2; with a window of 2 it sees 1 and 2."""
     close(run(mask, 4, None), np.tril(np.ones((4, 4))), "mask")
     close(run(mask, 4, 2), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]], "mask")
@@ -83,7 +91,11 @@ def test_attention_by_hand(run):
 def test_attention_shares_keys_among_queries(run):
     """Four query heads, two Key heads: queries 0 and 1 have Key 0, queries 2 and 3 have Key 1."""
     V = np.float32([10, 20]).reshape(1, 2, 1, 1)
-    close(run(attended, drawn(3, 1, 4, 1, 1), drawn(4, 1, 2, 1, 1), V, None), [[[10, 10, 20, 20]]], "A")
+    close(
+        run(attended, drawn(3, 1, 4, 1, 1), drawn(4, 1, 2, 1, 1), V, None),
+        [[[10, 10, 20, 20]]],
+        "A",
+    )
 
 
 def test_attention_in_a_window(run):

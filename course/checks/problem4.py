@@ -4,7 +4,15 @@ down. Nothing here needs your solutions of other problems."""
 import numpy as np
 
 from .compare import close, same
-from .scenarios import first, observed, observers_refused, predicted, prefill_refused, prefill_rule, through_block
+from .scenarios import (
+    first,
+    observed,
+    observers_refused,
+    predicted,
+    prefill_refused,
+    prefill_rule,
+    through_block,
+)
 
 TWO = np.float32([[[0], [1]]])  # H (1, 2, 1)
 SECOND = np.array([[False, True]])  # the second token is a sink
@@ -26,7 +34,11 @@ def test_decoder_block_tells_the_quantizers_what_to_leave_out(run):
     seen = run(through_block, TWO, SECOND, False)
     close(seen["quantize_K"][0].ravel(), [10.5, 20.5], "K before quantization")
     close(seen["quantize_V"][0].ravel(), [100, 200], "V before quantization")
-    same([seen[name][1].ravel().tolist() for name in ("quantize_K", "quantize_V")], [[False, True]] * 2, "leave_out")
+    same(
+        [seen[name][1].ravel().tolist() for name in ("quantize_K", "quantize_V")],
+        [[False, True]] * 2,
+        "leave_out",
+    )
 
 
 def test_decoder_block_before_rope(run):
@@ -45,7 +57,9 @@ def test_predict_sinks_by_hand(run):
     """|H| in channel 1 is 1, 9, 3, 5 and 7, 0, 2, 8: two of each sequence."""
     H = np.zeros((2, 4, 3), np.float32)
     H[0, :, 1], H[1, :, 1], H[:, 2, 0] = [1, -9, 3, 5], [-7, 0, 2, -8], 100
-    close(run(predicted, H, 1, 2), [[False, True, False, True], [True, False, False, True]], "S_sink")
+    close(
+        run(predicted, H, 1, 2), [[False, True, False, True], [True, False, False, True]], "S_sink"
+    )
 
 
 def test_prefill_takes_each_block_in_turn(run):
@@ -65,7 +79,11 @@ def test_prefill_predicts_after_block_l_E(run):
     steps[1, 0, 2, 1], steps[1, 1, 3, 1] = -50, 40
     seen = run(prefill_rule, ZERO, steps, {"l_E": 2, "c": 1, "k": 1})
     sinks = [[False, False, True, False], [False, False, False, True]]
-    same([mask.tolist() for mask in seen["S_sink"]], [[[False] * 4] * 2] * 2 + [sinks] * 2, "S_sink, block by block")
+    same(
+        [mask.tolist() for mask in seen["S_sink"]],
+        [[[False] * 4] * 2] * 2 + [sinks] * 2,
+        "S_sink, block by block",
+    )
     same(seen["kept"], sinks, "S_sink")
 
 
@@ -78,7 +96,9 @@ def test_prefill_keeps_what_it_is_given(run):
 
 def test_prefill_refuses_more_than_there_are(run):
     """Five of four tokens: ValueError."""
-    assert run(prefill_refused, ZERO, np.zeros((1, 2, 4, 3), np.float32), {"l_E": 1, "c": 0, "k": 5}), "no ValueError"
+    assert run(
+        prefill_refused, ZERO, np.zeros((1, 2, 4, 3), np.float32), {"l_E": 1, "c": 0, "k": 5}
+    ), "no ValueError"
 
 
 def test_pfn_by_hand(run):
@@ -100,4 +120,6 @@ def test_observers_look_and_do_not_touch(run):
 def test_observers_name_the_block_of_a_nan(run):
     """NotFinite in block 2."""
     error = run(observers_refused, 3, 2)
-    assert error and error[0] == "NotFinite" and "block 2" in error[1], f"{error}: not NotFinite of block 2"
+    assert error and error[0] == "NotFinite" and "block 2" in error[1], (
+        f"{error}: not NotFinite of block 2"
+    )

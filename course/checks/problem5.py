@@ -41,7 +41,9 @@ def test_stable_outliers_name_the_block_of_a_nan(run):
     H = states()
     H[3, 0, 0] = np.nan
     _, error, hooks = run(outliers, H)
-    assert error and error[0] == "NotFinite" and "block 4" in error[1], f"{error}: not NotFinite of block 4"
+    assert error and error[0] == "NotFinite" and "block 4" in error[1], (
+        f"{error}: not NotFinite of block 4"
+    )
     same(hooks, 0, "hooks that are left")
 
 
@@ -55,4 +57,6 @@ def test_find_site_by_hand(run):
 def test_find_site_refuses_prompts_that_disagree(run):
     """On the block, or on the first channel: ValueError."""
     assert run(site, [[2, [4], [340]], [3, [4], [340]]])[1], "another block: no ValueError"
-    assert run(site, [[2, [4, 2], [340, 120]], [2, [2, 4], [340, 120]]])[1], "another channel: no ValueError"
+    assert run(site, [[2, [4, 2], [340, 120]], [2, [2, 4], [340, 120]]])[1], (
+        "another channel: no ValueError"
+    )

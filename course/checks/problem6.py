@@ -6,9 +6,13 @@ from .compare import close, same
 from .scenarios import packed, scored, sliced, unpacked
 
 CODES = np.uint8([0, 1, 2, 3, 3, 2, 1, 0])
-TWO_BITS = np.uint8([0b01_11_10_00, 0b00_10_11_01])  # channels 0, 2, 4, 6 and 1, 3, 5, 7, the lowest bits first
+TWO_BITS = np.uint8(
+    [0b01_11_10_00, 0b00_10_11_01]
+)  # channels 0, 2, 4, 6 and 1, 3, 5, 7, the lowest bits first
 FOUR_BITS = np.uint8([0x30, 0x21, 0x12, 0x03])  # channels 0 and 4, 1 and 5, 2 and 6, 3 and 7
-THREE_BITS = np.uint8([*TWO_BITS, 0b10000001])  # CODES + 4 in channels 0 and 7: a plane of 2 bits, and one of 1
+THREE_BITS = np.uint8(
+    [*TWO_BITS, 0b10000001]
+)  # CODES + 4 in channels 0 and 7: a plane of 2 bits, and one of 1
 
 
 def test_pack_by_hand(run):
@@ -41,27 +45,31 @@ def test_scores_by_hand(run):
     """One head of 8 channels, three tokens, 8 bits, so that bytes are codes. Keys are s (codes - z)."""
     codes = np.arange(24, dtype=np.uint8).reshape(1, 1, 3, 8)
     s, z = np.float32([1, 2, 0.5]).reshape(1, 1, 3, 1), np.float32([0, 8, 20]).reshape(1, 1, 3, 1)
-    Q = np.float32([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]).reshape(1, 1, 2, 8)  # two queries share the head
+    Q = np.float32([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]).reshape(
+        1, 1, 2, 8
+    )  # two queries share the head
     S = run(scored, codes, 8, s, z, Q, np.int64([[3]]))
     close(S[0, 0], [[0, 0, -2], [7, 14, 1.5]], "scores")
 
 
 def test_scores_of_the_newest_group(run):
     """Groups of two tokens with a scale for each channel. The next token goes to slot 3: tokens 2 and 3 are in the
-    tail."""
+    residual."""
     codes = np.ones((1, 1, 4, 8), np.uint8)
     s, z = np.ones((1, 1, 2, 8), np.float32), np.zeros((1, 1, 2, 8), np.float32)
-    tail = np.float32([5] * 8 + [6] * 8).reshape(1, 1, 2, 8)
-    S = run(scored, codes, 8, s, z, np.ones((1, 1, 1, 8), np.float32), np.int64([[3]]), tail)
+    residual = np.float32([5] * 8 + [6] * 8).reshape(1, 1, 2, 8)
+    S = run(scored, codes, 8, s, z, np.ones((1, 1, 1, 8), np.float32), np.int64([[3]]), residual)
     close(S[0, 0], [[8, 8, 40, 48]], "scores")
 
 
 def test_scores_of_keys_before_rope(run):
     """Token 1's angle is a quarter of a turn. Turned, its Key (1, 0, 0, 0, 0, 0, 0, 0) is 1 in channel 4. (This uses
-    `rotate`.)"""
+    `apply_rope`.)"""
     codes = np.zeros((1, 1, 2, 8), np.uint8)
     codes[..., 0] = 1
     s, z = np.ones((1, 1, 2, 1), np.float32), np.zeros((1, 1, 2, 1), np.float32)
     cos, sin = np.float32([[1] * 8, [0] * 8]), np.float32([[0] * 8, [1] * 8])
     Q = np.float32([3, 0, 0, 0, 2, 0, 0, 0]).reshape(1, 1, 1, 8)
-    close(run(scored, codes, 8, s, z, Q, np.int64([[2]]), None, [cos, sin])[0, 0], [[3, 2]], "scores")
+    close(
+        run(scored, codes, 8, s, z, Q, np.int64([[2]]), None, [cos, sin])[0, 0], [[3, 2]], "scores"
+    )

@@ -81,17 +81,19 @@ SHAPE = {
 
 def rope(config, n):
     """The table for a config.json that has these keys more."""
-    return plain(llama.rope_table(llama.LlamaConfig.from_dict({**SHAPE, **config}), n, torch.device("cpu")))
+    return plain(
+        llama.rope_table(llama.LlamaConfig.from_dict({**SHAPE, **config}), n, torch.device("cpu"))
+    )
 
 
 def rotated(X, cos, sin, dtype="float32"):
     """What comes back, and its dtype."""
-    out = llama.rotate(tensor(X).to(getattr(torch, dtype)), (tensor(cos), tensor(sin)))
+    out = llama.apply_rope(tensor(X).to(getattr(torch, dtype)), (tensor(cos), tensor(sin)))
     return plain([out, str(out.dtype)])
 
 
 def mask(n, window):
-    return plain(llama.causal(n, window, torch.device("cpu")))
+    return plain(llama.causal_mask(n, window, torch.device("cpu")))
 
 
 def attended(Q, K, V, window):
@@ -130,10 +132,12 @@ def through_block(H, S_sink, pre_rope):
         FFN=lambda X: X + 7,
         sliding_window=4,
     )
-    parts = {"attention": attention, "rotate": lambda X, rope: X + rope}
+    parts = {"attention": attention, "apply_rope": lambda X, rope: X + rope}
     with patch.multiple(kvsink, **parts), patch.multiple(llama, **parts):
         quantizers = quantizer("quantize_K"), quantizer("quantize_V")
-        seen["H"] = kvsink.decoder_block(block, tensor(H), tensor(S_sink), *quantizers, 0.5, pre_rope)
+        seen["H"] = kvsink.decoder_block(
+            block, tensor(H), tensor(S_sink), *quantizers, 0.5, pre_rope
+        )
     return plain(seen)
 
 
@@ -155,7 +159,9 @@ def algorithm_1(H, steps, S_sink=None, **rule):
     model = SimpleNamespace(config="config", blocks=list(range(1, L + 1)))
     cache = [(f"K{l}", f"V{l}") for l in model.blocks]
     with patch.object(kvsink, "rope_table", lambda config, n, device: f"{config}, {n} tokens"):
-        H, S_sink = kvsink.prefill(model, tensor(H), cache, S_sink=tensor(S_sink), step=step, **rule)
+        H, S_sink = kvsink.prefill(
+            model, tensor(H), cache, S_sink=tensor(S_sink), step=step, **rule
+        )
     return plain({**seen, "H": H, "kept": S_sink})
 
 
@@ -185,7 +191,10 @@ def observed(caches, L, X, leave_out, broken=None):
         return SimpleNamespace(calibrate=calibrate)
 
     blocks = range(1, L + 1)
-    made = {i: [(quantizer(f"{i} {l} K", l), quantizer(f"{i} {l} V", l)) for l in blocks] for i in range(caches)}
+    made = {
+        i: [(quantizer(f"{i} {l} K", l), quantizer(f"{i} {l} V", l)) for l in blocks]
+        for i in range(caches)
+    }
     pairs = kvsink.observers(made.values())
     for l, (K, V) in zip(blocks, pairs, strict=True):
         returned.append([K(l * tensor(X), tensor(leave_out)), V(-l * tensor(X), tensor(leave_out))])
@@ -257,7 +266,12 @@ def sliced(codes, bits):
     """Start, stop, codes and dtype of each slice."""
     from paper import kvcache
 
-    return plain([[at.start, at.stop, part, str(part.dtype)] for at, part in kvcache.slices(tensor(codes), bits)])
+    return plain(
+        [
+            [at.start, at.stop, part, str(part.dtype)]
+            for at, part in kvcache.slices(tensor(codes), bits)
+        ]
+    )
 
 
 class Sparse:
@@ -268,8 +282,8 @@ class Sparse:
         return S + 1000
 
 
-def scored(codes, bits, s, z, Q, at, tail=None, rope=None, sparse=False):
-    """Scores (b, h_kv, G, n) from packed codes; `at` (b, 1) is the slot of each sequence's next token; `tail` (b, h_kv,
+def scored(codes, bits, s, z, Q, at, residual=None, rope=None, sparse=False):
+    """Scores (b, h_kv, G, n) from packed codes; `at` (b, 1) is the slot of each sequence's next token; `residual` (b, h_kv,
     g, d_k) are the Keys of the newest group."""
     from paper import kvcache
 
@@ -279,7 +293,11 @@ def scored(codes, bits, s, z, Q, at, tail=None, rope=None, sparse=False):
     store = object.__new__(kvcache.Packed)
     store.quantizer = SimpleNamespace(bits=bits, decode=decode)
     store.codes, store.parameters = tensor(codes), [tensor(s), tensor(z)]
-    store.d_k, store.g = Q.shape[-1], 1 if tail is None else tail.shape[2]
-    store.static, store.tail, store.outliers = False, tensor(tail), Sparse() if sparse else None
+    store.d_k, store.g = Q.shape[-1], 1 if residual is None else residual.shape[2]
+    store.static, store.residual, store.outliers = (
+        False,
+        tensor(residual),
+        Sparse() if sparse else None,
+    )
     S = store.scores(tensor(Q), rope and tuple(map(tensor, rope)), tensor(at))
     return plain(torch.stack(list(S), dim=2))

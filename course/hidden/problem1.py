@@ -24,7 +24,13 @@ def test_scale_of_constants_large_and_small(run):
     """Their scale is |x|, and 1 for 0, in whatever width."""
     x = numbers(-60000, 1e-30, 0, -0.123456)
     for bits in (1, 4, 8):
-        close(run(equation, "scale", x, x, bits), [60000, 1e-30, 1, 0.123456], "scale", rtol=1e-6, atol=0)
+        close(
+            run(equation, "scale", x, x, bits),
+            [60000, 1e-30, 1, 0.123456],
+            "scale",
+            rtol=1e-6,
+            atol=0,
+        )
 
 
 def test_zero_against_numpy(run):
@@ -43,12 +49,20 @@ def test_quantize_against_numpy(run):
     X, s = drawn(5, 2, 6, 16) * 3, np.abs(drawn(6, 2, 6, 1)) + 0.05
     z = np.round(drawn(7, 2, 6, 1) * 10)
     for bits in range(1, 9):
-        same(run(equation, "quantize", X, s, z, bits), np.clip(np.round(X / s) + z, 0, 2**bits - 1), f"{bits} bits")
+        same(
+            run(equation, "quantize", X, s, z, bits),
+            np.clip(np.round(X / s) + z, 0, 2**bits - 1),
+            f"{bits} bits",
+        )
 
 
 def test_quantize_halves_with_a_zero(run):
     """Eq. 10 rounds before it adds zero: with an odd zero the order matters."""
-    same(run(equation, "quantize", numbers(0.5, 1.5, 2.5), numbers(1), numbers(1), 3), [1, 3, 3], "codes")
+    same(
+        run(equation, "quantize", numbers(0.5, 1.5, 2.5), numbers(1), numbers(1), 3),
+        [1, 3, 3],
+        "codes",
+    )
 
 
 def test_dequantize_against_numpy(run):

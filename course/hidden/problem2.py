@@ -5,7 +5,9 @@ import numpy as np
 from course.checks.compare import close, same
 from course.checks.scenarios import calibrated, calibration_refused, groups, groups_refused, ranges
 
-BOTH = np.random.RandomState(21).randn(2, 3, 7, 8).astype(np.float32) + 5  # two sequences, three heads, all above 0
+BOTH = (
+    np.random.RandomState(21).randn(2, 3, 7, 8).astype(np.float32) + 5
+)  # two sequences, three heads, all above 0
 
 
 def members(n, d, granularity, g):
@@ -25,7 +27,9 @@ def test_grouped_with_other_sizes(run):
         Xg, _ = run(groups, BOTH, granularity, 5, np.inf)
         same(list(Xg.shape), [2, 3, 2, 5, 8], "shape")
         close(Xg.reshape(2, 3, 10, 8)[:, :, :7], BOTH, "the tokens")
-        assert (Xg.reshape(2, 3, 10, 8)[:, :, 7:] == np.inf).all(), "the missing tokens are not `fill`"
+        assert (Xg.reshape(2, 3, 10, 8)[:, :, 7:] == np.inf).all(), (
+            "the missing tokens are not `fill`"
+        )
 
 
 def test_grouped_refuses_no_more_than_it_must(run):
@@ -44,9 +48,15 @@ def test_clipped_range_against_loops(run):
             lo, hi = run(ranges, BOTH, granularity, g, how)
             hidden = np.broadcast_to(False if mask is None else mask, BOTH.shape)
             at = members(7, 8, granularity, g)
-            low = [[np.where(hidden[b, h], np.inf, BOTH[b, h])[i].min() for i in at] for b in (0, 1) for h in range(3)]
+            low = [
+                [np.where(hidden[b, h], np.inf, BOTH[b, h])[i].min() for i in at]
+                for b in (0, 1)
+                for h in range(3)
+            ]
             high = [
-                [np.where(hidden[b, h], -np.inf, BOTH[b, h])[i].max() for i in at] for b in (0, 1) for h in range(3)
+                [np.where(hidden[b, h], -np.inf, BOTH[b, h])[i].max() for i in at]
+                for b in (0, 1)
+                for h in range(3)
             ]
             close(lo.reshape(6, -1), low, f"{granularity}: lo")
             close(hi.reshape(6, -1), high, f"{granularity}: hi")
@@ -72,7 +82,9 @@ def test_clipped_range_by_quantile(run):
 
 def test_clipped_range_by_ratio_of_nothing(run):
     """A group of nothing has no middle, and still is inf, -inf."""
-    lo, hi = run(ranges, BOTH, "tensor", None, {"ratio": 0.5, "leave_out": np.ones((1, 1, 7, 1), bool)})
+    lo, hi = run(
+        ranges, BOTH, "tensor", None, {"ratio": 0.5, "leave_out": np.ones((1, 1, 7, 1), bool)}
+    )
     assert (lo == np.inf).all() and (hi == -np.inf).all(), "a group of nothing is not inf, -inf"
 
 
@@ -94,7 +106,9 @@ def test_calibrate_against_loops(run):
 def test_calibrate_passes_on_what_it_was_told(run):
     """quantile and ratio of the quantizer; a first tensor that is all left out."""
     nothing = (np.ones((1, 1, 1, 3), np.float32), np.ones((1, 1, 1, 1), bool))
-    lo, hi, _ = run(calibrated, "token", None, {"ratio": 0.5}, [nothing, (np.float32([[[[-2, 0, 6]]]]), None)])
+    lo, hi, _ = run(
+        calibrated, "token", None, {"ratio": 0.5}, [nothing, (np.float32([[[[-2, 0, 6]]]]), None)]
+    )
     same([lo.ravel().tolist(), hi.ravel().tolist()], [[0], [4]], "range")
     X = np.random.RandomState(6).randn(1, 1, 50, 4).astype(np.float32)
     _, hi, _ = run(calibrated, "channel", None, {"quantile": 0.9}, [(X, None)])
@@ -103,7 +117,9 @@ def test_calibrate_passes_on_what_it_was_told(run):
 
 def test_calibrate_in_fp32(run):
     """Ranges of fp16 tensors are kept in fp32."""
-    _, hi, dtype = run(calibrated, "channel", None, {}, [(np.float32([[[[1.5], [6.25]]]]), None)], "float16")
+    _, hi, dtype = run(
+        calibrated, "channel", None, {}, [(np.float32([[[[1.5], [6.25]]]]), None)], "float16"
+    )
     same([hi.ravel().tolist(), dtype], [[6.25], "torch.float32"], "hi")
 
 

@@ -30,7 +30,7 @@ def test_rope_table_against_numpy(run):
             close(sin, np.sin(angle), f"sin of {scaling.get('rope_type')}", atol=5e-5)
 
 
-def test_rotate_against_complex_numbers(run):
+def test_apply_rope_against_complex_numbers(run):
     """Channels i and i + d_k/2 are one complex number, times exp(1j angle)."""
     X, angle = drawn(11, 2, 3, 40, 8), np.outer(np.arange(40), [1, 0.3, 0.1, 0.02])
     turned = (X[..., :4] + 1j * X[..., 4:]) * np.exp(1j * angle)
@@ -39,7 +39,7 @@ def test_rotate_against_complex_numbers(run):
     close(out, np.concatenate([turned.real, turned.imag], -1), "rotated", atol=2e-5)
 
 
-def test_rotate_in_fp32(run):
+def test_apply_rope_in_fp32(run):
     """Half precision is turned in fp32 and rounded once."""
     X, angle = (
         drawn(12, 1, 1, 500, 8).astype(np.float16).astype(np.float32),
@@ -48,15 +48,21 @@ def test_rotate_in_fp32(run):
     table = [f(np.tile(angle, 2)).astype(np.float32) for f in (np.cos, np.sin)]
     exact, _ = run(rotated, X, *table)
     out, dtype = run(rotated, X, *table, "float16")
-    same([dtype, out.tolist()], ["torch.float16", exact.astype(np.float16).astype(np.float32).tolist()], "rotated")
+    same(
+        [dtype, out.tolist()],
+        ["torch.float16", exact.astype(np.float16).astype(np.float32).tolist()],
+        "rotated",
+    )
 
 
-def test_causal_of_all_sizes(run):
+def test_causal_mask_of_all_sizes(run):
     """Windows below, at and above n; a window of 1 sees the token itself."""
     for n in (1, 5, 9):
         for window in (None, 1, 3, n, n + 4):
             age = np.subtract.outer(np.arange(n), np.arange(n))
-            close(run(mask, n, window), (age >= 0) & (age < (window or n)), f"n {n}, window {window}")
+            close(
+                run(mask, n, window), (age >= 0) & (age < (window or n)), f"n {n}, window {window}"
+            )
 
 
 def test_attention_against_loops(run):
@@ -68,4 +74,10 @@ def test_attention_against_loops(run):
             seen = slice(max(0, t - (window or 11) + 1), t + 1)
             p = np.exp(K[b, h // 2, seen].astype(np.float64) @ Q[b, h, t] / np.sqrt(8))
             expected[b, t, h] = p / p.sum() @ V[b, h // 2, seen]
-        close(run(attended, Q, K, V, window), expected.reshape(2, 11, 48), f"A, window {window}", rtol=1e-4, atol=1e-5)
+        close(
+            run(attended, Q, K, V, window),
+            expected.reshape(2, 11, 48),
+            f"A, window {window}",
+            rtol=1e-4,
+            atol=1e-5,
+        )

@@ -30,7 +30,11 @@ def test_decoder_block_against_numpy(run):
         V_quant = np.where(sink, 100 * X, -100 * X)
         H_ = 2 * (K_quant + V_quant) + H
         close(seen["H"], 4 * H_ + 7, f"H, pre_rope {pre_rope}", rtol=1e-4)
-        same(seen["quantize_V"][1].transpose(0, 2, 1, 3).reshape(2, 2, 4), np.broadcast_to(sink, H.shape), "leave_out")
+        same(
+            seen["quantize_V"][1].transpose(0, 2, 1, 3).reshape(2, 2, 4),
+            np.broadcast_to(sink, H.shape),
+            "leave_out",
+        )
 
 
 def test_predict_sinks_of_many(run):
@@ -65,11 +69,18 @@ def test_prefill_predicts_once(run):
 
 def test_prefill_with_both_rules(run):
     """Token 0 up to block l_E = 1, then the predicted ones; l_E = L predicts after the last block."""
-    steps, given = np.zeros((3, 1, 5, 2), np.float32), np.array([[True, False, False, False, False]])
+    steps, given = (
+        np.zeros((3, 1, 5, 2), np.float32),
+        np.array([[True, False, False, False, False]]),
+    )
     steps[0, 0, 3, 1] = -9
     seen = run(prefill_rule, steps[1], steps, {"l_E": 1, "c": 1, "k": 1, "S_sink": given})
     sinks = [[False, False, False, True, False]]
-    same([mask.tolist() for mask in seen["S_sink"]], [given.tolist(), sinks, sinks], "S_sink, block by block")
+    same(
+        [mask.tolist() for mask in seen["S_sink"]],
+        [given.tolist(), sinks, sinks],
+        "S_sink, block by block",
+    )
     seen = run(prefill_rule, steps[1], steps, {"l_E": 3, "c": 1, "k": 1})
     same([seen["S_sink"][2].any(), seen["kept"].tolist()], [False, sinks], "l_E = L")
 
@@ -79,9 +90,17 @@ def test_prefill_without_k(run):
     steps = np.zeros((2, 1, 6, 2), np.float32)
     steps[0, 0, :, 1] = [1, -500, 60, 2, 49, -3]
     seen = run(prefill_rule, steps[1], steps, {"l_E": 1, "c": 1, "k": "auto", "pre_rope": True})
-    same([seen["kept"].tolist(), seen["pre_rope"]], [[[False, True, True, False, False, False]], [True, True]], "auto")
-    assert run(prefill_rule, steps[1], steps, {"l_E": 1, "c": 1, "k": 6})["kept"].all(), "k = n does not keep all"
-    assert run(prefill_refused, steps[1], steps, {"l_E": 1, "c": 1, "k": 7}), "k = n + 1: no ValueError"
+    same(
+        [seen["kept"].tolist(), seen["pre_rope"]],
+        [[[False, True, True, False, False, False]], [True, True]],
+        "auto",
+    )
+    assert run(prefill_rule, steps[1], steps, {"l_E": 1, "c": 1, "k": 6})["kept"].all(), (
+        "k = n does not keep all"
+    )
+    assert run(prefill_refused, steps[1], steps, {"l_E": 1, "c": 1, "k": 7}), (
+        "k = n + 1: no ValueError"
+    )
 
 
 def test_pfn_of_none_and_of_more(run):
@@ -89,7 +108,11 @@ def test_pfn_of_none_and_of_more(run):
     H = drawn(6, 3, 5, 2)
     for N, kept in ((0, 0), (1, 1), (5, 5), (8, 5)):
         mask = run(first, H, N)
-        same([mask.tolist(), mask.dtype.name], [[[i < kept for i in range(5)]] * 3, "bool"], f"N = {N}")
+        same(
+            [mask.tolist(), mask.dtype.name],
+            [[[i < kept for i in range(5)]] * 3, "bool"],
+            f"N = {N}",
+        )
 
 
 def test_observers_serve_several_caches(run):
@@ -97,7 +120,11 @@ def test_observers_serve_several_caches(run):
     sinks."""
     X, mask = drawn(7, 2, 3, 5, 4), drawn(8, 2, 1, 5, 1) > 0
     seen, returned = run(observed, 3, 4, X, mask)
-    same(sorted(seen), sorted(f"{i} {l} {name}" for i in range(3) for l in range(1, 5) for name in "KV"), "quantizers")
+    same(
+        sorted(seen),
+        sorted(f"{i} {l} {name}" for i in range(3) for l in range(1, 5) for name in "KV"),
+        "quantizers",
+    )
     for name, (given, leave_out) in seen.items():
         _, l, kind = name.split()
         close(given, (int(l) if kind == "K" else -int(l)) * X, f"what calibrates {name}")
@@ -109,4 +136,6 @@ def test_observers_count_blocks_from_1(run):
     """NotFinite in the first block and in the last."""
     for broken in (1, 4):
         error = run(observers_refused, 4, broken)
-        assert error and error[0] == "NotFinite" and f"block {broken}" in error[1], f"{error}: not block {broken}"
+        assert error and error[0] == "NotFinite" and f"block {broken}" in error[1], (
+            f"{error}: not block {broken}"
+        )

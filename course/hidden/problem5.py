@@ -53,4 +53,6 @@ def test_find_site_of_three_prompts(run):
     """The third disagrees; one alone is enough; blocks are counted from 1 throughout."""
     same(run(site, [[1, [0], [200.0]]])[0], [1, 0], "site")
     same(run(site, [[12, [507, 247], [2e4, 1e3]]] * 3)[0], [12, 507], "site")
-    assert run(site, [[12, [507], [2e4]]] * 2 + [[11, [507], [2e4]]])[1], "the third disagrees: no ValueError"
+    assert run(site, [[12, [507], [2e4]]] * 2 + [[11, [507], [2e4]]])[1], (
+        "the third disagrees: no ValueError"
+    )

@@ -47,8 +47,14 @@ def test_slices_cover_the_channels_in_order(run):
     for bits, codes in all_widths():
         parts = run(sliced, bytes_of(codes, bits), bits)
         ends = [at for part in parts for at in part[:2]]
-        same([ends[0], ends[-1], ends[1:-1:2]], [0, codes.shape[-1], ends[2::2]], f"{bits} bits: ends")
-        assert max(part[1] - part[0] for part in parts) <= codes.shape[-1] // 4, "a slice is more than a quarter"
+        same(
+            [ends[0], ends[-1], ends[1:-1:2]],
+            [0, codes.shape[-1], ends[2::2]],
+            f"{bits} bits: ends",
+        )
+        assert max(part[1] - part[0] for part in parts) <= codes.shape[-1] // 4, (
+            "a slice is more than a quarter"
+        )
         same(np.concatenate([part[2] for part in parts], -1), codes, f"{bits} bits: codes")
 
 
@@ -58,9 +64,18 @@ def case(seed, bits, n, d_k, group, g):
     draw = np.random.RandomState(seed)
     codes = draw.randint(0, 2**bits, (2, 2, n, d_k)).astype(np.uint8)
     shape = (2, 2, n // g, d_k // group)
-    s, z = (draw.rand(*shape) + 0.1).astype(np.float32), np.round(draw.randn(*shape) * 3).astype(np.float32)
+    s, z = (
+        (draw.rand(*shape) + 0.1).astype(np.float32),
+        np.round(draw.randn(*shape) * 3).astype(np.float32),
+    )
     wide_s, wide_z = (np.repeat(np.repeat(x, g, 2), group, 3).astype(np.float64) for x in (s, z))
-    return bytes_of(codes, bits), s, z, draw.randn(2, 2, 3, d_k).astype(np.float32), wide_s * (codes - wide_z)
+    return (
+        bytes_of(codes, bits),
+        s,
+        z,
+        draw.randn(2, 2, 3, d_k).astype(np.float32),
+        wide_s * (codes - wide_z),
+    )
 
 
 def test_scores_against_numpy(run):
@@ -68,21 +83,29 @@ def test_scores_against_numpy(run):
     for bits, d_k, group in ((2, 32, 32), (3, 32, 8), (3, 48, 24), (4, 32, 16)):
         codes, s, z, Q, K = case(bits, bits, 10, d_k, group, 1)
         S = run(scored, codes, bits, s, z, Q, np.int64([[10], [4]]))
-        close(S, Q @ K.transpose(0, 1, 3, 2), f"{bits} bits, groups of {group}", rtol=1e-3, atol=1e-3)
+        close(
+            S, Q @ K.transpose(0, 1, 3, 2), f"{bits} bits, groups of {group}", rtol=1e-3, atol=1e-3
+        )
 
 
 def test_scores_of_the_newest_group_of_each_sequence(run):
     """Groups of four tokens; the sequences have come to different slots; Keys stored before RoPE or after it."""
     codes, s, z, Q, K = case(5, 2, 12, 16, 1, 4)
-    tail = np.random.RandomState(6).randn(2, 2, 4, 16).astype(np.float32)
+    residual = np.random.RandomState(6).randn(2, 2, 4, 16).astype(np.float32)
     at = np.int64([[10], [4]])  # the first is in group 2, the second begins group 1
-    K[0, :, 8:12], K[1, :, 4:8] = tail[0], tail[1]
-    close(run(scored, codes, 2, s, z, Q, at, tail), Q @ K.transpose(0, 1, 3, 2), "scores", rtol=1e-3, atol=1e-3)
+    K[0, :, 8:12], K[1, :, 4:8] = residual[0], residual[1]
+    close(
+        run(scored, codes, 2, s, z, Q, at, residual),
+        Q @ K.transpose(0, 1, 3, 2),
+        "scores",
+        rtol=1e-3,
+        atol=1e-3,
+    )
     angle = np.outer(np.arange(12), 1.0 / 10 ** np.linspace(0, 2, 8))
     turned = (K[..., :8] + 1j * K[..., 8:]) * np.exp(1j * angle)
     turned = np.concatenate([turned.real, turned.imag], -1)
     rope = [f(np.tile(angle, 2)).astype(np.float32) for f in (np.cos, np.sin)]
-    S = run(scored, codes, 2, s, z, Q, at, tail, rope)
+    S = run(scored, codes, 2, s, z, Q, at, residual, rope)
     close(S, Q @ turned.transpose(0, 1, 3, 2), "scores before RoPE", rtol=1e-3, atol=1e-3)
 
 
