@@ -1,4 +1,5 @@
-"""Perplexity with a quantized KV cache: Figure 9 for any model, text, scheme, bit width and number of kept tokens.
+"""Perplexity with a quantized KV cache: Figure 9 for any model, text, scheme, bit width and number
+of kept tokens.
 
     python eval_ppl.py                                            the embedded default: a real model, a real text
     python eval_ppl.py --model llama2-7b --sinks 5 --bits 2       the paper
@@ -6,8 +7,9 @@
 
 Read top to bottom: perplexity; the rows of a run; the command.
 
-What this file does not do: the method is kvsink.py's; windows, results and streaming are in support/. Keys and Values
-are quantized and dequantized in place, nothing is cached between windows, and nothing is generated.
+What this file does not do: the method is kvsink.py's; windows, results and streaming are in
+support/. Keys and Values are quantized and dequantized in place, nothing is cached between windows,
+and nothing is generated.
 """
 
 import functools
@@ -32,13 +34,13 @@ from support.results import FULL_PRECISION, Row, expand_rows
 from support.run import How, algorithm_1, calibrated, first_non_finite
 from support.tokenizer import Tokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Perplexity
 
 
 def negative_log_likelihood(model, H, tokens):
-    """Sum over the n - 1 predicted tokens, in fp32. H is H^L (1, n, d), tokens (1, n). The logits of 1,024 tokens at a
-    time: LLaMA-3's vocabulary makes 2 GB of those of 4,096."""
+    """Sum over the n - 1 predicted tokens, in fp32. H is H^L (1, n, d), tokens (1, n). The logits
+    of 1,024 tokens at a time: LLaMA-3's vocabulary makes 2 GB of those of 4,096."""
     pieces = zip(H[0, :-1].split(1024), tokens[0, 1:].split(1024))
     return sum(
         F.cross_entropy(model.logits(H_).float(), following, reduction="sum")
@@ -47,9 +49,10 @@ def negative_log_likelihood(model, H, tokens):
 
 
 def window_losses(model, tokens, cache, rule, how, label):
-    """Of each window (W, n) the negative log-likelihood, summed over its n - 1 predicted tokens, and how many tokens
-    are kept after the last block: (2, W), float64. Under torchrun each rank takes its share, and has all of them in the
-    end. Raises NotFinite where a loss is not finite, naming the block where that began."""
+    """Of each window (W, n) the negative log-likelihood, summed over its n - 1 predicted tokens,
+    and how many tokens are kept after the last block: (2, W), float64. Under torchrun each rank
+    takes its share, and has all of them in the end. Raises NotFinite where a loss is not finite,
+    naming the block where that began."""
     (rank, ranks), found = rank_and_world_size(), torch.zeros(2, len(tokens), dtype=torch.float64)
     w = rank
     try:
@@ -74,19 +77,20 @@ def window_losses(model, tokens, cache, rule, how, label):
 
 
 def perplexity(losses, n):
-    """exp of the mean negative log-likelihood of all predicted tokens; `losses` (W,) are of windows of n tokens."""
+    """exp of the mean negative log-likelihood of all predicted tokens; `losses` (W,) are of windows
+    of n tokens."""
     return math.exp(
         min(losses.sum().item() / (len(losses) * (n - 1)), 700)
     )  # exp(710) overflows: broken at either
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows
 
 SINKS = (0, 5, 10, 15, 20)  # of Figure 9
 
-# What `python eval_ppl.py` shows in a few minutes on two cores: where sinks lie in the middle of the text, five
-# predicted tokens are worth more than the first five, and than the first twenty.
+# What `python eval_ppl.py` shows in a few minutes on two cores: where sinks lie in the middle of
+# the text, five predicted tokens are worth more than the first five, and than the first twenty.
 DEFAULT_ROWS = [
     *expand_rows([("channel-static", 4, 0.0)], ["none", "pfn", "kvsink"], [5, 20]),
     *expand_rows([("channel-static", 3, 0.0)], ["pfn"], [5, 20]),
@@ -135,7 +139,8 @@ def settings(what, row, tokens, machine, weights, site):
 
 
 def measured(model, tokens, cache, rule, how, label):
-    """What a result says of its row besides settings and bits: `nll` and `kept` are lists with a number a window."""
+    """What a result says of its row besides settings and bits: `nll` and `kept` are lists with a
+    number a window."""
     start, n = time.perf_counter(), tokens.shape[1]
     losses, kept = window_losses(model, tokens, cache, rule, how, label)
     seconds, nll = time.perf_counter() - start, (losses / (n - 1)).tolist()
@@ -148,8 +153,8 @@ def measured(model, tokens, cache, rule, how, label):
 
 
 def rows_of(what, model, tokenizer, tokens, site, how):
-    """The function that measures a row on windows `tokens` (W, n). Static ranges are calibrated when the first row
-    needs them; one pass serves all schemes and widths of a rule."""
+    """The function that measures a row on windows `tokens` (W, n). Static ranges are calibrated
+    when the first row needs them; one pass serves all schemes and widths of a rule."""
     config, static = model.config, {}  # rule -> scheme -> cache
 
     @functools.cache  # each rule calibrates on the same windows
@@ -187,7 +192,7 @@ def rows_of(what, model, tokenizer, tokens, site, how):
     return measure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -247,7 +252,8 @@ def parse_arguments(argv):
 
 
 def parse(argv):
-    """What `run` takes: a What for each text, the Machine, and so on. Raises ValueError for options that cannot be."""
+    """What `run` takes: a What for each text, the Machine, and so on. Raises ValueError for options
+    that cannot be."""
     args = parse_arguments(argv)
     cli.check_outputs(args.json, args.plot)
     default_model = args.model == hub.DEFAULT_MODEL
@@ -293,8 +299,8 @@ def check_against_model(what, config):
 
 
 def opened(whats, machine, streamed, place, check):
-    """All that comes before the first row: model, tokenizer, site, fingerprint of the weights, windows of each text.
-    `whats` are of one model on one text or several."""
+    """All that comes before the first row: model, tokenizer, site, fingerprint of the weights,
+    windows of each text. `whats` are of one model on one text or several."""
     cli.init_distributed(machine.device)
     name = whats[0].model
     directory = hub.model_directory(name)

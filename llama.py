@@ -1,12 +1,14 @@
 """The LLaMA transformer of Section 2, from scratch: configuration, forward pass, weights.
 
-Read top to bottom: LlamaConfig; RMSNorm, RoPE and attention (Eq. 3); the FFN (Eq. 4); the decoder block (Eq. 1-2); the
-model; and the loading of its weights from safetensors.
+Read top to bottom: LlamaConfig; RMSNorm, RoPE and attention (Eq. 3); the FFN (Eq. 4); the decoder
+block (Eq. 1-2); the model; and the loading of its weights from safetensors.
 
-What this file does not do: it knows nothing of quantization or of sinks (quant.py, kvsink.py), it keeps no KV cache
-between calls (a prefill needs none), it does not train, and it runs no code out of a checkpoint.
+What this file does not do: it knows nothing of quantization or of sinks (quant.py, kvsink.py), it
+keeps no KV cache between calls (a prefill needs none), it does not train, and it runs no code out
+of a checkpoint.
 
-Shapes: b sequences, n tokens, d hidden size, h query heads, h_kv Key/Value heads, d_k channels a head.
+Shapes: b sequences, n tokens, d hidden size, h query heads, h_kv Key/Value heads, d_k channels a
+head.
 """
 
 import json
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
 
 ROPE_KEYS = {  # the rope types there are, and what each needs: our name -> config.json's
@@ -32,7 +34,8 @@ ROPE_KEYS = {  # the rope types there are, and what each needs: our name -> conf
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a model, under the names of Hugging Face's config.json; `from_dict` says what it refuses."""
+    """The shape of a model, under the names of Hugging Face's config.json; `from_dict` says what it
+    refuses."""
 
     vocab_size: int
     hidden_size: int  # d
@@ -78,7 +81,8 @@ class LlamaConfig:
         for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
             if (raw.get(key) or plain) != plain:
                 raise ValueError(f"{key} {raw[key]!r} is not supported: only {plain!r} is")
-        # Newer files keep all of RoPE in `rope_parameters`, older ones in `rope_scaling` and `rope_theta`.
+        # Newer files keep all of RoPE in `rope_parameters`, older ones in `rope_scaling` and
+        # `rope_theta`.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(
@@ -147,12 +151,13 @@ class LlamaConfig:
             raise ValueError(f"{path}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The parts of a decoder block, laid out so that Algorithm 1 can call them one by one
 
 
 class RMSNorm(nn.Module):
-    """LN of Eq. 1-2. LLaMA's is x / rms(x), in fp32: a sink reaches thousands, and the square would overflow fp16."""
+    """LN of Eq. 1-2. LLaMA's is x / rms(x), in fp32: a sink reaches thousands, and the square would
+    overflow fp16."""
 
     def __init__(self, d, eps):
         super().__init__()
@@ -166,13 +171,15 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(config, n, device):
-    """cos and sin of the angle by which RoPE turns each pair of channels at each position, fp32, each (n, d_k)."""
+    """cos and sin of the angle by which RoPE turns each pair of channels at each position, fp32,
+    each (n, d_k)."""
     pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)  # (d_k/2,)
     frequency = config.rope_theta ** (-pairs / config.head_dim)
     if config.rope_type == "linear":
         frequency = frequency / config.rope_factor
     elif config.rope_type == "llama3":
-        # Fast pairs keep their frequency, slow ones are divided by the factor, those between are mixed.
+        # Fast pairs keep their frequency, slow ones are divided by the factor, those between are
+        # mixed.
         turns = (
             config.rope_original_context * frequency / (2 * math.pi)
         )  # over the context the model was trained at
@@ -196,14 +203,16 @@ def apply_rope(X, rope):
 
 
 def causal_mask(n, sliding_window, device):
-    """M of Eq. 3 as a mask (n, n): True where query t sees key i, itself and those before it, or a window of them."""
+    """M of Eq. 3 as a mask (n, n): True where query t sees key i, itself and those before it, or a
+    window of them."""
     i = torch.arange(n, device=device)
     age = i[:, None] - i[None, :]  # how many tokens ago the query saw the key
     return (age >= 0) & (age < (sliding_window or n))
 
 
 def attention(Q, K, V, sliding_window=None):
-    """Softmax(Q K^T / sqrt(d_k) + M) V of Eq. 3, causal. Q (b, h, n, d_k), K, V (b, h_kv, n, d_k) -> (b, n, h d_k)"""
+    """Softmax(Q K^T / sqrt(d_k) + M) V of Eq. 3, causal. Q (b, h, n, d_k), K, V (b, h_kv, n, d_k)
+    -> (b, n, h d_k)"""
     n, group = Q.shape[2], Q.shape[1] // K.shape[1]
     K, V = (
         K.repeat_interleave(group, dim=1),
@@ -215,7 +224,8 @@ def attention(Q, K, V, sliding_window=None):
 
 
 class FFN(nn.Module):
-    """Eq. 4: (sigma(X W_g) * X W_u) W_d. The input of W_d is X_d.in (Eq. 7), its output X_d.out (Eq. 8)."""
+    """Eq. 4: (sigma(X W_g) * X W_u) W_d. The input of W_d is X_d.in (Eq. 7), its output X_d.out
+    (Eq. 8)."""
 
     def __init__(self, config):
         super().__init__()
@@ -244,7 +254,8 @@ class Block(nn.Module):
         self.FFN = FFN(config)
 
     def QKV(self, X):
-        """Queries, Keys and Values before RoPE: (b, n, d) -> (b, h, n, d_k), (b, h_kv, n, d_k), (b, h_kv, n, d_k)."""
+        """Queries, Keys and Values before RoPE: (b, n, d) -> (b, h, n, d_k), (b, h_kv, n, d_k), (b,
+        h_kv, n, d_k)."""
         return [
             W(X).unflatten(-1, (-1, self.d_k)).transpose(1, 2)
             for W in (self.W_q, self.W_k, self.W_v)
@@ -284,18 +295,20 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
-        """A model from a Hugging Face directory: config.json and model.safetensors, or shards with their index. Weights
-        go one by one from the memory-mapped file to the device: never two copies of the model in memory.
-        Raises FileNotFoundError or ValueError, naming file and tensor, before the first weight is read."""
+        """A model from a Hugging Face directory: config.json and model.safetensors, or shards with
+        their index. Weights go one by one from the memory-mapped file to the device: never two
+        copies of the model in memory. Raises FileNotFoundError or ValueError, naming file and
+        tensor, before the first weight is read."""
         model, places = locate_weights(directory)
         set_weights(model, read_weights(places, device, dtype))
         return tie(model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights
 
-# The paper's name (as in this file) -> the checkpoint's key. {l} counts blocks from 0, as checkpoints do.
+# The paper's name (as in this file) -> the checkpoint's key. {l} counts blocks from 0, as
+# checkpoints do.
 CHECKPOINT_KEYS = {
     "embedding.weight": "model.embed_tokens.weight",
     "blocks.{l}.LN_mhsa.weight": "model.layers.{l}.input_layernorm.weight",
@@ -323,7 +336,8 @@ def checkpoint_names(config):
 
 
 def weight_files(directory):
-    """Every safetensors file of a checkpoint -> the keys its index says it holds (none where there is no index)."""
+    """Every safetensors file of a checkpoint -> the keys its index says it holds (none where there
+    is no index)."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.is_file():  # goes before an index that lies beside it, as in transformers
         return {single: []}
@@ -346,7 +360,8 @@ def weight_files(directory):
 
 
 def locate_weights(directory):
-    """A model without weights, and parameter name -> file and key, for each of its tensors: all checked, none read."""
+    """A model without weights, and parameter name -> file and key, for each of its tensors: all
+    checked, none read."""
     directory, stored = Path(directory), {}  # key -> file, shape, dtype
     config = LlamaConfig.from_pretrained(directory)
     for path, expected in weight_files(directory).items():
@@ -399,7 +414,8 @@ def locate_weights(directory):
 
 
 def read_weights(places, device, dtype, prefixes=("",)):
-    """Yields the name and the weight of each parameter in `places` whose name begins with one of `prefixes`."""
+    """Yields the name and the weight of each parameter in `places` whose name begins with one of
+    `prefixes`."""
     for name, (path, key) in places.items():
         if name.startswith(prefixes):
             with safe_open(path, framework="pt", device=str(device)) as file:
@@ -413,7 +429,8 @@ def set_weights(module, weights):
 
 
 def tie(model):
-    """A tied output layer shares the embedding's storage. One that is stored all the same and differs is used."""
+    """A tied output layer shares the embedding's storage. One that is stored all the same and
+    differs is used."""
     W, E = model.W_vocab.weight, model.embedding.weight
     if model.config.tie_word_embeddings and (W.is_meta or torch.equal(W, E)):
         model.W_vocab.weight = E

@@ -1,13 +1,15 @@
-"""Low-bit integer quantization: Equations 10 to 13 (Appendix C) in every granularity, dynamic and static.
+"""Low-bit integer quantization: Equations 10 to 13 (Appendix C) in every granularity, dynamic and
+static.
 
-Read top to bottom: the four equations; the groups that share one scale and zero (Figure 10); the range of a group; the
-Quantizer that puts them together.
+Read top to bottom: the four equations; the groups that share one scale and zero (Figure 10); the
+range of a group; the Quantizer that puts them together.
 
-What this file does not do: it knows tensors only, no model, no layer, no sink. Which tokens to leave out is told to it
-by a mask; why is kvsink.py's business. It rounds to nearest (RTN) and has no learned or non-uniform levels.
+What this file does not do: it knows tensors only, no model, no layer, no sink. A mask tells it
+which tokens to leave out; kvsink.py says why. It rounds to nearest (RTN) and has no learned or
+non-uniform levels.
 
-Tensors are (..., n, d): n tokens of d channels. In a model they are Keys or Values (b, h, n, d_k); sequences and heads
-never share a scale, except that static parameters are shared by all sequences.
+Tensors are (..., n, d): n tokens of d channels. In a model they are Keys or Values (b, h, n, d_k).
+Sequences and heads never share a scale, except that all sequences share static parameters.
 """
 
 from dataclasses import dataclass
@@ -15,21 +17,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The equations. lo and hi are clipped_min(X) and clipped_max(X), n is the number of bits; halves are rounded to even.
+# --------------------------------------------------------------------------------------------------
+# The equations. lo and hi are clipped_min(X) and clipped_max(X), n is the number of bits. Halves
+# are rounded to even.
 
 
 def scale(lo, hi, n):
     """Eq. 12: scale = (clipped_max(X) - clipped_min(X)) / (2^n - 1).
 
-    A constant group has no extent. Its scale is |x| (1 where x is 0), by which Eq. 10, 11 and 13 give x back exactly.
+    A constant group has no extent. Its scale is |x|, or 1 if x is 0: with that scale, Eq. 10, 11
+    and 13 give x back exactly.
     """
     s = (hi - lo) / (2**n - 1)
     return torch.where(s > 0, s, torch.where(lo == 0, 1.0, lo.abs()))
 
 
 def zero(lo, s):
-    """Eq. 13: zero = -round(clipped_min(X) / scale). An integer that, unlike the codes, is not clamped."""
+    """Eq. 13: zero = -round(clipped_min(X) / scale). An integer that, unlike the codes, is not
+    clamped."""
     return -torch.round(lo / s)
 
 
@@ -43,7 +48,7 @@ def dequantize(codes, s, z):
     return s * (codes.to(s.dtype) - z)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Groups: which numbers share one scale and one zero (Figure 10)
 
 GRANULARITIES = ("tensor", "token", "channel")
@@ -55,14 +60,15 @@ def check_granularity(granularity):
 
 
 def grouped(X, granularity, group_size=None, fill=0.0):
-    """X (..., n, d) in groups: a tensor with one more axis, and the axes over which one group extends.
+    """Return X (..., n, d) cut into groups, which adds an axis, and the axes that one group spans.
 
-        "token"    group_size consecutive channels of one token    (..., n, d/g, g), axis -1; g has to divide d
+        "token"    group_size consecutive channels of one token    (..., n, d/g, g), axis -1
         "channel"  group_size consecutive tokens of one channel    (..., n/g, g, d), axis -2
         "tensor"   group_size consecutive tokens of all channels   (..., n/g, g, d), axes -2 and -1
 
-    Without a group size, or with one wider than X, a group is all of its token, channel or tensor. Where the tokens do
-    not fill the last group, `fill` stands for the missing ones, and `ungrouped` cuts it off again.
+    Without a group size, or with one wider than X, a group is a whole token, channel or tensor. If
+    the tokens do not fill the last group, `fill` stands in for the missing ones; `ungrouped` cuts
+    them off again. Raises ValueError if a group of channels does not divide d.
     """
     check_granularity(granularity)
     n, d = X.shape[-2:]
@@ -78,31 +84,30 @@ def grouped(X, granularity, group_size=None, fill=0.0):
 
 
 def ungrouped(Xg, granularity, n):
-    """The inverse of `grouped`: (..., n, d)."""
+    """Undo `grouped`: return (..., n, d)."""
     return Xg.flatten(-2) if granularity == "token" else Xg.flatten(-3, -2)[..., :n, :]
 
 
 def clipped_range(
     X, granularity, group_size=None, axes=(), leave_out=None, quantile=1.0, ratio=1.0
 ):
-    """clipped_min(X) and clipped_max(X) of every group of X, in shapes that broadcast against `grouped(X)`.
+    """Return clipped_min(X) and clipped_max(X) of every group, in shapes that broadcast against
+    `grouped(X)`.
 
-    axes        further axes of the grouped X to reduce over (static quantization: the sequences and the tokens)
-    leave_out   bool, broadcastable to X: True where a number must not count. A group of which nothing is left has
-                lo = inf and hi = -inf.
-    quantile    instead of the maximum the quantile at this level, instead of the minimum the one at 1 - this level
-    ratio       shrink the range to this part of itself, about its middle
+    axes        further axes of the grouped X to reduce over (static ranges: sequences and tokens)
+    leave_out   a mask that broadcasts to X, True for numbers that must not count. A group of which
+                nothing is left has lo = inf and hi = -inf.
+
+    Eq. 12 and 13 speak of a clipped range, and the paper does not say how it clips. By default
+    nothing is clipped; these are the two usual ways:
+
+    quantile    the maximum is this quantile, the minimum the quantile at 1 - this level
+    ratio       the range shrinks to this fraction of itself, about its middle
     """
 
-    def groups_with(
-        value,
-    ):  # X in groups, `value` standing where a number must not count or is missing
-        return grouped(
-            X if leave_out is None else X.masked_fill(leave_out, value),
-            granularity,
-            group_size,
-            value,
-        )
+    def groups_with(value):  # `value` stands in for the numbers that must not count
+        X_ = X if leave_out is None else X.masked_fill(leave_out, value)
+        return grouped(X_, granularity, group_size, value)
 
     if quantile < 1:
         Xg, group_axes = groups_with(torch.nan)
@@ -115,12 +120,13 @@ def clipped_range(
         hi = Xg.amax((*axes, *group_axes), keepdim=True)
     if ratio < 1:
         cut = torch.where(lo <= hi, (1 - ratio) / 2 * (hi - lo), 0.0)
-        lo, hi = lo + cut, hi - cut
+        lo = lo + cut
+        hi = hi - cut
     return lo, hi
 
 
 def nanquantile(X, level, axes):
-    """torch.nanquantile over several axes, which stay as axes of length 1."""
+    """Return torch.nanquantile over several axes, which stay as axes of length 1."""
     axes = sorted(axis % X.ndim for axis in axes)
     others = [axis for axis in range(X.ndim) if axis not in axes]
     values = torch.nanquantile(X.permute(*others, *axes).flatten(len(others)), level, dim=-1)
@@ -130,16 +136,16 @@ def nanquantile(X, level, axes):
 
 
 class NotFinite(ValueError):
-    """NaN or inf where a number was needed."""
+    """NaN or inf in a tensor that must be finite."""
 
 
 def check_finite(X):
-    """Raises NotFinite where X holds NaN or inf, which would spread over its whole group."""
+    """Raise NotFinite if X holds NaN or inf, which would spread over its whole group."""
     if not torch.isfinite(X).all():
         raise NotFinite("NaN or inf in a tensor to be quantized")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The quantizer
 
 
@@ -147,24 +153,24 @@ def check_finite(X):
 class Quantizer:
     """RTN quantization of one tensor to `bits` bits: asymmetric, dynamic or static (Appendix C).
 
-    Dynamic: scale and zero come from the tensor itself. Static: from the global minimum and maximum of all tensors that
-    `calibrate` has seen; they are shared by all tokens, so one set serves a channel group ("token"), a channel
-    ("channel") or a head ("tensor"), whatever their group size along the tokens.
-    Raises ValueError for bits outside 1 to 8, an unknown granularity, a group size that does not divide, a static
-    quantizer that has not been calibrated, and (in `calibrate`) for NaN or inf.
+    Dynamic: scale and zero come from the tensor itself. Static: they come from the global minimum
+    and maximum of all tensors that `calibrate` has seen, and all tokens share them. So one pair
+    serves a group of channels ("token"), a channel ("channel") or a head ("tensor"), and a group
+    size along the tokens has no meaning.
+
+    Raises ValueError for bits outside 1 to 8, an unknown granularity, a group size that does not
+    divide, a static quantizer that has not been calibrated, and (in `calibrate`) for NaN or inf.
     """
 
     bits: int
     granularity: str
     group_size: int | None = None
     static: bool = False
-    quantile: float = 1.0
+    quantile: float = 1.0  # these two: see `clipped_range`
     ratio: float = 1.0
     lo: torch.Tensor | None = None  # static only: the range so far
     hi: torch.Tensor | None = None
-    fp16_params: bool = (
-        False  # dynamic only: scale and zero as a packed cache stores them, in 16 bits
-    )
+    fp16_params: bool = False  # dynamic only: round scale and zero to fp16, as a packed cache does
 
     def __post_init__(self):
         if self.bits not in range(1, 9):
@@ -173,45 +179,69 @@ class Quantizer:
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group size {self.group_size}: a group has at least 1 number")
         if self.static and self.granularity != "token":
-            self.group_size = (
-                None  # groups of tokens would need a parameter for tokens not seen yet
-            )
+            self.group_size = None  # groups of tokens would need a scale for tokens yet to come
 
     def calibrate(self, X, leave_out=None):
-        """Widen the static range by X (..., h, n, d), except for what `leave_out` masks (bool, broadcastable to X)."""
+        """Widen the static range by X (..., h, n, d), except for the numbers that `leave_out` masks
+        (bool, broadcastable to X). A clipped range is clipped in each X by itself."""
         check_finite(X)
-        # All sequences count, and all tokens: of the grouped X (..., h, n, d/g, g) or (..., h, 1, n, d), axis -3.
+        # Reduce over all sequences and all tokens: axis -3 of the grouped X, which is
+        # (..., h, n, d/g, g) or (..., h, 1, n, d).
         axes = (*range(X.ndim - 3), -3)
         lo, hi = clipped_range(
-            X.float(), self.granularity, self.group_size, axes, leave_out, self.quantile, self.ratio
+            X.float(),
+            self.granularity,
+            self.group_size,
+            axes,
+            leave_out,
+            self.quantile,
+            self.ratio,
         )
         self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
         self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
 
     def parameters(self, X, leave_out=None):
-        """scale and zero for X (..., n, d), in shapes that broadcast against `grouped(X)`."""
+        """Return scale and zero for X (..., n, d), in shapes that broadcast against
+        `grouped(X)`."""
         if self.static and self.lo is None:
             raise ValueError("a static quantizer needs `calibrate` first")
         if self.static:
             lo, hi = self.lo, self.hi
         else:
             if self.granularity == "token":
-                leave_out = None  # a token that has groups of its own disturbs no other: nothing to leave out
+                leave_out = None  # a token has groups of its own: it disturbs no other
             lo, hi = clipped_range(
                 X, self.granularity, self.group_size, (), leave_out, self.quantile, self.ratio
             )
-        nothing = lo > hi  # every token of the group is left out: its codes are never looked at
-        lo, hi = lo.masked_fill(nothing, 0.0), hi.masked_fill(nothing, 0.0)
+        empty = lo > hi  # every token of the group is left out: its codes are never read
+        lo = lo.masked_fill(empty, 0.0)
+        hi = hi.masked_fill(empty, 0.0)
         s = scale(lo, hi, self.bits)
         if self.fp16_params and not self.static:
-            # The scale is at least |lo| / 2^15, so that zero fits in fp16. A finer one would be lost in 16 bits.
+            # The scale is at least |lo| / 2^15, so that zero fits in fp16. A finer scale would be
+            # lost in 16 bits.
             s = torch.maximum(s, lo.abs() / 2**15).clamp(2**-24, 65504).half().float()
             return s, zero(lo, s).half().float()
         return s, zero(lo, s)
 
+    def __call__(self, X, leave_out=None):
+        """Quantize X (..., n, d) and dequantize it again; `leave_out` masks the numbers that must
+        not count for the ranges. A number that is not finite comes back as NaN and so reaches the
+        logits: an error here would wait for the GPU in each block."""
+        # fp16 cannot hold the quotients of Eq. 10 and 13.
+        Xf = X.to(torch.promote_types(X.dtype, torch.float32))
+        s, z = self.parameters(Xf, leave_out)
+        Xg, _ = grouped(Xf, self.granularity, self.group_size)
+        X_ = dequantize(quantize(Xg, s, z, self.bits), s, z)
+        X_ = ungrouped(X_, self.granularity, X.shape[-2])
+        return (X_ + (Xf - Xf)).to(X.dtype)  # X - X is 0, or NaN if X is not finite
+
+    # What a packed cache asks of a quantizer (paper/kvcache.py).
+
     def encode(self, X, leave_out=None):
-        """For X (..., n, d) in fp32, what a cache stores: its codes (..., n, d), and scale and zero, each (..., n, d/g)
-        where a group lies within a token, (..., n/g, d) where it lies along the tokens; where static, n is 1."""
+        """Return, for X (..., n, d) in fp32, what a cache stores: codes (..., n, d), scale and
+        zero. These two are (..., n, d/g) if a group lies within a token, (..., n/g, d) if it spans
+        tokens; n is 1 if they are static."""
         s, z = self.parameters(X, leave_out)
         Xg, (axis, *_) = grouped(X, self.granularity, self.group_size)
         codes = ungrouped(quantize(Xg, s, z, self.bits), self.granularity, X.shape[-2])
@@ -219,20 +249,10 @@ class Quantizer:
 
     @staticmethod
     def decode(codes, s, z):
-        """Eq. 11, of codes and of what broadcasts against them."""
+        """Apply Eq. 11 to codes and to a scale and zero that broadcast against them."""
         return dequantize(codes, s.float(), z.float())
 
-    def __call__(self, X, leave_out=None):
-        """Quantize X (..., n, d) and dequantize it again; `leave_out` masks what must not count for the ranges. What is
-        not finite comes back as NaN, so that it reaches the logits: to raise here would wait for a GPU in each block."""
-        Xf = X.to(
-            torch.promote_types(X.dtype, torch.float32)
-        )  # fp16 cannot hold the quotients of Eq. 10 and 13
-        s, z = self.parameters(Xf, leave_out)
-        Xg, _ = grouped(Xf, self.granularity, self.group_size)
-        X_ = ungrouped(
-            dequantize(quantize(Xg, s, z, self.bits), s, z), self.granularity, X.shape[-2]
-        )
-        return (X_ + (Xf - Xf)).to(
-            X.dtype
-        )  # X - X is 0, or NaN where X is not finite, which a clamp would hide
+    @property
+    def tokens_per_group(self):
+        """How many tokens share a scale. 1 if each has its own, or if the scales are static."""
+        return self.group_size if self.granularity == "channel" and not self.static else 1

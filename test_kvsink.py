@@ -1,10 +1,11 @@
-"""The tests of the four core files and of the default model, in the order of the paper: Section 2 (the transformer),
-Appendix C (Equations 10-13), Appendix G (Algorithm 1, calibration), Appendix D (Table 3, the finder), Section 5
-(perplexity). What is about support/, paper/, beyond/ and course/ is in tests/.
+"""The tests of the four core files and of the default model, in the order of the paper: Section 2
+(the transformer), Appendix C (Equations 10-13), Appendix G (Algorithm 1, calibration), Appendix D
+(Table 3, the finder), Section 5 (perplexity). What is about support/, paper/, beyond/ and course/
+is in tests/.
 
-Every formula is held against something independent: a few lines of NumPy in float64, an example worked by hand, or
-numbers that another implementation printed (each says which). The default model is fetched once; its tests skip, saying
-so, where there is no network.
+Every formula is held against something independent: a few lines of NumPy in float64, an example
+worked by hand, or numbers that another implementation printed (each says which). The default model
+is fetched once; its tests skip, saying so, where there is no network.
 """
 
 from dataclasses import replace
@@ -46,11 +47,12 @@ from tests.helpers import (
     write_weights,
 )  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Section 2: the transformer
 
-# Logits of the transformers package (5.23.0, fp32) for the weights of `write_model` and the tokens below: of sequence and
-# token (0, 3), (0, 50), (1, 70), (1, 99) those of the vocabulary's 0, 41 and 96.
+# Logits of the transformers package (5.23.0, fp32) for the weights of `write_model` and the tokens
+# below: of sequence and token (0, 3), (0, 50), (1, 70), (1, 99) those of the vocabulary's 0, 41 and
+# 96.
 GOLDEN = {
     "llama2-mha": [-0.54516, -0.4232, -0.52108, 0.33692, 0.52123, 0.43235, -0.76152, 0.04591, -0.3704, -0.74062, -0.73239, -1.294],
     "llama2-gqa": [0.12231, 0.50431, 0.62561, -0.43123, -0.54595, 0.0589, 0.04128, -2.00896, -0.43138, 0.59327, -0.33802, 0.50021],
@@ -95,7 +97,8 @@ def test_rope_parameters_of_newer_files_mean_the_same():
 
 @pytest.mark.parametrize("window", [None, 4, 8])
 def test_attention_against_numpy(window):
-    """Eq. 3 written out in float64: every query of every head by itself, over the keys that it may see."""
+    """Eq. 3 written out in float64: every query of every head by itself, over the keys that it may
+    see."""
     draw = np.random.RandomState(0)
     Q, K, V = draw.randn(2, 4, 9, 8), draw.randn(2, 2, 9, 8), draw.randn(2, 2, 9, 8)
     expected = np.zeros((2, 9, 4, 8))
@@ -108,7 +111,8 @@ def test_attention_against_numpy(window):
 
 
 def test_rope_turns_pairs_of_channels():
-    """RoPE as it is defined: channels i and i + d_k/2 as one complex number, times exp(1j * position * frequency)."""
+    """RoPE as it is defined: channels i and i + d_k/2 as one complex number, times exp(1j *
+    position * frequency)."""
     config = LlamaConfig.from_dict({**SMALL, "head_dim": 8})
     X = np.random.RandomState(0).randn(1, 2, 50, 8)
     pairs = X[..., :4] + 1j * X[..., 4:]
@@ -118,7 +122,8 @@ def test_rope_turns_pairs_of_channels():
 
 
 def test_massive_numbers_are_handled_in_fp32():
-    """A sink's 2e4, whose square fp16 cannot hold, through RMSNorm; and RoPE's angles, which bf16 would blur."""
+    """A sink's 2e4, whose square fp16 cannot hold, through RMSNorm; and RoPE's angles, which bf16
+    would blur."""
     H = np.random.RandomState(0).randn(1, 3, 64).astype(np.float16)
     H[0, 1, 5] = 2e4
     X = H.astype(np.float64)
@@ -165,7 +170,8 @@ def test_configurations_that_are_refused_by_name(change, words):
 
 
 def test_what_a_configuration_leaves_out_is_what_transformers_assumes():
-    """The defaults of its LlamaConfig and MistralConfig; a LLaMA never has a window, whatever its file says."""
+    """The defaults of its LlamaConfig and MistralConfig; a LLaMA never has a window, whatever its
+    file says."""
     shape = {
         key: SMALL[key]
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -277,8 +283,8 @@ def test_frequencies_and_a_second_embedding_in_a_checkpoint_are_no_error(tmp_pat
 
 
 def test_of_two_copies_of_weights_the_one_is_read_that_transformers_reads(tmp_path):
-    """model.safetensors goes before an index beside it; a stored output layer that differs is used, tied or not; shards
-    may lie in a subfolder of the model's directory and nowhere else."""
+    """model.safetensors goes before an index beside it; a stored output layer that differs is used,
+    tied or not; shards may lie in a subfolder of the model's directory and nowhere else."""
     new, old = (
         write_model(tmp_path / "new", SMALL),
         write_model(tmp_path / "old", SMALL, shards=2, seed=1),
@@ -306,7 +312,7 @@ def test_of_two_copies_of_weights_the_one_is_read_that_transformers_reads(tmp_pa
         Llama.from_pretrained(new)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Appendix C: Equations 10 to 13
 
 
@@ -321,7 +327,8 @@ def test_equations_by_hand():
 
 
 def test_zero_is_not_clamped():
-    """X = (10, 10.5, 11.5), n = 1: scale = 1.5, zero = -round(6.67) = -7, codes (0, 0, 1), X' = (10.5, 10.5, 12)."""
+    """X = (10, 10.5, 11.5), n = 1: scale = 1.5, zero = -round(6.67) = -7, codes (0, 0, 1), X' =
+    (10.5, 10.5, 12)."""
     X, lo, hi = torch.tensor([10, 10.5, 11.5]), torch.tensor(10.0), torch.tensor(11.5)
     s = quant.scale(lo, hi, 1)
     z = quant.zero(lo, s)
@@ -354,8 +361,8 @@ def groups_numpy(n, d, granularity, g):
 
 
 def rtn_numpy(X, bits, groups):
-    """Equations 10-13 in float64, group by group. Also a scale for every number, and whether it lies so near a rounding
-    edge that fp32 may fall on the other side."""
+    """Equations 10-13 in float64, group by group. Also a scale for every number, and whether it
+    lies so near a rounding edge that fp32 may fall on the other side."""
     X_, S, edge = np.zeros_like(X), np.zeros_like(X), np.zeros(X.shape, dtype=bool)
     for at in groups:
         x = X[at]
@@ -446,7 +453,8 @@ def test_tokens_left_out_do_not_widen_a_dynamic_channel_group():
 
 
 def test_static_ranges_by_hand():
-    """Two tensors of one head, two tokens, two channels; then a token left out. Ranges are global minima and maxima."""
+    """Two tensors of one head, two tokens, two channels; then a token left out. Ranges are global
+    minima and maxima."""
     first = torch.tensor([[0.0, 10.0], [2.0, 12.0]]).view(1, 1, 2, 2)
     second = torch.tensor([[-1.0, 11.0], [50.0, 99.0]]).view(1, 1, 2, 2)
     second_is_a_sink = torch.tensor([False, True]).view(1, 1, 2, 1)
@@ -467,7 +475,8 @@ def test_static_ranges_by_hand():
 
 @pytest.mark.parametrize("granularity", quant.GRANULARITIES)
 def test_static_quantization_against_numpy(granularity):
-    """Calibrated on batches of different lengths with masks, applied to others: float64, ranges by a loop."""
+    """Calibrated on batches of different lengths with masks, applied to others: float64, ranges by
+    a loop."""
     draw = np.random.RandomState(0)
     quantizer = Quantizer(3, granularity, 4, static=True)
     seen = []  # (h, tokens, d) of what counts
@@ -516,7 +525,7 @@ def test_clipped_ranges_against_numpy():
     assert (quantizer.lo.item(), quantizer.hi.item()) == (0, 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Algorithm 1, on a tiny LLaMA whose weights plant stable outliers (tests/helpers.py)
 
 TABLE_SCHEMES = list(kvsink.SCHEMES)
@@ -552,7 +561,8 @@ def test_full_precision_prefill_is_the_model(planted, sequences):
 def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
     planted, sequences, scheme, pre_rope, keep, k
 ):
-    """Lines 4-16: which tokens are left out block by block, and what becomes of their Keys and Values."""
+    """Lines 4-16: which tokens are left out block by block, and what becomes of their Keys and
+    Values."""
     tokens, expected = sequences
     cache, seen = cache_of(planted, scheme, 2, tokens, keep, k, pre_rope), []
 
@@ -610,7 +620,8 @@ def test_keys_are_quantized_after_rope_or_before_it(planted, sequences):
 
 
 def test_sinks_are_predicted_once(planted, sequences):
-    """Line 14: in block l_E and never again, though a later block makes another token larger in that channel."""
+    """Line 14: in block l_E and never again, though a later block makes another token larger in
+    that channel."""
     tokens, expected = sequences
     model = copy_of(planted)
     cache = full_precision_cache(model)
@@ -627,7 +638,8 @@ def test_sinks_are_predicted_once(planted, sequences):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_sliding_window_holds_in_algorithm_1(tmp_path, compiled):
-    """A Mistral of two blocks and a window of 4: the last token of 12 sees 6 tokens back, and no further."""
+    """A Mistral of two blocks and a window of 4: the last token of 12 sees 6 tokens back, and no
+    further."""
     config = {**SMALL, **FAMILIES["mistral"], "sliding_window": 4, "num_hidden_layers": 2}
     model = Llama.from_pretrained(write_model(tmp_path, config))
     step = kvsink.compiled(kvsink.decoder_block) if compiled else kvsink.decoder_block
@@ -642,7 +654,8 @@ def test_a_sliding_window_holds_in_algorithm_1(tmp_path, compiled):
 
 
 def test_no_token_is_kept_up_to_the_emergence_block(planted, sequences):
-    """With k = n every token is kept after l_E, so that what differs from full precision comes from blocks 1 to l_E."""
+    """With k = n every token is kept after l_E, so that what differs from full precision comes from
+    blocks 1 to l_E."""
     tokens, _ = sequences
     H = planted.embedding(tokens)
     cache = cache_of(planted, "token-dynamic", 2, tokens)
@@ -670,7 +683,8 @@ def test_pfn_keeps_the_first_n_tokens_from_the_first_block(planted, sequences):
 
 
 def test_prediction_is_the_top_k_of_one_channel():
-    """Lines 15-16 by hand: |H| in channel 1 is 1, 9, 3, 5 and 7, 0, 2, 8; the signs do not matter."""
+    """Lines 15-16 by hand: |H| in channel 1 is 1, 9, 3, 5 and 7, 0, 2, 8; the signs do not
+    matter."""
     H = torch.zeros(2, 4, 3)
     H[0, :, 1], H[1, :, 1] = torch.tensor([1.0, -9, 3, 5]), torch.tensor([-7.0, 0, 2, -8])
     H[:, 2, 0] = 100.0  # another channel
@@ -682,7 +696,8 @@ def test_prediction_is_the_top_k_of_one_channel():
 
 
 def test_prediction_without_k():
-    """By hand: those of the largest 20 that reach a tenth of the largest. Where all are alike, 20 are kept."""
+    """By hand: those of the largest 20 that reach a tenth of the largest. Where all are alike, 20
+    are kept."""
     H = torch.zeros(3, 24, 2)
     H[0, :, 1], H[0, 5, 1], H[0, 9, 1], H[0, 11, 1] = 90.0, -1000.0, 100.0, 99.9
     H[1, :, 1] = 21544.0  # one token again and again
@@ -723,15 +738,16 @@ def test_keeping_the_sinks_brings_the_output_nearer(planted, sequences):
     assert error("pfn", 24) == 0 < error("kvsink", 20) < error("none", 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration: "sink tokens should also be excluded during quantization parameter calibration" (Appendix G)
+# --------------------------------------------------------------------------------------------------
+# Calibration: "sink tokens should also be excluded during quantization parameter calibration"
+# (Appendix G)
 
 
 @pytest.mark.parametrize("pre_rope", [False, True])
 @pytest.mark.parametrize("keep", ["none", "pfn", "kvsink", "pfn+kvsink"])
 def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, keep, pre_rope):
-    """Ranges of every block against NumPy on the Keys and Values of the plain model; PFN leaves out its tokens in every
-    block, KVSink its own after l_E and none before."""
+    """Ranges of every block against NumPy on the Keys and Values of the plain model; PFN leaves out
+    its tokens in every block, KVSink its own after l_E and none before."""
     tokens, S_sink = sequences
     windows = [tokens[:1], tokens[1:]]
     cache = kvsink.rtn_cache(planted, "channel-static", bits=4, group_size=4)
@@ -794,7 +810,7 @@ def test_one_pass_serves_all_schemes_and_widths_and_is_the_full_precision_model(
                 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Table 3 and the finder (Appendix D)
 
 
@@ -839,7 +855,8 @@ def test_the_finder_finds_what_was_planted(planted):
 
 
 def test_the_finder_passes_over_a_weaker_emergence(planted):
-    """Block 1 too puts an outlier into the channel, four hundred times smaller (in SmolLM2 it is forty)."""
+    """Block 1 too puts an outlier into the channel, four hundred times smaller (in SmolLM2 it is
+    forty)."""
     model = copy_of(planted)
     first, second = model.blocks[0], model.blocks[1]
     first.LN_ffn.weight[0] = 1.0
@@ -879,7 +896,8 @@ class Scripted(torch.nn.Module):
 
 
 def test_the_thresholds_of_the_finder_and_the_order_of_channels():
-    """Magnitudes by hand, the median is 1: an outlier is over 100 and over ten times the median of its channel."""
+    """Magnitudes by hand, the median is 1: an outlier is over 100 and over ten times the median of
+    its channel."""
     H = torch.ones(5, 7, 8)
 
     def found():
@@ -906,7 +924,7 @@ def test_the_finder_says_when_there_is_nothing_or_no_agreement(planted, tmp_path
             kvsink.find_site(planted, [[1], [2]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The hot path: torch.compile and CUDA
 
 
@@ -970,12 +988,13 @@ def test_cuda_agrees_with_cpu(planted, sequences, scheme, dtype):
         ) * cpu[0][0].norm()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Section 5: perplexity
 
 
 def test_perplexity_against_numpy(tiny, tmp_path, capsys):
-    """exp of the mean over the n - 1 predicted tokens of every whole window, from the model's logits, in float64."""
+    """exp of the mean over the n - 1 predicted tokens of every whole window, from the model's
+    logits, in float64."""
     out = tmp_path / "out.json"
     assert (
         eval_ppl.main(
@@ -1009,7 +1028,8 @@ def test_perplexity_against_numpy(tiny, tmp_path, capsys):
 
 
 def test_the_loss_is_computed_in_fp32_and_in_pieces(tiny):
-    """2,500 tokens in bf16, against float64; in bf16 the sum would be off by more than a percent."""
+    """2,500 tokens in bf16, against float64; in bf16 the sum would be off by more than a
+    percent."""
     model = copy_of(Llama.from_pretrained(tiny[1])).to(torch.bfloat16)
     tokens = torch.randint(0, 256, (1, 2500), generator=torch.Generator().manual_seed(0))
     H = model.embedding(tokens)
@@ -1034,7 +1054,8 @@ def test_the_command_of_the_card():
         FULL_PRECISION,
         *(Row(scheme, 2, *row) for scheme in schemes for row in rows),
     )
-    # A file is calibrated on wiki-sample, whose second part has 25,000 tokens: six windows of 4,096, not sixteen.
+    # A file is calibrated on wiki-sample, whose second part has 25,000 tokens: six windows of
+    # 4,096, not sixteen.
     (file,), *_ = eval_ppl.parse(["--model", "llama2-7b", "--data", "some.txt"])
     assert file.calib_windows == 4
     every = file.rows
@@ -1091,7 +1112,8 @@ def test_compiled_and_eager_runs_agree(tiny, tmp_path, sample_calibration):
 
 
 def test_another_setting_is_another_row(tiny):
-    """Everything that a PPL depends on is part of what a result is known by: options, weights, and the text itself."""
+    """Everything that a PPL depends on is part of what a result is known by: options, weights, and
+    the text itself."""
     row, tokens = Row("token-static", 4, "kvsink", 5), torch.zeros(2, 64, dtype=torch.int64)
 
     def known(*change, row=row, tokens=tokens, weights="weights", site=SITE):
@@ -1117,7 +1139,7 @@ def test_another_setting_is_another_row(tiny):
     assert compiled != known()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The default model, end to end
 
 
@@ -1136,7 +1158,8 @@ def test_the_finder_agrees_with_the_table_on_the_default_model(default_model):
 
 
 def test_the_sinks_of_the_default_model_are_where_documents_end(default_model):
-    """Packed text: of each window, the outliers sit at token 0 and at every <|endoftext|>, nowhere else."""
+    """Packed text: of each window, the outliers sit at token 0 and at every <|endoftext|>, nowhere
+    else."""
     model, tokenizer = (
         Llama.from_pretrained(default_model),
         Tokenizer.from_pretrained(default_model),
@@ -1152,8 +1175,8 @@ def test_the_sinks_of_the_default_model_are_where_documents_end(default_model):
 
 
 def test_five_predicted_tokens_are_worth_more_than_the_first_five(default_model):
-    """The first rows of `python eval_ppl.py`, eager so that they do not depend on a compiler; tests/test_eval_ppl.py
-    has the others."""
+    """The first rows of `python eval_ppl.py`, eager so that they do not depend on a compiler;
+    tests/test_eval_ppl.py has the others."""
     out = default_results()
     rows = "--scheme channel-static --bits 4 --keep pfn kvsink --sinks 5".split()
     assert eval_ppl.main([*rows, "--no-compile", "--json", str(out)]) == 0

@@ -1,11 +1,14 @@
-"""The setting to use: perplexity against the bits that a number takes, over all schemes, widths, groups and rules.
+"""The setting to use: perplexity against the bits that a number takes, over all schemes, widths,
+groups and rules.
 
     python -m beyond.front --json front.json --plot front.png
 
-The paper compares rules of preservation within a scheme. If you want a small cache, you must choose scheme, width, group
-size and rule. The answer is the front: the settings that no other beats in both perplexity and stored bits.
+The paper compares rules of preservation within a scheme. If you want a small cache, you must choose
+scheme, width, group size and rule. The answer is the front: the settings that no other beats in
+both perplexity and stored bits.
 
-Read top to bottom: the settings; the front; the picture; the command. Rows are measured by eval_ppl.py.
+Read top to bottom: the settings; the front; the picture; the command. Rows are measured by
+eval_ppl.py.
 """
 
 import itertools
@@ -18,7 +21,7 @@ from llama import LlamaConfig
 from support import cli, hub, results, text
 from support.results import FULL_PRECISION, Row, row_of
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The settings
 
 WIDTHS = (4, 3, 2)
@@ -33,7 +36,8 @@ def rows():
 
 
 def group_sizes(head_dim):
-    """Those of GROUPS that divide a head: a larger one would be the head again. Raises ValueError where none does."""
+    """Those of GROUPS that divide a head: a larger one would be the head again. Raises ValueError
+    where none does."""
     if found := [size for size in GROUPS if head_dim % size == 0]:
         return found
     raise ValueError(
@@ -41,7 +45,7 @@ def group_sizes(head_dim):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The front
 
 
@@ -69,7 +73,7 @@ def print_front(found):
         print(f"{result['stored_bits']:>11.2f}{result['ppl']:>10.3f}   {name}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The picture
 
 COLORS = dict(zip(kvsink.SCHEMES, ("#E69F00", "#56B4E9", "#0072B2", "#009E73")))  # Okabe and Ito
@@ -77,7 +81,8 @@ MARKERS = {"none": "x", "pfn": "o", "kvsink": "s", "pfn+kvsink": "^"}
 
 
 def picture(found):
-    """How far PPL is above full precision's, over stored bits; a point a setting, the front as a line."""
+    """How far PPL is above full precision's, over stored bits; a point a setting, the front as a
+    line."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -118,7 +123,7 @@ def above(result):
     return max(100 * (result["ppl"] / result["ppl_fp"] - 1), 0.1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 

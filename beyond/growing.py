@@ -1,5 +1,5 @@
-"""The Keys or the Values of one layer, in packed codes of as many tokens as come: for a cache whose size nobody knows
-beforehand, whose prompt may come in parts, and whose end may be cut off.
+"""The Keys or the Values of one layer, in packed codes of as many tokens as come: for a cache whose
+size nobody knows beforehand, whose prompt may come in parts, and whose end may be cut off.
 
 What this file does not do: paper/kvcache.py packs codes into bytes, quant.py makes them.
 
@@ -35,8 +35,9 @@ class GrowingStore:
         }
 
     def update(self, X, S_sink, real, prompt):
-        """Stores new tokens X (b, h_kv, new, d_k) and returns all, (b, h_kv, n, d_k), as attention reads them. S_sink and
-        `real`, no padding, are (b, n). A sink comes in a prompt, and stays: its code was made for a group without it."""
+        """Stores new tokens X (b, h_kv, new, d_k) and returns all, (b, h_kv, n, d_k), as attention
+        reads them. S_sink and `real`, no padding, are (b, n). A sink comes in a prompt, and stays:
+        its code was made for a group without it."""
         past = len(self.group) + self.t["residual"].shape[2]
         self.append(X, S_sink | ~real, prompt)
         X_ = self.numbers()
@@ -89,7 +90,8 @@ class GrowingStore:
         return sum(part.nbytes for part in self.t.values())
 
     def crop(self, n):
-        """Keeps the first n tokens. Codes stay as they are: the last group may be short from now on."""
+        """Keeps the first n tokens. Codes stay as they are: the last group may be short from now
+        on."""
         self.t["residual"] = self.t["residual"][:, :, : max(n - len(self.group), 0)]
         self.t["slots"] = self.t["slots"].masked_fill(self.t["slots"] >= n, -1)
         self.group = self.group[:n]

@@ -1,10 +1,12 @@
-"""transformers' own quantized caches and KVSinkCache on the same text: what they store, lose and cost.
+"""transformers' own quantized caches and KVSinkCache on the same text: what they store, lose and
+cost.
 
     python -m beyond.transformers_cache --model ID
 
 Read top to bottom: what is measured of a cache; the table; the command.
 
-What this file does not do: the caches are those of transformers and of beyond/transformers_cache.py.
+What this file does not do: the caches are those of transformers and of
+beyond/transformers_cache.py.
 """
 
 import time
@@ -18,12 +20,13 @@ from paper.table4 import their_caches
 from support import cli, hub, text
 from support.tokenizer import Tokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is measured
 
 
 def bytes_of(thing):
-    """The bytes of all tensors in a part of transformers' cache, those inside a quantized tensor one by one."""
+    """The bytes of all tensors in a part of transformers' cache, those inside a quantized tensor
+    one by one."""
     if hasattr(thing, "__tensor_flatten__"):
         return sum(bytes_of(getattr(thing, part)) for part in thing.__tensor_flatten__()[0])
     if isinstance(thing, (tuple, dict)):
@@ -38,9 +41,10 @@ def stored(cache):
 
 
 def decoded(model, window, prompt, cache):
-    """Log-probabilities (m, vocab) after each of the m tokens of a window (1, prompt + m) that are decoded one by one; the
-    bytes that a token of the text took, mean over these steps, because transformers' caches hold up to 128 new tokens in full
-    precision; and seconds a token. The prefill's own predictions do not count: in it, those caches return what came in."""
+    """Log-probabilities (m, vocab) after each of the m tokens of a window (1, prompt + m) that are
+    decoded one by one; the bytes that a token of the text took, mean over these steps, because
+    transformers' caches hold up to 128 new tokens in full precision; and seconds a token. The
+    prefill's own predictions do not count: in it, those caches return what came in."""
     cache.reset()
     model(window[:, :prompt], past_key_values=cache, logits_to_keep=1)
     p, size, seconds = [], 0, 0
@@ -53,7 +57,7 @@ def decoded(model, window, prompt, cache):
     return torch.stack(p), size / len(p), seconds / len(p)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -65,8 +69,8 @@ def shape(model):
 
 
 def row(model, windows, prompt, cache, name, full):
-    """Measures a cache on all windows, and prints it. `full` are full precision's predictions, none yet if this is it.
-    Returns its predictions, and the bytes of a token."""
+    """Measures a cache on all windows, and prints it. `full` are full precision's predictions, none
+    yet if this is it. Returns its predictions, and the bytes of a token."""
     with tqdm(windows.split(1), desc=name, unit="text", leave=False, disable=cli.bar_off()) as bar:
         found, sizes, seconds = zip(*(decoded(model, window, prompt, cache) for window in bar))
     kl = torch.stack(
@@ -85,7 +89,8 @@ def row(model, windows, prompt, cache, name, full):
 
 
 def table(model, windows, prompt, site):
-    """Each of transformers' caches, and after it KVSinkCache with the finest groups that take no more bytes."""
+    """Each of transformers' caches, and after it KVSinkCache with the finest groups that take no
+    more bytes."""
     from beyond.transformers_cache import KVSinkCache, transformers
 
     print(f"{'cache':<42}{'stored bits':>12}{'KL, nats a token':>21}{'tokens / s':>11}")
@@ -112,7 +117,7 @@ def table(model, windows, prompt, site):
         full = full or found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 

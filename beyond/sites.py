@@ -1,4 +1,5 @@
-"""Where the sinks of a model of the transformers package emerge: Table 3's place, else what the finder sees.
+"""Where the sinks of a model of the transformers package emerge: Table 3's place, else what the
+finder sees.
 
 What this file does not do: Table 3 and the finder are kvsink.py's.
 """
@@ -29,8 +30,8 @@ class Decoder(SimpleNamespace):
 
 @torch.no_grad()
 def site_of(decoder, tokenizer=None):
-    """Table 3's, by the model's name and shape; else what the finder sees with a tokenizer, by default the model's.
-    Where it sees no stable outliers: NOWHERE, and a warning."""
+    """Table 3's, by the model's name and shape; else what the finder sees with a tokenizer, by
+    default the model's. Where it sees no stable outliers: NOWHERE, and a warning."""
     from transformers import AutoTokenizer
 
     name = decoder.config._name_or_path

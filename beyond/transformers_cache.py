@@ -1,4 +1,5 @@
-"""KVSink for the models of the transformers package: a quantized cache that keeps the sinks in full precision.
+"""KVSink for the models of the transformers package: a quantized cache that keeps the sinks in full
+precision.
 
     cache = KVSinkCache(model, bits=4)
     model.generate(**inputs, past_key_values=cache)
@@ -6,9 +7,10 @@
 
 Read top to bottom: a layer's cache; the hooks; the cache. beyond/README.md says more.
 
-What this file does not do: kvsink.py predicts, quant.py quantizes, growing.py stores, sites.py knows l_E and c.
-transformers runs the model, asks a cache for Keys and Values, and shows it no hidden state. So one hook on the decoder
-sees which tokens come, and one on block l_E sees channel c.
+What this file does not do: kvsink.py predicts, quant.py quantizes, growing.py stores, sites.py
+knows l_E and c. transformers runs the model, asks a cache for Keys and Values, and shows it no
+hidden state. So one hook on the decoder sees which tokens come, and one on block l_E sees channel
+c.
 
 Shapes: b sequences, n tokens so far (padding too), h_kv Key/Value heads, d_k channels a head.
 """
@@ -46,12 +48,13 @@ if not transformers.__version__.startswith("5.23."):
         f"KVSinkCache was tested with transformers 5.23, not with {transformers.__version__}"
     )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cache
 
 
 class KVSinkLayer(DynamicLayer):
-    """One layer in transformers' terms: Keys and Values (b, h_kv, new, d_k) come in, all of them go out."""
+    """One layer in transformers' terms: Keys and Values (b, h_kv, new, d_k) come in, all of them go
+    out."""
 
     is_croppable = (
         False  # would mean without a trace: the range of a group remembers what was cut off
@@ -107,7 +110,8 @@ class KVSinkLayer(DynamicLayer):
 
 
 def hook(cache, method, module, args, kwargs, *output):
-    """On a module: calls a method of a cache where a forward pass fills this one. `cache` is a weak reference."""
+    """On a module: calls a method of a cache where a forward pass fills this one. `cache` is a weak
+    reference."""
     # The cache may come by place, or under another name.
     given = inspect.signature(module.forward).bind(*args, **kwargs).arguments | kwargs
     if cache() is not None and any(value is cache() for value in given.values()):
@@ -115,7 +119,8 @@ def hook(cache, method, module, args, kwargs, *output):
 
 
 class KVSinkCache(Cache):
-    """A cache for `model(..., past_key_values=)` and `model.generate`. Its defaults are the best that was measured.
+    """A cache for `model(..., past_key_values=)` and `model.generate`. Its defaults are the best
+    that was measured.
 
     scheme      one of kvsink.SCHEMES; a static one needs `calibrate` first. `bits` are 1 to 8
     group_size  channels of a Value, tokens of a channel of Keys, that share scale and zero (a head, at most 128)
@@ -124,9 +129,9 @@ class KVSinkCache(Cache):
                 channels: `lambda H: predict_sinks(H.abs().amax(-1, keepdim=True), c=0, k=min(20, H.shape[1]))`
     site        kvsink.Site(l_E, c); else Table 3's, else found with the `tokenizer`
 
-    Sinks are predicted in prompts: in the first forward pass, and in each of two or more tokens. A prompt in chunks
-    keeps a running top-k: a new token has to be among the largest of all, and one that was kept stays. A rule sees a
-    chunk alone. Raises ValueError for what cannot be.
+    Sinks are predicted in prompts: in the first forward pass, and in each of two or more tokens. A
+    prompt in chunks keeps a running top-k: a new token has to be among the largest of all, and one
+    that was kept stays. A rule sees a chunk alone. Raises ValueError for what cannot be.
     """
 
     def __init__(self, model, bits=4, scheme="channel-dynamic", group_size=None, keep="pfn+kvsink", sinks=AUTO,
@@ -162,8 +167,9 @@ class KVSinkCache(Cache):
         ):
             raise ValueError(f"{site} is no place of this model; l_E counts blocks from 1")
         self.site = (site or site_of(self.decoder, tokenizer)) if "kvsink" in keep else NOWHERE
-        # What layers share, masks (b, n): `real`, no padding; `prompt`, in a prompt and so perhaps a sink; the S_sink
-        # up to block l_E, and the one after it. And X (b, n), channel c of H^{l_E}.
+        # What layers share, masks (b, n): `real`, no padding; `prompt`, in a prompt and so perhaps
+        # a sink; the S_sink up to block l_E, and the one after it. And X (b, n), channel c of
+        # H^{l_E}.
         self.tokens, layers = {}, DynamicCache(config=config).layers
         for l, pair in enumerate(kvsink.rtn_cache(blocks, scheme, bits, group_size)):
             if (
@@ -227,7 +233,8 @@ class KVSinkCache(Cache):
             t["after l_E"] = t["up to l_E"]
 
     def predict(self, kwargs, H):
-        """After block l_E, lines 15-16 of Algorithm 1 over all prompts so far. Padding and decoded tokens count as 0."""
+        """After block l_E, lines 15-16 of Algorithm 1 over all prompts so far. Padding and decoded
+        tokens count as 0."""
         H = H[0] if isinstance(H, tuple) else H  # (b, n of this pass, d)
         new = self.tokens["prompt"][:, -H.shape[1] :]
         H = H.masked_fill(~new.to(H.device)[..., None], 0)
@@ -243,7 +250,8 @@ class KVSinkCache(Cache):
 
     @torch.no_grad()
     def calibrate(self, windows):
-        """Static ranges, as kvsink.observers make them: in full precision, on windows of token ids (W, n)."""
+        """Static ranges, as kvsink.observers make them: in full precision, on windows of token ids
+        (W, n)."""
         self.reset()
         try:
             for window in windows.split(1):

@@ -12,7 +12,8 @@ from support import cli
 
 
 def parse(argv):
-    """The work that the options ask for, to be called. Raises ValueError for options that cannot be."""
+    """The work that the options ask for, to be called. Raises ValueError for options that cannot
+    be."""
     parser = cli.Parser(prog="python -m course", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="handout or grade")
     add = commands.add_parser("handout", description="Write the students' repository.").add_argument

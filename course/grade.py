@@ -1,13 +1,14 @@
 """Grades a submission, or a folder of them, with the public tests and the hidden ones.
 
-Read top to bottom: what the student's process gets; the process; the tests; a submission; what is printed and written.
+Read top to bottom: what the student's process gets; the process; the tests; a submission; what is
+printed and written.
 
-What this file does not do: it runs no line of a student's in this process. worker.py does, and what it sends back is
-compared here, with tests that the student's process has never seen.
+What this file does not do: it runs no line of a student's in this process. worker.py does, and what
+it sends back is compared here, with tests that the student's process has never seen.
 
-Each function is graded alone: the reference has the place of all others, so that one that is wrong costs no point of
-another. Where that fails, it is tried with the student's other functions of its problem: each of two may be right, and
-both use another of the two than the reference's do.
+Each function is graded alone: the reference has the place of all others, so that one that is wrong
+costs no point of another. Where that fails, it is tried with the student's other functions of its
+problem: each of two may be right, and both use another of the two than the reference's do.
 """
 
 import csv
@@ -35,13 +36,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 20  # for all tests of a function, which take a tenth of one
 REPLY_BYTES = 2**26
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the student's process gets
 
 
 def sources(functions, folder):
-    """File name -> text: the reference, in which these functions of one file are those of the submission in `folder`.
-    Raises Absent where the submission has no such function."""
+    """File name -> text: the reference, in which these functions of one file are those of the
+    submission in `folder`. Raises Absent where the submission has no such function."""
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
     file = functions[0].file
     tree = source.parsed(folder, file)
@@ -51,7 +52,7 @@ def sources(functions, folder):
     return texts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The process
 
 
@@ -65,7 +66,8 @@ class Gone(Exception):
 
 @contextmanager
 def serving():
-    """The server that forks students' processes, as long as it is needed: the socket on which it listens."""
+    """The server that forks students' processes, as long as it is needed: the socket on which it
+    listens."""
     if not worker.landlock_version():
         print(
             "no Landlock on this system: native code could get at files; see course/README.md",
@@ -96,7 +98,8 @@ def serving():
 
 @contextmanager
 def student(server, texts):
-    """A process of the student's, with these files: the function `run(scenario, *arguments)` of the tests."""
+    """A process of the student's, with these files: the function `run(scenario, *arguments)` of the
+    tests."""
     with tempfile.TemporaryDirectory(prefix="kvsink-grade-") as folder:
         folder = Path(folder).resolve()
         for name, text in texts.items():
@@ -138,8 +141,8 @@ def student(server, texts):
 
 
 def ask(connection, scenario, arguments):
-    """What the scenario returns in the student's process. Raises Failed where it raises there, Gone where the answer is
-    none, EOFError or OSError where there is no process any more."""
+    """What the scenario returns in the student's process. Raises Failed where it raises there, Gone
+    where the answer is none, EOFError or OSError where there is no process any more."""
     connection.send_bytes(worker.encode([scenario.__name__, arguments]))
     data = connection.recv_bytes(REPLY_BYTES)
     try:
@@ -157,7 +160,7 @@ def one_line(text):
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:300]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tests
 
 
@@ -190,7 +193,7 @@ def reason(test, run):
         return f"{said} [{one_line(test.__doc__ or '')}]"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A submission
 
 
@@ -207,7 +210,8 @@ class Grade(NamedTuple):
 
 
 def tried(server, texts, tests):
-    """Of each test its name, and why it fails or None: up to the one after which the process is gone."""
+    """Of each test its name, and why it fails or None: up to the one after which the process is
+    gone."""
     found = []
     with student(server, texts) as run:
         for name, test in tests:
@@ -242,7 +246,8 @@ def grade_function(server, problem, function, folder):
 
 
 def grade(server, folder, disable=None):
-    """The Grade of each function of a submission: of the folder, or of the one folder in it, as archives have it."""
+    """The Grade of each function of a submission: of the folder, or of the one folder in it, as
+    archives have it."""
     if not any((folder / name).exists() for name in FILES):
         inside = [path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"]
         folder = inside[0] if len(inside) == 1 and not inside[0].is_symlink() else folder
@@ -251,7 +256,7 @@ def grade(server, folder, disable=None):
     return [grade_function(server, *pair, folder) for pair in bar]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is printed and written
 
 

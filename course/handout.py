@@ -42,12 +42,13 @@ def files():
     return dict(sorted(texts.items()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # README
 
 
 def readme():
-    """handout.md, with a table and a section for each problem in the places of {overview} and {problems}."""
+    """handout.md, with a table and a section for each problem in the places of {overview} and
+    {problems}."""
     text = (ROOT / "course/handout.md").read_text(encoding="utf-8")
     return text.replace("{overview}\n", overview()).replace(
         "{problems}\n", "\n".join(map(section, PROBLEMS))
@@ -95,7 +96,7 @@ def wrapped(text):
     return text if "\n" in text else textwrap.fill(text, 120, break_on_hyphens=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # No solution in it
 
 
@@ -105,8 +106,9 @@ EVERYDAY = (
 
 
 def solution_parts(name, file):
-    """The statements of an assigned function, and the parts of what it returns, as `ast.unparse` writes them: those of
-    more than 32 characters, which no other code has by chance, or else the longest."""
+    """The statements of an assigned function, and the parts of what it returns, as `ast.unparse`
+    writes them: those of more than 32 characters, which no other code has by chance, or else the
+    longest."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     body = source.functions_of(tree)[name].body[1:]  # without the docstring
     nodes = [
@@ -137,7 +139,8 @@ def leaks(texts):
 
 
 def write(folder):
-    """Writes the handout. Raises ValueError where the folder is not empty, or a file would hold part of a solution."""
+    """Writes the handout. Raises ValueError where the folder is not empty, or a file would hold
+    part of a solution."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: name a new one")
     texts = files()

@@ -1,7 +1,9 @@
-"""The table of the course: which functions belong to which problem, their points, and what the handout says of each.
+"""The table of the course: which functions belong to which problem, their points, and what the
+handout says of each.
 
-This is the only place that knows. To change an assignment, change it here and in checks/ and hidden/, whose tests are
-found by name: `test_apply_rope_...` checks `apply_rope`, and a function has its points when all tests of its name pass.
+This is the only place that knows. To change an assignment, change it here and in checks/ and
+hidden/, whose tests are found by name: `test_apply_rope_...` checks `apply_rope`, and a function
+has its points when all tests of its name pass.
 """
 
 from pathlib import Path
@@ -13,7 +15,8 @@ class Function(NamedTuple):
     name: str  # "Quantizer.calibrate" for a method
     points: int
     says: str  # what its stub says: "Eq. 12"
-    cut: bool = False  # whether its docstring would give the solution away, and is cut to its first paragraph
+    # whether its docstring would give the solution away, and is cut to its first paragraph
+    cut: bool = False
 
     @property
     def short(self):

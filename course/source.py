@@ -1,8 +1,11 @@
-"""Functions as text: cut out of the reference for the handout, put in from a submission for the grader.
+"""Functions as text: cut out of the reference for the handout, put in from a submission for the
+grader.
 
-Read top to bottom: where the functions of a file are; the stub that a student gets; the file that the grader runs.
+Read top to bottom: where the functions of a file are; the stub that a student gets; the file that
+the grader runs.
 
-What this file does not do: it runs nothing of what it reads. A name is qualified, as in "Quantizer.calibrate".
+What this file does not do: it runs nothing of what it reads. A name is qualified, as in
+"Quantizer.calibrate".
 """
 
 import ast
@@ -11,7 +14,8 @@ import textwrap
 
 
 def functions_of(tree):
-    """Qualified name -> node, of the functions and methods at the top of a file. The last definition counts."""
+    """Qualified name -> node, of the functions and methods at the top of a file. The last
+    definition counts."""
     found = {}
     for node in tree.body:
         is_class = isinstance(node, ast.ClassDef)
@@ -29,20 +33,22 @@ def lines_of(node):
 
 
 def replaced(text, changes):
-    """The text with lines first to last, from 1, replaced: `changes` are (first, last, new text)."""
+    """The text with lines first to last, from 1, replaced: `changes` are (first, last, new
+    text)."""
     lines = text.splitlines(keepends=True)
     for first, last, new in sorted(changes, reverse=True):
         lines[first - 1 : last] = [new]
     return "".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The handout
 
 
 def stubbed(text, stubs):
     """The file with the body of each function in `stubs`, name -> (message, cut), replaced by
-    NotImplementedError(message). Signature and docstring stay; with `cut` only the docstring's first paragraph does."""
+    NotImplementedError(message). Signature and docstring stay; with `cut` only the docstring's
+    first paragraph does."""
     functions, changes, lines = functions_of(ast.parse(text)), [], text.splitlines()
     for name, (message, cut) in stubs.items():
         node, doc = functions[name], functions[name].body[0]
@@ -56,7 +62,7 @@ def stubbed(text, stubs):
     return replaced(text, changes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The grader
 
 
@@ -82,10 +88,10 @@ def parsed(folder, name):
 
 
 def merged(text, tree, names):
-    """The reference's file with the student's functions `names` in the places of its own, and what these need of the
-    student's own names: imports, functions, classes and constants, after the reference's imports; methods beside them.
-    All else of the student's file is left out, above all what would run when it is imported.
-    Raises Absent where the student has no such function."""
+    """The reference's file with the student's functions `names` in the places of its own, and what
+    these need of the student's own names: imports, functions, classes and constants, after the
+    reference's imports; methods beside them. All else of the student's file is left out, above all
+    what would run when it is imported. Raises Absent where the student has no such function."""
     reference, theirs = parsed_reference(text), functions_of(tree)
     own = functions_of(reference)
     if missing := [name for name in names if name not in theirs]:
@@ -130,7 +136,8 @@ def owner_of(name):
 
 
 def bindings(tree):
-    """Name -> statement, for what a file binds at its top by import, def, class or plain assignment."""
+    """Name -> statement, for what a file binds at its top by import, def, class or plain
+    assignment."""
     found = {}
     for node in tree.body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -1,13 +1,15 @@
 """The student's process: it has one function of theirs, the reference's for all else, and no test.
 
-Read top to bottom: values as bytes; what the process may not do; the process; the server that forks it.
+Read top to bottom: values as bytes; what the process may not do; the process; the server that forks
+it.
 
-What this file does not do: it judges nothing. grade.py sends the name of a scenario (checks/scenarios.py) and its
-arguments, and gets back plain values or the text of an exception. No pickle: what comes back is a student's.
+What this file does not do: it judges nothing. grade.py sends the name of a scenario
+(checks/scenarios.py) and its arguments, and gets back plain values or the text of an exception. No
+pickle: what comes back is a student's.
 
-`python course/worker.py FD` is the server. It imports torch once and forks a process for each function, which then
-starts in milliseconds. It guards against accidents and plain tricks; only a container guards against a determined
-attacker. README.md says which is which.
+`python course/worker.py FD` is the server. It imports torch once and forks a process for each
+function, which then starts in milliseconds. It guards against accidents and plain tricks; only a
+container guards against a determined attacker. README.md says which is which.
 """
 
 import ctypes
@@ -29,14 +31,16 @@ import numpy as np
 import safetensors  # noqa: F401  llama.py needs it: imported once, in the server
 import torch
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values as bytes: the length of a JSON header in 8 bytes, the header, the arrays of which it has dtype and shape
+# --------------------------------------------------------------------------------------------------
+# Values as bytes: the length of a JSON header in 8 bytes, the header, the arrays of which it has
+# dtype and shape
 
 DTYPES = ("|b1", "|u1", "|i1", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8")
 
 
 def encode(value):
-    """Numbers, strings, None, lists, dictionaries with strings as keys, and NumPy arrays of these, to bytes."""
+    """Numbers, strings, None, lists, dictionaries with strings as keys, and NumPy arrays of these,
+    to bytes."""
     arrays = []
 
     def plain(x):
@@ -77,7 +81,7 @@ def decode(data):
         raise ValueError(f"not a value: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the process may not do
 
 FORBIDDEN = (
@@ -119,8 +123,9 @@ def landlock_version():
 
 
 def landlock(folder):
-    """From now on the kernel lets this process change files in `folder` only, and read there and where Python and its
-    packages are; native code too. Newer kernels also refuse TCP (version 4) and signals to other processes (6)."""
+    """From now on the kernel lets this process change files in `folder` only, and read there and
+    where Python and its packages are; native code too. Newer kernels also refuse TCP (version 4)
+    and signals to other processes (6)."""
     libc, version = ctypes.CDLL(None), landlock_version()
     everything = (
         2 ** (13 + (version >= 2) + (version >= 3)) - 1
@@ -149,7 +154,8 @@ def landlock(folder):
 
 
 def guard(folder):
-    """From now on Python lets this process do no more than that, start and end no process, and open no socket."""
+    """From now on Python lets this process do no more than that, start and end no process, and open
+    no socket."""
     real, is_folder, text = os.path.realpath, os.path.isdir, os.fsdecode
     own = (real(folder) + os.sep,)
     readable = own + tuple(path + os.sep for path in packages(folder))
@@ -205,8 +211,8 @@ def limit(seconds):
 
 
 class Tail(io.TextIOBase):
-    """In the place of stdout and stderr: remembers the last that was printed, so that a flood costs time and no
-    memory."""
+    """In the place of stdout and stderr: remembers the last that was printed, so that a flood costs
+    time and no memory."""
 
     last = ""
 
@@ -215,13 +221,13 @@ class Tail(io.TextIOBase):
         return len(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The process
 
 
 def serve_scenarios(connection, folder):
-    """Runs scenarios until grade.py hangs up. A reply is {"value": ...}, or {"error": one line, "printed": its
-    last output}."""
+    """Runs scenarios until grade.py hangs up. A reply is {"value": ...}, or {"error": one line,
+    "printed": its last output}."""
     printed = sys.stdout = sys.stderr = Tail()
     while True:
         try:
@@ -240,7 +246,8 @@ def serve_scenarios(connection, folder):
 
 
 def described(error, folder):
-    """An exception in one line: its type, its message, and the line of the student's file that it came from."""
+    """An exception in one line: its type, its message, and the line of the student's file that it
+    came from."""
     said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     frames = [
         f
@@ -281,13 +288,14 @@ def become_student(connection, folder, seconds):
     serve_scenarios(connection, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The server
 
 
 def serve(control):
-    """Each message is JSON. {"folder", "seconds"} comes with a socket: forks a process that serves on it, and answers
-    with its id. {"end": id} ends that process and all that it started. The server leaves when grade.py does."""
+    """Each message is JSON. {"folder", "seconds"} comes with a socket: forks a process that serves
+    on it, and answers with its id. {"end": id} ends that process and all that it started. The
+    server leaves when grade.py does."""
     torch.set_num_threads(1)
     while True:
         message, fds, _, _ = socket.recv_fds(control, 4096, 1)

@@ -1,4 +1,5 @@
-"""What the paper shows of one model, in one go: Tables 1 and 3 and the figures; and a list of the commands."""
+"""What the paper shows of one model, in one go: Tables 1 and 3 and the figures; and a list of the
+commands."""
 
 from paper import command, figures, table1, table3
 from support import cli

@@ -1,12 +1,15 @@
-"""What hooks see inside a block, and what Sections 3 and 4 measure on it: sinks, stages, attention and its bias.
+"""What hooks see inside a block, and what Sections 3 and 4 measure on it: sinks, stages, attention
+and its bias.
 
-Read top to bottom: the hooks; sinks and the five stages; attention scores, biases and cosines; a Subject, which is a
-model on a text with its sinks found; what is measured block by block for Figures 6, 7 and 18.
+Read top to bottom: the hooks; sinks and the five stages; attention scores, biases and cosines; a
+Subject, which is a model on a text with its sinks found; what is measured block by block for
+Figures 6, 7 and 18.
 
-What this file does not do: it draws nothing and prints nothing (figures.py, table1.py), and it has no loop over blocks
-of its own: that is Llama.forward's.
+What this file does not do: it draws nothing and prints nothing (figures.py, table1.py), and it has
+no loop over blocks of its own: that is Llama.forward's.
 
-Blocks are counted from 1, as in Algorithm 1; the paper's figures, Table 3 and the option --layer count from 0.
+Blocks are counted from 1, as in Algorithm 1; the paper's figures, Table 3 and the option --layer
+count from 0.
 """
 
 import functools
@@ -25,12 +28,13 @@ from llama import Llama, apply_rope, causal_mask, rope_table
 from quant import Quantizer
 from support.tokenizer import Tokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Inside a block
 
 
 class Activations(NamedTuple):
-    """What block l computes for one sequence, in fp32; the names are those of Section 2 and Section 3.1."""
+    """What block l computes for one sequence, in fp32; the names are those of Section 2 and Section
+    3.1."""
 
     l: int  # counted from 1
     Q: torch.Tensor  # (h, n, d_k), after RoPE
@@ -44,9 +48,10 @@ class Activations(NamedTuple):
 
 
 def look(model, tokens, reduce):
-    """Run the model once over tokens (1, n) and call `reduce` with the Activations of each block, as the block ends.
-    Returns what `reduce` gave, a list, block by block. It should give numbers or small tensors: the activations of one
-    block are in memory at a time, those of all blocks of a large model would not fit."""
+    """Run the model once over tokens (1, n) and call `reduce` with the Activations of each block,
+    as the block ends. Returns what `reduce` gave, a list, block by block. It should give numbers or
+    small tensors: the activations of one block are in memory at a time, those of all blocks of a
+    large model would not fit."""
     rope, seen, given = rope_table(model.config, tokens.shape[1], tokens.device), {}, []
 
     def see(module, inputs, output):
@@ -81,19 +86,21 @@ def look(model, tokens, reduce):
     return given
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sinks and stages (Section 3.1)
 
 
 def sink_tokens(H, c):
-    """S, a mask (n,): the tokens with a stable outlier in channel c of H^{l_E} (n, d). They stand out from the hidden
-    state as the finder asks (kvsink.py), and no sink is ten times weaker than the strongest."""
+    """S, a mask (n,): the tokens with a stable outlier in channel c of H^{l_E} (n, d). They stand
+    out from the hidden state as the finder asks (kvsink.py), and no sink is ten times weaker than
+    the strongest."""
     X = H.abs()
     return X[:, c] > torch.maximum(OUTLIER * X.median(), X[:, c].max() / SPARSE)
 
 
 class Stages(NamedTuple):
-    """The five stages of Figure 4, each a range of blocks, counted from 1. A stage that a model lacks is empty."""
+    """The five stages of Figure 4, each a range of blocks, counted from 1. A stage that a model
+    lacks is empty."""
 
     initial: range
     emergence: range
@@ -107,11 +114,12 @@ FADED = 10  # and are gone at this part of it
 
 
 def stages(peak, typical):
-    """The stages of stable outliers, from the largest and the median |H^l| of every block, both (L,).
+    """The stages of stable outliers, from the largest and the median |H^l| of every block, both
+    (L,).
 
-    A list of Stages: the last one is of the strongest outliers, before it those of weaker ones that come and go in its
-    initial stage (SmolLM2 has some; the paper describes one emergence). Empty where nothing stands out from block to
-    block: a single high block is not stable.
+    A list of Stages: the last one is of the strongest outliers, before it those of weaker ones that
+    come and go in its initial stage (SmolLM2 has some; the paper describes one emergence). Empty
+    where nothing stands out from block to block: a single high block is not stable.
     """
     height, L = torch.where(peak > OUTLIER * typical, peak, 0.0), len(peak)
     low, high = torch.minimum(height[1:], height[:-1]), torch.maximum(height[1:], height[:-1])
@@ -143,14 +151,15 @@ def stages(peak, typical):
 
 
 def extremes(X):
-    """Of each token the entry that is largest in magnitude, with its sign: (n, channels) -> (n,)."""
+    """Of each token the entry that is largest in magnitude, with its sign: (n, channels) ->
+    (n,)."""
     return X.gather(1, X.abs().argmax(1, keepdim=True))[:, 0]
 
 
 def evolution(model, tokens, c):
-    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'}, H^l; the median |H^l|, (L,); and
-    the tokens that stand out in channel c of H^l, a mask (L, n). Raises NotFinite where a hidden state holds NaN or
-    inf."""
+    """Figures 4 and 12-17: name -> (L, n), the extremes of X_d.in, X_d.out, H^{l'}, H^l; the median
+    |H^l|, (L,); and the tokens that stand out in channel c of H^l, a mask (L, n). Raises NotFinite
+    where a hidden state holds NaN or inf."""
     names = ("X_d_in", "X_d_out", "H_", "H")
 
     def reduce(a):
@@ -166,7 +175,7 @@ def evolution(model, tokens, c):
     return dict(zip(names, curves)), typical, S
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention, and its bias (Sections 3.2 and 4.2)
 
 
@@ -176,7 +185,8 @@ def for_queries(X, h):
 
 
 def attention_scores(Q, K, sliding_window=None):
-    """P = Softmax(Q K^T / sqrt(d_k) + M) of Eq. 3: Q (h, n, d_k), K (h_kv, n, d_k) -> (h, n, n), p_i^t at [:, t, i]."""
+    """P = Softmax(Q K^T / sqrt(d_k) + M) of Eq. 3: Q (h, n, d_k), K (h_kv, n, d_k) -> (h, n, n),
+    p_i^t at [:, t, i]."""
     scores = Q @ for_queries(K, len(Q)).mT / Q.shape[-1] ** 0.5
     return scores.masked_fill(
         ~causal_mask(Q.shape[1], sliding_window, Q.device), -torch.inf
@@ -184,7 +194,8 @@ def attention_scores(Q, K, sliding_window=None):
 
 
 def attention_bias(P, V, S):
-    """Eq. 9, sum over i in S of p_i^t v_i: P (h, n, n), V (h_kv, n, d_k), S a mask (n,) -> (h, n, d_k)."""
+    """Eq. 9, sum over i in S of p_i^t v_i: P (h, n, n), V (h_kv, n, d_k), S a mask (n,) -> (h, n,
+    d_k)."""
     return P[:, :, S] @ for_queries(V, len(P))[:, S]
 
 
@@ -194,12 +205,13 @@ def cosines(Q, K):
 
 
 def mean_cosine(X):
-    """Cosine similarity of two vectors of X, the mean over all pairs: (h, n, d_k) -> (h,). Figure 6a."""
+    """Cosine similarity of two vectors of X, the mean over all pairs: (h, n, d_k) -> (h,). Figure
+    6a."""
     U, n = F.normalize(X, dim=-1), X.shape[1]
     return (U.sum(1).square().sum(-1) - n) / (n * (n - 1))  # |sum u|^2 = n + the sum over pairs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is looked at
 
 
@@ -211,7 +223,8 @@ class Subject:
     text: str  # what titles call it
     model: Llama
     tokenizer: Tokenizer
-    windows: list  # of token ids (1, n), on the model's device: Table 1 uses all, the figures draw the first
+    # of token ids (1, n), on the model's device: Table 1 uses all, the figures draw the first
+    windows: list
     site: Site
     block: int  # the one that is drawn, counted from 1
     curves: dict  # of the first window, as `evolution` gives them
@@ -224,7 +237,8 @@ class Subject:
 
     @property
     def stable_blocks(self):
-        """The blocks of the stabilization stage, as far as they come after l_E: where there are sinks."""
+        """The blocks of the stabilization stage, as far as they come after l_E: where there are
+        sinks."""
         return [l for l in self.stages[-1].stabilization if l > self.site.l_E]
 
     @functools.cached_property
@@ -235,8 +249,9 @@ class Subject:
         ]
 
     def look_where_stable(self, tokens, reduce):
-        """`look` at tokens (1, n), in the blocks of the stabilization stage only. `reduce` is called with the
-        Activations and the sinks S of these tokens, a mask (n,); returns what it gave for each of these blocks."""
+        """`look` at tokens (1, n), in the blocks of the stabilization stage only. `reduce` is
+        called with the Activations and the sinks S of these tokens, a mask (n,); returns what it
+        gave for each of these blocks."""
         S = None
 
         def in_a_stable_block(a):
@@ -254,8 +269,8 @@ class Subject:
 
 
 def examine(name, text, model, tokenizer, windows, site, layer=None):
-    """A Subject. `layer` is the one to draw, from 0; by default the second where sinks are stable, the paper's layer 3
-    of LLaMA2-7B. Raises ValueError where no token stands out, or every one."""
+    """A Subject. `layer` is the one to draw, from 0; by default the second where sinks are stable,
+    the paper's layer 3 of LLaMA2-7B. Raises ValueError where no token stands out, or every one."""
     curves, typical, S = evolution(model, windows[0], site.c)
     found, S = stages(curves["H"].abs().amax(1), typical), S[site.l_E - 1]
     subject = Subject(name, text, model, tokenizer, windows, site, 0, curves, typical, found, S)
@@ -268,7 +283,7 @@ def examine(name, text, model, tokenizer, windows, site, layer=None):
     return replace(subject, block=subject.stable_blocks[:2][-1] if layer is None else layer + 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Static quantization with sinks and without, for Table 1 and Figure 7
 
 KINDS = {  # the columns of Table 1: which tensor, and the granularity
@@ -281,8 +296,8 @@ FIGURE_7_BITS = (8, 4, 3, 2)
 
 
 def static_quantizers(subject, calibration):
-    """(l, kind, kept) -> a static Quantizer for every block where sinks are stable, calibrated on windows (1, n):
-    kept False on all tokens, kept True on all but the sinks."""
+    """(l, kind, kept) -> a static Quantizer for every block where sinks are stable, calibrated on
+    windows (1, n): kept False on all tokens, kept True on all but the sinks."""
     quantizers = {}
 
     def calibrate(a, S):
@@ -299,7 +314,8 @@ def static_quantizers(subject, calibration):
 
 
 def quantized_attention(subject, a, S, bits, kept):
-    """Keys and Values after static per-token quantization, the attention scores they give, and the bias of Eq. 9."""
+    """Keys and Values after static per-token quantization, the attention scores they give, and the
+    bias of Eq. 9."""
     q_K, q_V = (
         replace(subject.quantizers[a.l, f"per-token {X}", kept], bits=bits)
         for X in ("Keys", "Values")
@@ -311,9 +327,10 @@ def quantized_attention(subject, a, S, bits, kept):
 
 
 def static_damage(subject):
-    """Where static per-token quantization hurts, the numbers behind Figure 7: a list of dict, one for each of its bits,
-    of relative errors |X' - X| / |X| on the first window, over all blocks where sinks are stable. Scores are all p_i^t,
-    the bias is that of Eq. 9; "kept" is with the sinks kept in full precision and left out of the calibration."""
+    """Where static per-token quantization hurts, the numbers behind Figure 7: a list of dict, one
+    for each of its bits, of relative errors |X' - X| / |X| on the first window, over all blocks
+    where sinks are stable. Scores are all p_i^t, the bias is that of Eq. 9; "kept" is with the
+    sinks kept in full precision and left out of the calibration."""
     sums = {
         bits: defaultdict(lambda: torch.zeros(2, dtype=torch.float64)) for bits in FIGURE_7_BITS
     }
@@ -349,12 +366,13 @@ def static_damage(subject):
     return [{"bits": bits, **row} for bits, row in errors.items()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figures 6a and 18 in numbers
 
 
 def bias_similarity(subject):
-    """Figure 6a: how alike the attention bias of Eq. 9 is over all tokens from the first sink on, (L, h)."""
+    """Figure 6a: how alike the attention bias of Eq. 9 is over all tokens from the first sink on,
+    (L, h)."""
     S, first = subject.S.to(subject.windows[0].device), int(subject.S.nonzero()[0])
 
     def reduce(a):
@@ -364,8 +382,8 @@ def bias_similarity(subject):
 
 
 def norms_by_block(subject):
-    """Figures 18, 20, 22, 23: "Q", "K", "V" -> (L, 2, 3), the L2 norms of sinks and of the others, each as its 10th,
-    50th and 90th percentile over heads and tokens."""
+    """Figures 18, 20, 22, 23: "Q", "K", "V" -> (L, 2, 3), the L2 norms of sinks and of the others,
+    each as its 10th, 50th and 90th percentile over heads and tokens."""
     S, levels = subject.S, torch.tensor([0.1, 0.5, 0.9])
 
     def percentiles(X):  # (heads, n, d_k) -> (2, 3)

@@ -1,5 +1,5 @@
-"""What `python -m paper.table1`, `paper.table3`, `paper.figures` and `python -m paper` share: options, and the model on
-a text that these name.
+"""What `python -m paper.table1`, `paper.table3`, `paper.figures` and `python -m paper` share:
+options, and the model on a text that these name.
 
 Read top to bottom: options; the model; the text; a Subject of both; what is said and saved of it.
 
@@ -69,7 +69,8 @@ def add_options(add):
 
 
 def add_machine_options(parser):
-    """Those of other commands but --no-compile: hooks see nothing inside a compiled block, so all runs eager here."""
+    """Those of other commands but --no-compile: hooks see nothing inside a compiled block, so all
+    runs eager here."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     dtypes = ["float32", "float16", "bfloat16"]
     parser.add_argument("--dtype", choices=dtypes, help="(default: float16 on cuda, else float32)")
@@ -85,7 +86,7 @@ def what(args):
     return What(args.model, prompt, args.out, cli.machine(args), getattr(args, "layer", None))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model, and windows of token ids
 
 
@@ -96,7 +97,8 @@ class Loaded(NamedTuple):
 
 
 def load(name, machine, layer=None):
-    """A model by its name. Raises ValueError, before weights are read, where it lacks the layer, counted from 0."""
+    """A model by its name. Raises ValueError, before weights are read, where it lacks the layer,
+    counted from 0."""
     directory = hub.model_directory(name)
     L = LlamaConfig.from_pretrained(directory).num_hidden_layers
     if layer is not None and layer >= L:
@@ -106,7 +108,8 @@ def load(name, machine, layer=None):
 
 
 def read_windows(prompt, tokenizer, context):
-    """What titles call a text, and its windows (count, n). Raises ValueError where it is too short or too long."""
+    """What titles call a text, and its windows (count, n). Raises ValueError where it is too short
+    or too long."""
     if prompt == "packed":
         n = min(1024, context)
         return f"packed wiki-sample, {n} tokens", text.windows(
@@ -126,14 +129,15 @@ def read_windows(prompt, tokenizer, context):
 
 
 def calibration_windows(what, loaded):
-    """Of the training split, as eval_ppl.py's defaults: 4 windows of packed text, or 16 of WikiText-2."""
+    """Of the training split, as eval_ppl.py's defaults: 4 windows of packed text, or 16 of
+    WikiText-2."""
     sample = what.prompt == "packed" or what.model == hub.DEFAULT_MODEL
     name, n, count = (text.PACKED, 1024, 4) if sample else ("wikitext2", 4096, 16)
     n = min(n, loaded.model.config.max_position_embeddings)
     return text.calibration_windows(loaded.tokenizer, name, n, count, seed=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A Subject, and what is said of it
 
 

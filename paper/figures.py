@@ -1,15 +1,18 @@
-"""The figures of Sections 3 and 4 and of Appendices C to E, drawn; and Figure 9, from results of eval_ppl.py.
+"""The figures of Sections 3 and 4 and of Appendices C to E, drawn; and Figure 9, from results of
+eval_ppl.py.
 
     python -m paper.figures                                       all figures of the embedded default, into figures/
     python -m paper.figures --model llama2-7b --fig 1 2 4         the paper's model
     python -m paper.figures --fig 9 --json results.json           perplexities, measured before
 
-Read top to bottom: what several figures have in them; the figures, in the paper's order; the command.
+Read top to bottom: what several figures have in them; the figures, in the paper's order; the
+command.
 
-What this file does not do: what is drawn is measured by activations.py. Figures 3 and 8 are sketches without data.
+What this file does not do: what is drawn is measured by activations.py. Figures 3 and 8 are
+sketches without data.
 
-Blocks are counted from 1, as in Algorithm 1; "layer" in a title, and the option --layer, count from 0, as the paper's
-figures do.
+Blocks are counted from 1, as in Algorithm 1; "layer" in a title, and the option --layer, count from
+0, as the paper's figures do.
 """
 
 import itertools
@@ -44,8 +47,9 @@ try:
 except ImportError:  # said where figures are asked for
     Figure = None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What several figures have in them. Colours are Okabe and Ito's, which the colour-blind can tell apart.
+# --------------------------------------------------------------------------------------------------
+# What several figures have in them. Colours are Okabe and Ito's, which the colour-blind can tell
+# apart.
 
 SINK, OTHER = "#D55E00", "#8C8C8C"
 UNSEEN = -2  # in a map of pairs, below every score and cosine: a key that comes after its query
@@ -100,8 +104,8 @@ def mark_sinks(axis, S):
 
 
 def token_map(axis, X, S, title, **style):
-    """A map of X (n, n), query by key. A long text is drawn in squares of tokens, each by its largest value: a column
-    one pixel wide would be lost."""
+    """A map of X (n, n), query by key. A long text is drawn in squares of tokens, each by its
+    largest value: a column one pixel wide would be lost."""
     n = X.shape[0]
     g = -(-n // 128)
     X = X.masked_fill(~causal_mask(n, None, X.device), UNSEEN)
@@ -161,12 +165,13 @@ def name_tokens(axis, subject):
         label.set_color(SINK if subject.S[i] else "black")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The figures
 
 
 def figure_1(subject):
-    """(a) attention scores, (b) |H^l| at the emergence block, (c) the stable outliers over the blocks."""
+    """(a) attention scores, (b) |H^l| at the emergence block, (c) the stable outliers over the
+    blocks."""
     S, (l_E, c) = subject.S, subject.site
 
     def magnitudes(a):
@@ -224,7 +229,8 @@ def figure_2(subject):
 
 
 def figure_4(subject):
-    """Figures 4 and 12-17: extreme outliers over the blocks, and token by token in a block of each stage."""
+    """Figures 4 and 12-17: extreme outliers over the blocks, and token by token in a block of each
+    stage."""
     figure = sheet(subject, "Figure 4: the evolution of extreme outliers", 11, 5.2)
     left, right = figure.subfigures(1, 2, width_ratios=(2, 3))
     draw_peaks(left.subplots(), subject)
@@ -233,7 +239,8 @@ def figure_4(subject):
 
 
 def draw_peaks(axis, subject):
-    """The left of Figure 4: over the blocks, the largest entry of each activation, and the stages."""
+    """The left of Figure 4: over the blocks, the largest entry of each activation, and the
+    stages."""
     curves, main, L = subject.curves, subject.stages[-1], len(subject.typical)
     for name, (formula, marker, color) in CURVES.items():
         peak = curves[name].abs().amax(1)
@@ -279,14 +286,16 @@ def draw_stages(figure, subject):
 
 
 def stage_block(stage, blocks, curves):
-    """The block of a stage to show: where the FFN does the most, if that is what makes the stage, else the middle."""
+    """The block of a stage to show: where the FFN does the most, if that is what makes the stage,
+    else the middle."""
     if stage in ("emergence", "dissipation"):
         return max(blocks, key=lambda l: curves["X_d_out"][l - 1].abs().max())
     return blocks[len(blocks) // 2]
 
 
 def figure_5(subject):
-    """(a) cosine similarity of Q and K, (b, c, e) norms of Q, K, V, (d) attention scores, (f) norms of the output."""
+    """(a) cosine similarity of Q and K, (b, c, e) norms of Q, K, V, (d) attention scores, (f) norms
+    of the output."""
     inside, S = subject.inside, subject.S
     figure = sheet(subject, f"Figure 5: QKV suppression in {in_block(subject)}", 11, 6.4)
     axes = dict(zip("abcdef", figure.subplots(2, 3).flatten()))
@@ -348,7 +357,8 @@ def figure_6(subject):
 
 
 def figure_7(subject):
-    """Attention scores and biases under static per-token quantization, with and without the sinks kept."""
+    """Attention scores and biases under static per-token quantization, with and without the sinks
+    kept."""
     a, S = subject.inside, subject.S.to(subject.windows[0].device)
     P = subject.scores(a)
     bias = attention_bias(P, a.V, S)
@@ -381,7 +391,8 @@ def figure_7(subject):
 
 
 def group_numbers(n, d, granularity, g):
-    """Which group of a tensor (n, d) each number belongs to, from the grouping itself (quant.py): (n, d), from 0."""
+    """Which group of a tensor (n, d) each number belongs to, from the grouping itself (quant.py):
+    (n, d), from 0."""
     groups, axes = quant.grouped(torch.zeros(n, d), granularity, g)
     shape = [1 if i - groups.ndim in axes else size for i, size in enumerate(groups.shape)]
     numbers = torch.arange(math.prod(shape)).view(shape).expand_as(groups)
@@ -504,7 +515,7 @@ SAME = dict.fromkeys(range(12, 18), 4) | {
 }  # for another model or prompt
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -522,7 +533,8 @@ def print_damage(subject, rows):
 
 
 def report(what, subject, numbers, ending):
-    """Draw these figures of a Subject, which needs its static quantizers for Figure 7. `ending` is png, svg or pdf."""
+    """Draw these figures of a Subject, which needs its static quantizers for Figure 7. `ending` is
+    png, svg or pdf."""
     if 7 in numbers:
         rows = static_damage(subject)
         print_damage(subject, rows)

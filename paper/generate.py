@@ -3,10 +3,12 @@
     python -m paper.generate --prompt "The tallest mountain is" --bits 4
     python -m paper.generate --prompt ... --compare      full precision and all rules of preservation side by side
 
-Read top to bottom: prefill, which is Algorithm 1 filling a cache; decoding, which is attention of one query over packed
-codes; sampling; the distance to full precision; the quantizers of a run; what it prints; the command.
+Read top to bottom: prefill, which is Algorithm 1 filling a cache; decoding, which is attention of
+one query over packed codes; sampling; the distance to full precision; the quantizers of a run; what
+it prints; the command.
 
-What this file does not do: kvcache.py says how a cache stores things. No beam search, no chat templates.
+What this file does not do: kvcache.py says how a cache stores things. No beam search, no chat
+templates.
 
 Shapes as in kvcache.py: b sequences, n tokens of room, G query heads share a Key/Value head.
 """
@@ -34,19 +36,20 @@ from support.results import FULL_PRECISION, Row, expand_rows
 from support.run import How, calibrated
 from support.tokenizer import Tokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prefill
 
 NOWHERE = kvsink.Site(0, 0)  # where nothing is predicted
 
 
 def prefill(model, cache, prompts, keep="none", N=0, site=NOWHERE, step=kvsink.decoder_block):
-    """Algorithm 1 for each prompt, a list of token ids, while the cache is filled. Returns logits (b, vocab) for the
-    token after each. Prompts run one by one: if they were padded to one length, padding could be predicted as a sink.
-    `step` is eager or compiled; compiled code is made for one length of prompt.
+    """Algorithm 1 for each prompt, a list of token ids, while the cache is filled. Returns logits
+    (b, vocab) for the token after each. Prompts run one by one: if they were padded to one length,
+    padding could be predicted as a sink. `step` is eager or compiled; compiled code is made for one
+    length of prompt.
 
-    Raises ValueError for an empty prompt, one longer than the cache, one of fewer tokens than the cache keeps, and
-    where the cache's k is not as many tokens as may be kept.
+    Raises ValueError for an empty prompt, one longer than the cache, one of fewer tokens than the
+    cache keeps, and where the cache's k is not as many tokens as may be kept.
     """
     logits = []
     for i, prompt in enumerate(prompts):
@@ -79,14 +82,14 @@ def most_kept(N, n):
     return min(kvsink.MAX_AUTO_SINKS, n) if N == kvsink.AUTO else N
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decoding: Eq. 5 makes the Query, Key and Value of the new token, Eq. 6 appends them to the cache
 
 
-# How torch.compile compiles `decode_block`. With its own limits, Inductor would write the unpacked Keys and Values to
-# memory, because all G queries read them: without limits, it computes everything where it is read. A scale stored in 16
-# bits has to be rounded before codes are made with it; without emulated casts, Inductor skips that. Not dynamic: each n
-# has code of its own.
+# How torch.compile compiles `decode_block`. With its own limits, Inductor would write the unpacked
+# Keys and Values to memory, because all G queries read them: without limits, it computes everything
+# where it is read. A scale stored in 16 bits has to be rounded before codes are made with it;
+# without emulated casts, Inductor skips that. Not dynamic: each n has code of its own.
 FUSE = {
     "dynamic": False,
     "options": {f"realize_{what}_threshold": 1000 for what in ("opcount", "reads", "acc_reads")}
@@ -95,8 +98,8 @@ FUSE = {
 
 
 def decode_block(block, H, cache, at, rope):
-    """Algorithm 1, lines 6-13, for one token of each sequence, in slot `at` (b, 1): H^{l-1} -> H^l, both (b, 1, d).
-    Needs `cache.make_room()` before."""
+    """Algorithm 1, lines 6-13, for one token of each sequence, in slot `at` (b, 1): H^{l-1} -> H^l,
+    both (b, 1, d). Needs `cache.make_room()` before."""
     Q, K, V = block.QKV(block.LN_mhsa(H))  # (b, h, 1, d_k), twice (b, h_kv, 1, d_k)
     turn = [table[at][:, None] for table in rope]  # (b, 1, 1, d_k)
     Q, K = apply_rope(Q, turn), K if cache.pre_rope else apply_rope(K, turn)
@@ -108,7 +111,8 @@ def decode_block(block, H, cache, at, rope):
 
 
 def attention(Q, cache, at, rope, sliding_window=None):
-    """Eq. 3 for one query of each sequence, (b, h, 1, d_k), over all that is in the cache: (b, 1, h d_k)."""
+    """Eq. 3 for one query of each sequence, (b, h, 1, d_k), over all that is in the cache: (b, 1, h
+    d_k)."""
     (b, h, _, d_k), n = Q.shape, cache.n
     slot = torch.arange(n + 1, device=Q.device)
     unseen = (slot > at) | (slot <= at - (sliding_window or n))  # (b, n + 1)
@@ -122,7 +126,8 @@ def attention(Q, cache, at, rope, sliding_window=None):
         return A.reshape(b, 1, h * d_k)
     h_kv, rope = cache.K.codes.shape[1], rope if cache.pre_rope else None
     q = Q.float().view(b, h_kv, h // h_kv, d_k) * d_k**-0.5
-    # Kept tokens come from their side buffer. Unused slots of it hold n, one past the end, which is unseen.
+    # Kept tokens come from their side buffer. Unused slots of it hold n, one past the end, which is
+    # unseen.
     K = (
         cache.kept_K
         if rope is None
@@ -132,7 +137,8 @@ def attention(Q, cache, at, rope, sliding_window=None):
         unseen.gather(1, cache.kept)[:, None, None], -torch.inf
     )  # (b, h_kv, G, k)
     apart = unseen.scatter(1, cache.kept, True)[:, None, :n]
-    # Softmax by hand, one query at a time: the scores are written once, and read once for their maximum.
+    # Softmax by hand, one query at a time: the scores are written once, and read once for their
+    # maximum.
     P, P_kept = [], []
     for S_g, S_kept_g in zip(
         cache.K.scores(q, rope and [table[:n] for table in rope], at), S_kept.unbind(2)
@@ -148,9 +154,9 @@ def attention(Q, cache, at, rope, sliding_window=None):
 
 
 def decode(model, cache, tokens, step=decode_block):
-    """The next token of each sequence (b,) -> logits (b, vocab) for the one after it. `step` is eager or compiled.
-    On a CUDA device all of it is one graph, unless the cache has outliers. Raises ValueError where a sequence has no
-    room left."""
+    """The next token of each sequence (b,) -> logits (b, vocab) for the one after it. `step` is
+    eager or compiled. On a CUDA device all of it is one graph, unless the cache has outliers.
+    Raises ValueError where a sequence has no room left."""
     if max(cache.lengths) >= cache.n:
         raise ValueError(f"the cache was made for {cache.n} tokens and is full")
     for block_cache in cache.blocks:
@@ -175,9 +181,9 @@ def decode_step(model, cache, step, tokens):
 
 
 def capture_cuda_graph(model, cache, step):
-    """`decode_step` as one CUDA graph: some forty launches a block become one a token. A graph repeats the same work on
-    the same addresses. So caches have their full size from the start, and `at` lies on the device. KVQuant's outliers
-    grow: a cache with outliers is not captured."""
+    """`decode_step` as one CUDA graph: some forty launches a block become one a token. A graph
+    repeats the same work on the same addresses. So caches have their full size from the start, and
+    `at` lies on the device. KVQuant's outliers grow: a cache with outliers is not captured."""
     work, at = functools.partial(decode_step, model, cache, step), cache.at.clone()
     if any(store.outliers is not None for block in cache.blocks for store in (block.K, block.V)):
         return work
@@ -207,13 +213,14 @@ def capture_cuda_graph(model, cache, step):
     return replay
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling
 
 
 def sample(logits, temperature, top_p, draw):
-    """A token id from logits (vocab,): the likeliest at temperature 0, else drawn from the smallest set of likeliest
-    tokens whose probabilities add up to `top_p`. Raises NotFinite where a logit is NaN or inf."""
+    """A token id from logits (vocab,): the likeliest at temperature 0, else drawn from the smallest
+    set of likeliest tokens whose probabilities add up to `top_p`. Raises NotFinite where a logit is
+    NaN or inf."""
     if not logits.isfinite().all():
         raise NotFinite("NaN or inf in the logits: is --dtype wide enough?")
     if temperature == 0:
@@ -225,8 +232,8 @@ def sample(logits, temperature, top_p, draw):
 
 
 def generate(model, cache, logits, count, choose, ends=(), step=decode_block):
-    """Yields up to `count` token ids of one sequence, from the logits (1, vocab) of `prefill`, until one of `ends`.
-    `choose` takes logits (vocab,) to a token id."""
+    """Yields up to `count` token ids of one sequence, from the logits (1, vocab) of `prefill`,
+    until one of `ends`. `choose` takes logits (vocab,) to a token id."""
     for i in range(count):
         token = choose(logits[0])
         yield token
@@ -236,9 +243,9 @@ def generate(model, cache, logits, count, choose, ends=(), step=decode_block):
 
 
 def kl_divergence(model, cache, logits, tokens, reference, step=decode_block):
-    """For each of m `tokens`, the KL divergence of this cache's prediction from full precision's, in nats; and whether
-    both find the same token the likeliest. `reference` holds full precision's m logits (vocab,), `logits` (1, vocab)
-    are those of `prefill`."""
+    """For each of m `tokens`, the KL divergence of this cache's prediction from full precision's,
+    in nats; and whether both find the same token the likeliest. `reference` holds full precision's
+    m logits (vocab,), `logits` (1, vocab) are those of `prefill`."""
     kl, same = [], []
     for i, expected in enumerate(reference):
         if i:
@@ -249,7 +256,7 @@ def kl_divergence(model, cache, logits, tokens, reference, step=decode_block):
     return kl, same
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The quantizers of a run
 
 
@@ -266,8 +273,8 @@ class Caches:
 
 
 def quantizers_for(caches, model, tokenizer, site, weights):
-    """row -> what quantizes its Keys and Values in each block, calibrated where that has to be. Calibration always has
-    seed 0, so that texts of all seeds come from the same quantizers."""
+    """row -> what quantizes its Keys and Values in each block, calibrated where that has to be.
+    Calibration always has seed 0, so that texts of all seeds come from the same quantizers."""
     recipes = {
         row: kvquant.Recipe(row.keep, row.N, row.rho)
         for row in caches.rows
@@ -303,7 +310,7 @@ def quantizers_for(caches, model, tokenizer, site, weights):
     return quantizers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a run prints
 
 
@@ -319,8 +326,8 @@ class SamplingParams:
 
 
 def speak(model, tokenizer, prompt, count, row, prefilled, choose, step):
-    """Text as it is made; then how fast, in how many bytes, and what was kept. `prefilled` takes a row to its cache,
-    filled by the prompt, and to its logits."""
+    """Text as it is made; then how fast, in how many bytes, and what was kept. `prefilled` takes a
+    row to its cache, filled by the prompt, and to its logits."""
     if step is not decode_block:
         print(
             "compiling with the second token, up to half a minute the first time", file=sys.stderr
@@ -358,8 +365,8 @@ def speak(model, tokenizer, prompt, count, row, prefilled, choose, step):
 
 
 def compare(model, tokenizer, count, rows, prefilled, choose, step):
-    """What each row makes of the prompt, side by side, and how far its predictions are from full precision's along the
-    text that full precision says, which is the first of `rows`."""
+    """What each row makes of the prompt, side by side, and how far its predictions are from full
+    precision's along the text that full precision says, which is the first of `rows`."""
     width, columns = max(20, shutil.get_terminal_size((120, 0)).columns // len(rows) - 2), []
     for row in tqdm(rows, desc="comparing", unit="cache", leave=False, disable=None):
         seen, (cache, logits) = [], prefilled(row)
@@ -386,7 +393,7 @@ def compare(model, tokenizer, count, rows, prefilled, choose, step):
         print("  ".join(f"{cell:<{width}}" for cell in line).rstrip())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -466,8 +473,8 @@ def parse(argv):
 
 
 def fitting(caches, prompt, count, config, machine):
-    """The same caches with a group no wider than a head and windows no longer than the context; and room for prompt and
-    new tokens. Raises ValueError for what the model or the memory cannot do."""
+    """The same caches with a group no wider than a head and windows no longer than the context; and
+    room for prompt and new tokens. Raises ValueError for what the model or the memory cannot do."""
     n, context = len(prompt) + count, config.max_position_embeddings
     if n > context:
         raise ValueError(

@@ -1,13 +1,16 @@
-"""A KV cache that is really small: codes in as many bits as they have, and the kept tokens beside them (Table 4).
+"""A KV cache that is really small: codes in as many bits as they have, and the kept tokens beside
+them (Table 4).
 
-Read top to bottom: codes as bytes; how Keys and Values are stored, as numbers or as packed codes; KVQuant's outliers;
-the cache of a block and of a model; what Table 4 counts.
+Read top to bottom: codes as bytes; how Keys and Values are stored, as numbers or as packed codes;
+KVQuant's outliers; the cache of a block and of a model; what Table 4 counts.
 
-What this file does not do: kvsink.py says which tokens are kept, quant.py and kvquant.py say how a number is quantized,
-and generate.py fills the cache and reads it. The cache does not grow: room for all tokens is made at the start.
+What this file does not do: kvsink.py says which tokens are kept, quant.py and kvquant.py say how a
+number is quantized, and generate.py fills the cache and reads it. The cache does not grow: room for
+all tokens is made at the start.
 
-Shapes: b sequences, n tokens of room, h query heads, h_kv Key/Value heads, G = h / h_kv, d_k channels a head. The slot
-of a token is its position in its sequence, from 0. rows (r, 1) and slots (r, m) say where m tokens of r sequences go.
+Shapes: b sequences, n tokens of room, h query heads, h_kv Key/Value heads, G = h / h_kv, d_k
+channels a head. The slot of a token is its position in its sequence, from 0. rows (r, 1) and slots
+(r, m) say where m tokens of r sequences go.
 """
 
 import functools
@@ -21,20 +24,22 @@ import kvsink
 from llama import apply_rope, rope_table
 from quant import Quantizer
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Codes as bytes
 
 
 def planes(bits):
-    """The widths in which codes are stored: those that divide a byte and add up to `bits`, as 2 + 1 do to 3."""
+    """The widths in which codes are stored: those that divide a byte and add up to `bits`, as 2 + 1
+    do to 3."""
     return [width for width in (8, 4, 2, 1) if bits & width]
 
 
 def pack(codes, bits):
     """Codes (..., d) to bytes (..., d bits / 8), uint8; d is a multiple of 8.
 
-    A plane of width w takes d w / 8 bytes. Its byte m holds, the lowest bits first, the codes of channels m, m + d w/8,
-    m + 2 d w/8 and so on: neighbours lie side by side, so one shift unpacks a whole vector of bytes.
+    A plane of width w takes d w / 8 bytes. Its byte m holds, the lowest bits first, the codes of
+    channels m, m + d w/8, m + 2 d w/8 and so on: neighbours lie side by side, so one shift unpacks
+    a whole vector of bytes.
     """
     parts, codes = [], codes.to(torch.int32)
     for width in planes(bits):
@@ -52,9 +57,11 @@ def check_head(d_k):
 
 
 def slices(packed, bits):
-    """Yields a few neighbouring channels at a time: their slice, and their codes (..., d/4 or d/8), int32.
+    """Yields a few neighbouring channels at a time: their slice, and their codes (..., d/4 or d/8),
+    int32.
 
-    All it takes is to shift bytes. Code that computes with a slice under torch.compile never has the codes in memory.
+    All it takes is to shift bytes. Code that computes with a slice under torch.compile never has
+    the codes in memory.
     """
     d = packed.shape[-1] * 8 // bits
     step = (
@@ -81,7 +88,7 @@ def unpack(packed, bits):
     return codes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # How the Keys or the Values of one block are stored
 
 
@@ -102,11 +109,13 @@ class FullPrecisionStore:
 
 
 class Packed:
-    """Codes of `bits` bits, and the two parameters that decode them: scale and zero, or KVQuant's middle and half
-    width. Dynamic parameters are stored in 16 bits, a pair for every token or for every g tokens; static ones once.
+    """Codes of `bits` bits, and the two parameters that decode them: scale and zero, or KVQuant's
+    middle and half width. Dynamic parameters are stored in 16 bits, a pair for every token or for
+    every g tokens; static ones once.
 
-    Where g tokens share a scale, it is known when all g are there. Until the next token comes, `residual` holds the newest
-    group in full precision (as in KIVI); then it is full, and gets its codes.
+    Where g tokens share a scale, it is known when all g are there. Until the next token comes,
+    `residual` holds the newest group in full precision (as in KIVI); then it is full, and gets its
+    codes.
     """
 
     def __init__(self, quantizer, b, h_kv, n, d_k, dtype, device):
@@ -119,8 +128,9 @@ class Packed:
             if rtn and quantizer.granularity == "channel" and not self.static
             else 1
         )
-        # In memory RTN's codes lie with the tokens last, (b, h_kv, bytes, n), whatever their shape says. So a vector register
-        # holds neighbouring tokens, and no width leaves it half empty. KVQuant's look-up of levels wants its channels last.
+        # In memory RTN's codes lie with the tokens last, (b, h_kv, bytes, n), whatever their shape
+        # says. So a vector register holds neighbouring tokens, and no width leaves it half empty.
+        # KVQuant's look-up of levels wants its channels last.
         room = (
             (b, h_kv, d_k * quantizer.bits // 8, n)
             if rtn
@@ -141,7 +151,8 @@ class Packed:
             self.outliers = Outliers(b, n, h_kv * d_k, device)
 
     def fill(self, rows, slots, X, leave_out):
-        """Stores the tokens of a prompt, X (r, h_kv, m, d_k), from slot 0 on, and returns them as they will be read."""
+        """Stores the tokens of a prompt, X (r, h_kv, m, d_k), from slot 0 on, and returns them as
+        they will be read."""
         if self.outliers is not None:
             self.outliers.counts[rows[:, 0]] = 0  # forgets those of an earlier prompt
         self.store(rows, slots, X, leave_out)
@@ -159,8 +170,8 @@ class Packed:
         self.residual[rows, :, slots % self.g] = X.transpose(1, 2)
 
     def finish_group(self, rows, end, kept):
-        """Makes codes of the residual of sequences `rows` (r, 1), whose last token is in slot end - 1, (r, 1). `kept` (r,
-        k) are the slots of kept tokens."""
+        """Makes codes of the residual of sequences `rows` (r, 1), whose last token is in slot end -
+        1, (r, 1). `kept` (r, k) are the slots of kept tokens."""
         slots = end - self.g + torch.arange(self.g, device=end.device)  # (r, g)
         leave_out = (slots[..., None] == kept[:, None]).any(-1)[:, None, :, None]
         self.store(rows, slots, self.residual[rows[:, 0]], leave_out)
@@ -176,14 +187,16 @@ class Packed:
             self.outliers.append(rows, slots, X, is_outlier)
 
     def dequantized(self):
-        """Yields a few neighbouring channels at a time: their slice, and their numbers (b, h_kv, n/g, g, a few)."""
+        """Yields a few neighbouring channels at a time: their slice, and their numbers (b, h_kv,
+        n/g, g, a few)."""
         wide = [to_float32(numbers) for numbers in self.parameters]
         for channels, codes in slices(self.codes, self.quantizer.bits):
             one, two = (self.of_channels(numbers, channels) for numbers in wide)
             yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), one, two)
 
     def of_channels(self, numbers, channels):
-        """One of the two parameters for a slice of channels, to broadcast against (b, h_kv, n/g, g, a few)."""
+        """One of the two parameters for a slice of channels, to broadcast against (b, h_kv, n/g, g,
+        a few)."""
         width = self.d_k // numbers.shape[-1]  # so many channels share one
         first, last = channels.start // width, -(-channels.stop // width)
         numbers = numbers[..., first:last]
@@ -192,14 +205,15 @@ class Packed:
             numbers = numbers[..., channels.start - first * width : channels.stop - first * width]
         return numbers[..., None, :]
 
-    # The next two are the hot path. They are products and sums, not matrix products, because torch.compile fuses these
-    # with the unpacking: each byte is read once, for all of its codes and for all G queries that share the head, and
-    # what it decodes to is never in memory. (Eager, the Keys or Values of a block are.)
+    # The next two are the hot path. They are products and sums, not matrix products, because
+    # torch.compile fuses these with the unpacking: each byte is read once, for all of its codes and
+    # for all G queries that share the head, and what it decodes to is never in memory. (Eager, the
+    # Keys or Values of a block are.)
 
     def scores(self, Q, rope, at):
-        """Q K^T of each query, (b, h_kv, G, d_k) -> G times (b, h_kv, n), fp32, for the token in slot `at` (b, 1). `rope`
-        is given where Keys are stored before RoPE: a query that is turned back by a Key's angle has the same product
-        with it as the query has with the turned Key."""
+        """Q K^T of each query, (b, h_kv, G, d_k) -> G times (b, h_kv, n), fp32, for the token in
+        slot `at` (b, 1). `rope` is given where Keys are stored before RoPE: a query that is turned
+        back by a Key's angle has the same product with it as the query has with the turned Key."""
         K, Q_n = list(self.dequantized()), Q[:, :, :, None, None]  # (b, h_kv, G, 1, 1, d_k)
         if rope is not None:
             Q_n = apply_rope(Q[:, :, :, None], (rope[0], -rope[1])).unflatten(
@@ -234,15 +248,16 @@ class Packed:
 
 
 def pieces(X, axis):
-    """An axis of tokens cut in pieces, as flash decoding does: on a CPU a sum over more than 4,096 numbers is half as
-    fast, and a GPU needs more parallel sums than there are heads."""
+    """An axis of tokens cut in pieces, as flash decoding does: on a CPU a sum over more than 4,096
+    numbers is half as fast, and a GPU needs more parallel sums than there are heads."""
     piece = math.gcd(X.shape[axis], 4096)
     return X.unflatten(axis, (-1, piece if piece >= 256 else X.shape[axis]))
 
 
 @torch.library.custom_op("kvsink::to_fp32", mutates_args=())
 def to_fp32(X: torch.Tensor) -> torch.Tensor:
-    """An operation that torch.compile leaves alone: fused, the conversion made a loop on a CPU four times slower."""
+    """An operation that torch.compile leaves alone: fused, the conversion made a loop on a CPU four
+    times slower."""
     return X.to(torch.float32, copy=True)
 
 
@@ -254,9 +269,10 @@ def to_float32(X):
 
 
 class Outliers:
-    """KVQuant's sparse part. Each sequence has a list of its outliers in 16 bits, token by token, with the channel of
-    each, counted through all heads (d = h_kv d_k); and each token says how many it has. The code of an outlier is the
-    lowest or the highest. How many there will be is not known, so this part alone of the cache grows, rarely."""
+    """KVQuant's sparse part. Each sequence has a list of its outliers in 16 bits, token by token,
+    with the channel of each, counted through all heads (d = h_kv d_k); and each token says how many
+    it has. The code of an outlier is the lowest or the highest. How many there will be is not
+    known, so this part alone of the cache grows, rarely."""
 
     def __init__(self, b, n, d, device):
         self.d = d
@@ -267,7 +283,8 @@ class Outliers:
         self.values = torch.zeros(b, 1, dtype=torch.float16, device=device)
 
     def make_room(self, more):
-        """Room for so many more outliers in the fullest sequence. Makes some spare room where it has to make any."""
+        """Room for so many more outliers in the fullest sequence. Makes some spare room where it
+        has to make any."""
         wanted = int(self.counts.sum(1).max()) + more
         if (missing := wanted + 1 - self.values.shape[1]) > 0:
             missing += wanted // 128  # so that the list does not grow with every token
@@ -293,7 +310,8 @@ class Outliers:
         )
 
     def entries(self, store):
-        """Row, token, head and channel of every entry (b, e), and by how much its code decodes to the wrong number."""
+        """Row, token, head and channel of every entry (b, e), and by how much its code decodes to
+        the wrong number."""
         b, h_kv, n, _ = store.codes.shape
         d_k, device, ends = store.d_k, self.values.device, self.counts.cumsum(1)
         entry = torch.arange(self.values.shape[1], device=device).expand(b, -1).contiguous()
@@ -328,14 +346,15 @@ class Outliers:
         return A.transpose(2, 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cache
 
 
 class BlockCache:
-    """The Keys and Values of one block; and beside them k tokens kept in the model's dtype, in the order of their
-    slots. Where fewer are kept, as by KVSink up to block l_E, the unused slots hold n, one past the end. Only packed
-    Keys are stored before RoPE: for Keys in full precision it makes no difference."""
+    """The Keys and Values of one block; and beside them k tokens kept in the model's dtype, in the
+    order of their slots. Where fewer are kept, as by KVSink up to block l_E, the unused slots hold
+    n, one past the end. Only packed Keys are stored before RoPE: for Keys in full precision it
+    makes no difference."""
 
     def __init__(self, quantizers, config, n, b, k, pre_rope, dtype, device):
         shape = (b, config.num_key_value_heads, n, config.head_dim, dtype, device)
@@ -349,8 +368,8 @@ class BlockCache:
         self.kept_K, self.kept_V = (torch.zeros(side, dtype=dtype, device=device) for _ in "KV")
 
     def fill(self, store, side, rows, X, leave_out):
-        """Stores X with its codes, and beside them the tokens of `leave_out` as they are. With all but the last two
-        arguments given, it takes the place of a quantizer in Algorithm 1."""
+        """Stores X with its codes, and beside them the tokens of `leave_out` as they are. With all
+        but the last two arguments given, it takes the place of a quantizer in Algorithm 1."""
         is_kept, at = leave_out[:, 0, :, 0].int().topk(self.kept.shape[1])
         slots, order = torch.where(is_kept > 0, at, self.n).sort()
         self.kept[rows[:, 0]] = slots
@@ -363,8 +382,8 @@ class BlockCache:
         return tuple(functools.partial(self.fill, store, side, rows) for store, side in sides)
 
     def make_room(self):
-        """To be called before a token is appended: every one of its numbers may be an outlier, and compiled code cannot
-        make room."""
+        """To be called before a token is appended: every one of its numbers may be an outlier, and
+        compiled code cannot make room."""
         for store in (self.K, self.V):
             if store.outliers is not None:
                 store.outliers.make_room(store.outliers.d)
@@ -393,7 +412,8 @@ class KVCache:
         ]
 
     def finish_groups(self):
-        """To be called after a token was appended: of sequences whose newest group of tokens is full, it gets codes."""
+        """To be called after a token was appended: of sequences whose newest group of tokens is
+        full, it gets codes."""
         g = getattr(self.blocks[0].K, "g", 1)
         if full := [i for i, length in enumerate(self.lengths) if g > 1 and length % g == 0]:
             rows = torch.tensor(full, device=self.at.device)
@@ -401,7 +421,8 @@ class KVCache:
                 block.K.finish_group(rows[:, None], self.at[rows], block.kept[rows])
 
     def bytes(self):
-        """The bytes of all tensors of its blocks. Calibrated ranges and codebooks belong to the quantizers."""
+        """The bytes of all tensors of its blocks. Calibrated ranges and codebooks belong to the
+        quantizers."""
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(self.blocks))
 
 
@@ -416,6 +437,7 @@ def tensors_of(thing):
 
 
 def cache_bytes(config, n, bits, k=0):
-    """Table 4: bytes of a cache of n tokens at a width, with k of them in 16 bits besides; scales are not counted."""
+    """Table 4: bytes of a cache of n tokens at a width, with k of them in 16 bits besides; scales
+    are not counted."""
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return numbers * n * bits / 8 + numbers * k * 2

@@ -1,4 +1,5 @@
-"""KVQuant (Hooper et al., NeurIPS 2024, arXiv 2401.18079): the method of Table 2, by itself or with KVSink on top.
+"""KVQuant (Hooper et al., NeurIPS 2024, arXiv 2401.18079): the method of Table 2, by itself or with
+KVSink on top.
 
 The idea in eight lines:
   1 Keys and Values do not matter alike: the squared gradient of the loss says how much each one does (Fisher);
@@ -10,12 +11,15 @@ The idea in eight lines:
   7 the first token is a sink and is kept as it is (PFN-1); KVSink-5 keeps the five predicted ones instead;
   8 whatever is calibrated is calibrated without the tokens that are kept.
 
-Read top to bottom: the codebook; the quantizer; the calibration; codebooks and caches made of it; its file.
+Read top to bottom: the codebook; the quantizer; the calibration; codebooks and caches made of it;
+its file.
 
-What this file does not do: Algorithm 1 is kvsink.py's. These quantizers take the places of quant.py's in its cache, and
-the ranges of Keys come from it with an observer in the place of a quantizer. Table 2 itself is table2.py's.
+What this file does not do: Algorithm 1 is kvsink.py's. These quantizers take the places of
+quant.py's in its cache, and the ranges of Keys come from it with an observer in the place of a
+quantizer. Table 2 itself is table2.py's.
 
-Keys, before RoPE, and Values are (b, h_kv, n, d_k) as in kvsink.py; d = h_kv d_k is the length of a token's vector.
+Keys, before RoPE, and Values are (b, h_kv, n, d_k) as in kvsink.py; d = h_kv d_k is the length of a
+token's vector.
 """
 
 import hashlib
@@ -43,17 +47,19 @@ from support.cache import (
     write_checksum,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The codebook
 
 
 def weighted_kmeans(x, w, k, restarts=8, trials=4, iterations=300, seed=0):
-    """k centers that make the sum of w (x - nearest center)^2 small, ascending: x, w (B, N) -> (B, k), float64.
+    """k centers that make the sum of w (x - nearest center)^2 small, ascending: x, w (B, N) -> (B,
+    k), float64.
 
-    Lloyd's algorithm. In one dimension a cluster is a run of the sorted x, so its sums are differences of running sums,
-    and an iteration costs k searches, not N distances. The B problems and their restarts run at once, each begun by
-    greedy k-means++ with a seed: of some x, drawn by w times the squared distance to the centers so far, the one that
-    helps most is the next center. The best restart is returned.
+    Lloyd's algorithm. In one dimension a cluster is a run of the sorted x, so its sums are
+    differences of running sums, and an iteration costs k searches, not N distances. The B problems
+    and their restarts run at once, each begun by greedy k-means++ with a seed: of some x, drawn by
+    w times the squared distance to the centers so far, the one that helps most is the next center.
+    The best restart is returned.
     """
     x, order = x.double().sort(-1)
     w = w.double().gather(-1, order)
@@ -88,13 +94,13 @@ def weighted_kmeans(x, w, k, restarts=8, trials=4, iterations=300, seed=0):
     return centers[torch.arange(B, device=x.device), inertia.argmin(-1)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The quantizer
 
 
 def token_range(V, tail):
-    """The smallest and the largest number of each token that are no outliers, when `tail` numbers at each end are: from
-    all heads together, (b, h_kv, n, d_k) -> twice (b, 1, n, 1)."""
+    """The smallest and the largest number of each token that are no outliers, when `tail` numbers
+    at each end are: from all heads together, (b, h_kv, n, d_k) -> twice (b, 1, n, 1)."""
     vectors = V.transpose(1, 2).flatten(2)  # (b, n, d)
     if tail:
         hi = vectors.topk(tail + 1).values[..., -1]
@@ -105,22 +111,26 @@ def token_range(V, tail):
 
 
 def tail_of(rho, d):
-    """How many of a token's d Values are outliers at each end: half of the fraction rho, to the nearest whole."""
+    """How many of a token's d Values are outliers at each end: half of the fraction rho, to the
+    nearest whole."""
     return round(rho * d / 2)
 
 
 def normalized(X, lo, hi):
-    """X with its range brought to [-1, 1]; and middle and half width of the range, in the 16 bits that are stored."""
+    """X with its range brought to [-1, 1]; and middle and half width of the range, in the 16 bits
+    that are stored."""
     middle, half = ((hi + lo) / 2).half(), ((hi - lo) / 2).half()
     return (X - middle.float()) / torch.where(half > 0, half.float(), 1.0), middle, half
 
 
 @dataclass
 class NonUniformQuantizer:
-    """KVQuant's quantizer of Keys (static ranges by channel) or Values (dynamic ranges by token), of one block.
+    """KVQuant's quantizer of Keys (static ranges by channel) or Values (dynamic ranges by token),
+    of one block.
 
-    A number goes to the nearest signpost of the codebook, found among the midpoints between them, and comes back as its
-    level: the signpost, or what Q-Norm made of it. Outliers come back as they were, in 16 bits.
+    A number goes to the nearest signpost of the codebook, found among the midpoints between them,
+    and comes back as its level: the signpost, or what Q-Norm made of it. Outliers come back as they
+    were, in 16 bits.
     """
 
     midpoints: torch.Tensor  # (2^b - 1,), ascending
@@ -135,7 +145,8 @@ class NonUniformQuantizer:
         return (len(self.levels) - 1).bit_length()
 
     def encode(self, X, leave_out=None):
-        """X in fp32 -> codes, the middle and half width of the ranges, and a mask of the outliers."""
+        """X in fp32 -> codes, the middle and half width of the ranges, and a mask of the
+        outliers."""
         lo, hi = token_range(X, self.tail) if self.lo is None else (self.lo, self.hi)
         x, middle, half = normalized(X, lo, hi)
         codes = torch.bucketize(x.flatten(), self.midpoints).view(
@@ -147,19 +158,22 @@ class NonUniformQuantizer:
         return self.levels[codes] * half.float() + middle.float()
 
     def __call__(self, X, leave_out=None):
-        """Quantize X and dequantize it again. No token disturbs another here, so none has to be left out."""
+        """Quantize X and dequantize it again. No token disturbs another here, so none has to be
+        left out."""
         Xf = X.float()
         codes, middle, half, outlier = self.encode(Xf)
         X_ = torch.where(outlier, Xf.half().float(), self.decode(codes, middle, half))
         return (X_ + (Xf - Xf)).to(X.dtype)  # NaN where X is not finite, as in quant.py
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The calibration: forwards for the ranges of Keys, once for each rule, and once backwards for the Fisher information
+# --------------------------------------------------------------------------------------------------
+# The calibration: forwards for the ranges of Keys, once for each rule, and once backwards for the
+# Fisher information
 
 
 class Recipe(NamedTuple):
-    """What one calibration serves: a rule of preservation with its N, and the fraction of outliers."""
+    """What one calibration serves: a rule of preservation with its N, and the fraction of
+    outliers."""
 
     keep: str
     N: int | str  # or AUTO
@@ -167,23 +181,27 @@ class Recipe(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Of one recipe: the Keys' ranges, and the Fisher information of all numbers by where they lie in their range."""
+    """Of one recipe: the Keys' ranges, and the Fisher information of all numbers by where they lie
+    in their range."""
 
     lo: torch.Tensor  # (L, h_kv, 1, d_k)
     hi: torch.Tensor
-    fisher: torch.Tensor  # (L, 2, 3, BINS): of Keys and Values, how many numbers, their sum of F, and of F times number
+    # (L, 2, 3, BINS): of Keys and Values, how many numbers, their sum of F, and of F times number
+    fisher: torch.Tensor
 
 
-BINS = 4096  # of [-1, 1]: far finer than 16 signposts, and it makes 134 million Keys of a block into 4,096
+# of [-1, 1]: far finer than 16 signposts, and it makes 134 million Keys of a block into 4,096
+BINS = 4096
 
 
 def key_ranges(model, rule, rhos, site, states, bar):
-    """rho -> lo, hi (2, L, h_kv, 1, d_k): the quantiles rho/2 and 1 - rho/2 of each channel of the Keys before RoPE,
-    over all tokens that the rule (keep, N) does not keep; and S_sink (2, W, n), the tokens that it keeps up to block
-    l_E and after it.
+    """rho -> lo, hi (2, L, h_kv, 1, d_k): the quantiles rho/2 and 1 - rho/2 of each channel of the
+    Keys before RoPE, over all tokens that the rule (keep, N) does not keep; and S_sink (2, W, n),
+    the tokens that it keeps up to block l_E and after it.
 
-    Algorithm 1 over the batch of all windows on the host, with an observer of Keys: the Keys of one block are in
-    memory, not of all. `states` (L + 1, W, n, d) holds H^0 of the windows; H^1 to H^L are left there for the way back.
+    Algorithm 1 over the batch of all windows on the host, with an observer of Keys: the Keys of one
+    block are in memory, not of all. `states` (L + 1, W, n, d) holds H^0 of the windows; H^1 to H^L
+    are left there for the way back.
     """
     keys, ranges = [], {rho: [] for rho in rhos}
 
@@ -232,13 +250,13 @@ def recorder(seen):
 
 
 def fisher_information(model, windows, states):
-    """Yields l, i, K, V, F_K, F_V of every block l, from the last to the first, and in it of every window i: K before
-    RoPE and V (1, h_kv, n, d_k), and the Fisher information (its diagonal) of each of their numbers: the squared
-    gradient of the loss on the window.
+    """Yields l, i, K, V, F_K, F_V of every block l, from the last to the first, and in it of every
+    window i: K before RoPE and V (1, h_kv, n, d_k), and the Fisher information (its diagonal) of
+    each of their numbers: the squared gradient of the loss on the window.
 
-    Backwards by hand, block after block from `states` (L + 1, W, n, d), the H^0 to H^L of all windows (W, n): the graph
-    of one block and one window is in memory, not of all. Where H^l was, the loss's gradient with respect to it is left.
-    Raises NotFinite where a gradient is not.
+    Backwards by hand, block after block from `states` (L + 1, W, n, d), the H^0 to H^L of all
+    windows (W, n): the graph of one block and one window is in memory, not of all. Where H^l was,
+    the loss's gradient with respect to it is left. Raises NotFinite where a gradient is not.
     """
     device = model.embedding.weight.device
     rope, nothing = (
@@ -270,7 +288,8 @@ def fisher_information(model, windows, states):
 
 
 def histogram(X, weight, lo, hi, leave_out):
-    """The third field of Calibration for one tensor: (3, BINS). Outliers and what is left out do not count."""
+    """The third field of Calibration for one tensor: (3, BINS). Outliers and what is left out do
+    not count."""
     X = X.float()
     x, *_ = normalized(X, lo, hi)
     counted = (lo <= X) & (X <= hi) & ~leave_out
@@ -283,14 +302,16 @@ def histogram(X, weight, lo, hi, leave_out):
 
 
 def host_bytes(model, windows):
-    """What `calibrate` takes of host memory: H^0 to H^L of all windows, and one more while blocks go by."""
+    """What `calibrate` takes of host memory: H^0 to H^L of all windows, and one more while blocks
+    go by."""
     return (len(model.blocks) + 2) * stream.hidden_bytes(model, windows)
 
 
 def calibrate(model, windows, recipes, site, quiet=None):
-    """recipe -> Calibration, from windows (W, n) of token ids, for all recipes at once: forwards through the blocks
-    once for each rule of preservation, backwards once. `quiet` is what tqdm calls `disable`. Raises ValueError where
-    host memory has no room for the hidden states, NotFinite where a gradient is not finite."""
+    """recipe -> Calibration, from windows (W, n) of token ids, for all recipes at once: forwards
+    through the blocks once for each rule of preservation, backwards once. `quiet` is what tqdm
+    calls `disable`. Raises ValueError where host memory has no room for the hidden states,
+    NotFinite where a gradient is not finite."""
     if (needed := host_bytes(model, windows)) > (free := cli.free_memory("cpu")):
         raise ValueError(
             f"KVQuant's calibration takes {cli.format_bytes(needed)} of host memory for hidden states, where "
@@ -321,15 +342,16 @@ def calibrate(model, windows, recipes, site, quiet=None):
     return {recipe: Calibration(*ranges[recipe], fisher[recipe].float()) for recipe in recipes}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is made of it
 
 
 def codebooks(calibration, bits, q_norm=False):
-    """The codebooks of all blocks at 2^bits signposts, and their levels: (L, 2, 2^b) each, of Keys and of Values.
+    """The codebooks of all blocks at 2^bits signposts, and their levels: (L, 2, 2^b) each, of Keys
+    and of Values.
 
-    With Q-Norm the levels are the signposts stretched and shifted, so that what comes back has mean and deviation of
-    what went in.
+    With Q-Norm the levels are the signposts stretched and shifted, so that what comes back has mean
+    and deviation of what went in.
     """
     count, weight, first = calibration.fisher.double().flatten(0, 1).unbind(1)  # each (2 L, BINS)
     grid = ((torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS * 2 - 1).to(count.device)
@@ -354,7 +376,8 @@ def moments(x, count):
 
 
 def kvquant_cache(calibration, rho, bits, q_norm=False):
-    """The cache of one recipe at a width of 2, 3 or 4 bits, as kvsink.prefill takes it (with pre_rope=True)."""
+    """The cache of one recipe at a width of 2, 3 or 4 bits, as kvsink.prefill takes it (with
+    pre_rope=True)."""
     signposts, levels = codebooks(calibration, bits, q_norm)
     midpoints = (signposts[..., 1:] + signposts[..., :-1]) / 2
     (L, h_kv, _, d_k), sparse, cache = calibration.lo.shape, rho > 0, []
@@ -371,15 +394,15 @@ def kvquant_cache(calibration, rho, bits, q_norm=False):
 
 
 def kvquant_bits(row, config):
-    """Bits that a token takes, and bits that are stored once, as results.average_bits takes them. Of a token: codes,
-    the range of its Values, outliers in 16 bits with their channels, and their number. Once: the ranges of Keys and two
-    codebooks."""
+    """Bits that a token takes, and bits that are stored once, as results.average_bits takes them.
+    Of a token: codes, the range of its Values, outliers in 16 bits with their channels, and their
+    number. Once: the ranges of Keys and two codebooks."""
     d = config.num_key_value_heads * config.head_dim
     outliers = 32 * (row.rho * d + 2 * tail_of(row.rho, d)) + 2 * 16 if row.rho else 0
     return 2 * d * row.bits + 2 * 16 + outliers, 2 * 16 * d + 2 * 16 * 2**row.bits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Its file: safetensors, the settings in the metadata
 
 
@@ -412,9 +435,10 @@ def own_file(recipes, site, made_with):
 
 
 def calibrations(model, tokenizer, recipes, site, made_with, path=None):
-    """recipe -> Calibration: from a file where they were made before with the same settings, else made and saved there.
-    `made_with` is a MadeWith. The file is one of our cache, where a damaged one is made again, or `path`, where it is
-    refused with ValueError. Of several runs or ranks that need the same file, one makes it and the others wait."""
+    """recipe -> Calibration: from a file where they were made before with the same settings, else
+    made and saved there. `made_with` is a MadeWith. The file is one of our cache, where a damaged
+    one is made again, or `path`, where it is refused with ValueError. Of several runs or ranks that
+    need the same file, one makes it and the others wait."""
     recipes = list(dict.fromkeys(recipes))
     known, file = settings(recipes, site, made_with), path or own_file(recipes, site, made_with)
     with lock(file):
@@ -436,8 +460,8 @@ def calibrations(model, tokenizer, recipes, site, made_with, path=None):
 
 
 def save_calibrations(path, known, calibrations):
-    """All of a run's calibrations, with the codebooks of 2, 3 and 4 bits for others to read. `known`, a dict, is what
-    they depend on."""
+    """All of a run's calibrations, with the codebooks of 2, 3 and 4 bits for others to read.
+    `known`, a dict, is what they depend on."""
     tensors = {}
     for recipe, calibration in calibrations.items():
         name = recipe_name(recipe)
@@ -461,8 +485,8 @@ def digest(tensors):
 
 
 def load_calibrations(path, known, recipes, device):
-    """recipe -> Calibration. Raises ValueError, saying which, where the file is not as it was written, a setting is
-    another or a recipe is missing."""
+    """recipe -> Calibration. Raises ValueError, saying which, where the file is not as it was
+    written, a setting is another or a recipe is missing."""
     try:
         with safe_open(path, framework="pt") as file:
             saved, names = json.loads((file.metadata() or {}).get("settings", "{}")), file.keys()

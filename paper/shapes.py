@@ -1,7 +1,8 @@
-"""The paper's models at their true shape, which is what their config.json says, with random weights.
+"""The paper's models at their true shape, which is what their config.json says, with random
+weights.
 
-What this file does not do: random weights say nothing of quality. They take the time and the memory of the real ones,
-and need no download.
+What this file does not do: random weights say nothing of quality. They take the time and the memory
+of the real ones, and need no download.
 """
 
 import torch
@@ -46,7 +47,8 @@ def shape(name):
 
 
 def random_model(config, device, dtype):
-    """A model of this shape whose weights are noise, made on the device. Raises ValueError where it does not fit."""
+    """A model of this shape whose weights are noise, made on the device. Raises ValueError where it
+    does not fit."""
     with torch.device("meta"):
         model = Llama(config)
     size, free = (

@@ -1,12 +1,13 @@
-"""Table 1: quantization errors of Keys and Values, with sink tokens and without, beside the paper's figures.
+"""Table 1: quantization errors of Keys and Values, with sink tokens and without, beside the paper's
+figures.
 
     python -m paper.table1                                the embedded default
     python -m paper.table1 --model llama2-7b              the paper's model
 
 Read top to bottom: the table as printed; the same measured on any model; the command.
 
-What this file does not do: where the sinks are, and what a block computes, is found by activations.py; the equations
-are quant.py's.
+What this file does not do: where the sinks are, and what a block computes, is found by
+activations.py; the equations are quant.py's.
 """
 
 from collections import defaultdict
@@ -21,7 +22,8 @@ from paper.activations import GROUP, KINDS
 from quant import Quantizer
 from support import cli
 
-PAPER_TABLE_1 = {  # LLaMA2-7B, as printed: for each of the KINDS overall, without sink tokens, with (dynamic only)
+# LLaMA2-7B, as printed: for each of the KINDS overall, without sink tokens, with (dynamic only)
+PAPER_TABLE_1 = {
     ("dynamic", 4): ((1.30, 1.38, 0.07), (0.10, 0.11, 0.01), (0.28, 0.26, 0.31)),
     ("dynamic", 3): ((9.00, 9.57, 0.50), (0.68, 0.72, 0.08), (2.03, 1.78, 2.30)),
     ("dynamic", 2): ((27.58, 29.32, 1.37), (2.53, 2.68, 0.23), (7.05, 6.52, 7.58)),
@@ -37,7 +39,8 @@ PARTS = {
 
 
 def groups_with_sinks(S, granularity):
-    """A mask (n,): the tokens whose group holds a sink. A group is in one token, or is 16 tokens of one channel."""
+    """A mask (n,): the tokens whose group holds a sink. A group is in one token, or is 16 tokens of
+    one channel."""
     groups, axes = quant.grouped(S[:, None], granularity, GROUP, fill=False)
     return quant.ungrouped(groups.any(axes, keepdim=True).expand_as(groups), granularity, len(S))[
         :, 0
@@ -64,13 +67,15 @@ def squared_errors(subject, a, S, kind, bits):
 
 
 def table_1(subject):
-    """Table 1, mean squared errors x 100 over all windows and all blocks where sinks are stable: a list of dict, one a
-    kind, range and number of bits, with the paper's figures for LLaMA2-7B under "paper".
+    """Table 1, mean squared errors x 100 over all windows and all blocks where sinks are stable: a
+    list of dict, one a kind, range and number of bits, with the paper's figures for LLaMA2-7B under
+    "paper".
 
-    Of dynamic ranges "overall" is of all groups, "without_sinks" of those that hold no sink, "with_sinks" of those that
-    hold one (None where there are none). Of static ranges "overall" is of all tokens, "without_sinks" of all but the
-    sinks, with ranges calibrated without them. The paper does not say on how many tokens it measures, nor in which
-    blocks. By its per-token figures sinks are two of 32 tokens (overall is 15/16 of without and 1/16 of with).
+    Of dynamic ranges "overall" is of all groups, "without_sinks" of those that hold no sink,
+    "with_sinks" of those that hold one (None where there are none). Of static ranges "overall" is
+    of all tokens, "without_sinks" of all but the sinks, with ranges calibrated without them. The
+    paper does not say on how many tokens it measures, nor in which blocks. By its per-token figures
+    sinks are two of 32 tokens (overall is 15/16 of without and 1/16 of with).
     """
     sums = defaultdict(
         lambda: torch.zeros(2, dtype=torch.float64)
@@ -119,7 +124,7 @@ def print_table_1(subject, rows):
         print(f"  {row['ranges']:<9}{row['bits']} bits  {numbers}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 

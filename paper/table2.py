@@ -1,12 +1,14 @@
-"""Table 2: KVQuant at 2 bits with the first token kept (PFN-1), as its authors have it, and with KVSink-5 instead.
+"""Table 2: KVQuant at 2 bits with the first token kept (PFN-1), as its authors have it, and with
+KVSink-5 instead.
 
     python -m paper.table2                        the embedded default: a real model, a real text
     python -m paper.table2 --model llama2-7b      the model's part of the printed table: WikiText-2, then C4
 
 Read top to bottom: Table 2 as printed; the rows of a run; the command.
 
-What this file does not do: the method is kvquant.py's, perplexity is eval_ppl.py's. This command and eval_ppl.py may
-write to one --json file, where KVQuant's rows then stand beside those of the RTN schemes.
+What this file does not do: the method is kvquant.py's, perplexity is eval_ppl.py's. This command
+and eval_ppl.py may write to one --json file, where KVQuant's rows then stand beside those of the
+RTN schemes.
 """
 
 import math
@@ -23,7 +25,7 @@ from support.cli import rank_and_world_size
 from support.results import FULL_PRECISION, Row, expand_rows
 from support.run import How
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Table 2 as printed: PPL on WikiText-2, then on C4, of the models in this order
 
 MODELS = ("llama2-7b", "llama2-13b", "llama3-8b", "llama3.1-8b-instruct")
@@ -50,7 +52,7 @@ def paper_ppl(row, model, data, seq_len, q_norm=False):
     return TABLE_2[row][TEXTS.index(data)][MODELS.index(model)] if printed else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows
 
 KEPT = {
@@ -62,7 +64,8 @@ KEPT = {
 
 
 def rows_for(widths, rhos, keeps, sinks):
-    """The rows of a run in the order of the table. Without `sinks` (None) each rule has its own N."""
+    """The rows of a run in the order of the table. Without `sinks` (None) each rule has its own
+    N."""
     groups = [("kvquant", bits, rho) for bits in widths for rho in rhos]
     if sinks:
         return FULL_PRECISION, *expand_rows(groups, keeps, sinks)
@@ -80,13 +83,14 @@ class KVQuant:
 
 
 def calibration_tokens(what):
-    """How long KVQuant's calibration windows are: its own paper's 2,048 tokens, if a window here is as long."""
+    """How long KVQuant's calibration windows are: its own paper's 2,048 tokens, if a window here is
+    as long."""
     return min(2048, what.seq_len)
 
 
 def settings(what, kvquant, row, *where):
-    """All that the PPL of a row depends on: by these a result is known again. `where` is the rest of what
-    eval_ppl.settings takes. Full precision is eval_ppl.py's row."""
+    """All that the PPL of a row depends on: by these a result is known again. `where` is the rest
+    of what eval_ppl.settings takes. Full precision is eval_ppl.py's row."""
     if row == FULL_PRECISION:
         return eval_ppl.settings(what, row, *where)
     own = {"outliers": row.rho, "q_norm": kvquant.q_norm, "calib_windows": what.calib_windows}
@@ -94,8 +98,8 @@ def settings(what, kvquant, row, *where):
 
 
 def calibration_of(what, site, machine, weights):
-    """Recipes, site and MadeWith of the rows, done or not: one file has all. As in KVQuant, WikiText-2 calibrates for
-    C4 too."""
+    """Recipes, site and MadeWith of the rows, done or not: one file has all. As in KVQuant,
+    WikiText-2 calibrates for C4 too."""
     source = "wikitext2" if what.data in TEXTS else text.PACKED
     tokens = calibration_tokens(what)
     made_with = MadeWith(weights, source, what.calib_windows, tokens, what.seed, machine.dtype)
@@ -107,7 +111,8 @@ def calibration_of(what, site, machine, weights):
 
 
 def rows_of(what, kvquant, model, tokenizer, tokens, calibration, how):
-    """The function that measures a row on windows `tokens` (W, n). The first calibrates for all, or refuses a file."""
+    """The function that measures a row on windows `tokens` (W, n). The first calibrates for all, or
+    refuses a file."""
     made, (recipes, site, made_with) = {}, calibration
 
     def measure(row):
@@ -140,7 +145,8 @@ def rows_of(what, kvquant, model, tokenizer, tokens, calibration, how):
 
 
 def columns(what, kvquant):
-    """Of the table, besides eval_ppl.py's: average bits, and the paper's figures where it has some."""
+    """Of the table, besides eval_ppl.py's: average bits, and the paper's figures where it has
+    some."""
 
     def paper(row):
         return paper_ppl(row, what.model, what.data, what.seq_len, kvquant.q_norm)
@@ -150,7 +156,7 @@ def columns(what, kvquant):
     return [bits, printed] if any(paper(row) for row in what.rows) else [bits]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -268,8 +274,8 @@ def run(whats, kvquant, machine, streamed, place, json):
 
 
 def calibration_passes(what, kvquant, calibration):
-    """What calibrating takes, in windows of the text through all blocks: forwards once for each rule, and backwards,
-    three times as long. Nothing where it was done before."""
+    """What calibrating takes, in windows of the text through all blocks: forwards once for each
+    rule, and backwards, three times as long. Nothing where it was done before."""
     if (kvquant.calibration or own_file(*calibration)).exists():
         return []
     windows = what.calib_windows * calibration_tokens(what) / what.seq_len

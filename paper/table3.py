@@ -1,5 +1,5 @@
-"""Table 3: in which layer and which channels a model's stable outliers emerge, by the finder, on the paper's two
-prompts.
+"""Table 3: in which layer and which channels a model's stable outliers emerge, by the finder, on
+the paper's two prompts.
 
     python -m paper.table3                                the embedded default
     python -m paper.table3 --model llama2-7b              one of the paper's models; or any directory or hub id
@@ -17,8 +17,9 @@ from support import cli, hub, text
 
 
 def table_3(model, prompts, name):
-    """Table 3's row of any model, from the finder, for each of the prompts, token ids (1, n): a dict. Layers are
-    counted from 0, as printed. Raises ValueError where there are no stable outliers."""
+    """Table 3's row of any model, from the finder, for each of the prompts, token ids (1, n): a
+    dict. Layers are counted from 0, as printed. Raises ValueError where there are no stable
+    outliers."""
     found = [kvsink.stable_outliers(model, tokens) for tokens in prompts]
     config, row = model.config, kvsink.TABLE_3.get(name)
     sites = {(o.l_E - 1, o.channels[0]) for o in found}
@@ -67,7 +68,7 @@ def print_table_3(row):
         print("  Table 3 does not list this model", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 

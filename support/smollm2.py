@@ -1,8 +1,11 @@
-"""The embedded default model: SmolLM2-135M-Instruct (Apache-2.0), which a Python package carries as GGUF in 4 bits.
+"""The embedded default model: SmolLM2-135M-Instruct (Apache-2.0), which a Python package carries as
+GGUF in 4 bits.
 
-Read top to bottom: the package; the directory in our cache; weights, configuration and tokenizer out of the GGUF file.
+Read top to bottom: the package; the directory in our cache; weights, configuration and tokenizer
+out of the GGUF file.
 
-What this file does not do: fetching, locking and checking are cache.py's. It reads no GGUF file but this one.
+What this file does not do: fetching, locking and checking are cache.py's. It reads no GGUF file but
+this one.
 """
 
 import json
@@ -39,8 +42,8 @@ KEYS = {  # GGUF's name of a tensor -> the checkpoint's
 
 
 def directory():
-    """The default model as a Hugging Face directory, made on first use, and again where a file of it is damaged.
-    Raises ConnectionError, or OSError where the disk is too small."""
+    """The default model as a Hugging Face directory, made on first use, and again where a file of
+    it is damaged. Raises ConnectionError, or OSError where the disk is too small."""
     home = cache.cache_directory() / NAME
     with cache.lock(home):
         # The first version's temporary folders had these two things in them.

@@ -1,9 +1,10 @@
-"""Models larger than the device: blocks come from disk one by one, hidden states lie in host memory.
+"""Models larger than the device: blocks come from disk one by one, hidden states lie in host
+memory.
 
-Nothing in block l depends on what another sequence does. So Algorithm 1 runs over the batch of all windows at once
-(kvsink.prefill does not change), and its `step` takes them through a block one at a time, to the device and back. While
-one block computes, a thread reads the next. Each number comes of the same operations in the same order as in memory, so
-it is the same to the last digit.
+Nothing in block l depends on what another sequence does. So Algorithm 1 runs over the batch of all
+windows at once (kvsink.prefill does not change), and its `step` takes them through a block one at a
+time, to the device and back. While one block computes, a thread reads the next. Each number comes
+of the same operations in the same order as in memory, so it is the same to the last digit.
 
 Read top to bottom: blocks on disk; the batch on the host; what is said before a run.
 """
@@ -22,8 +23,8 @@ from support.cli import duration, format_bytes, free_memory
 
 
 class BlocksOnDisk(nn.ModuleList):
-    """The blocks of a model, their weights on disk. A loop over them, forwards or backwards, has one block on the
-    device and the next on its way; by its index a block is there without weights.
+    """The blocks of a model, their weights on disk. A loop over them, forwards or backwards, has
+    one block on the device and the next on its way; by its index a block is there without weights.
 
     read    a function that gives names and weights of block l, counted from 0, in host memory
     """
@@ -56,14 +57,16 @@ class BlocksOnDisk(nn.ModuleList):
 
 
 def from_pretrained(directory, device, dtype):
-    """The same model as Llama.from_pretrained's, its blocks on disk. Raises what that raises, as early."""
+    """The same model as Llama.from_pretrained's, its blocks on disk. Raises what that raises, as
+    early."""
     model, places = locate_weights(directory)
     set_weights(model, read_weights(places, device, dtype, ("embedding.", "LN_final.", "W_vocab.")))
 
     def read(l):
         prefix, weights = f"blocks.{l}.", []
         for name, W in read_weights(places, "cpu", dtype, (prefix,)):
-            # A copy, because a mapped file is read only when somebody looks. A pinned one goes to a GPU in one go.
+            # A copy, because a mapped file is read only when somebody looks. A pinned one goes to a
+            # GPU in one go.
             weights.append(
                 (name.removeprefix(prefix), W.pin_memory() if "cuda" in str(device) else W.clone())
             )
@@ -74,7 +77,8 @@ def from_pretrained(directory, device, dtype):
 
 
 def embed(model, tokens):
-    """H^0 of all windows, (W, n) -> (W, n, d), in host memory. Raises ValueError where there is no room for it."""
+    """H^0 of all windows, (W, n) -> (W, n, d), in host memory. Raises ValueError where there is no
+    room for it."""
     E, ranks = (
         model.embedding.weight,
         int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
@@ -86,7 +90,8 @@ def embed(model, tokens):
             "--seq-len or --calib-windows"
         )
     if dist.is_initialized():
-        dist.barrier()  # before one rank fills its room, and another sees less than is there for both
+        # before one rank fills its room, and another sees less than is there for both
+        dist.barrier()
     H = torch.empty(*tokens.shape, E.shape[1], dtype=E.dtype)
     for w, window in enumerate(tokens):
         H[w] = model.embedding(window.to(E.device))
@@ -98,7 +103,8 @@ def hidden_bytes(model, tokens):
 
 
 def one_at_a_time(step, device):
-    """A `step` for kvsink.prefill that takes the sequences of a batch on the host through a block one by one."""
+    """A `step` for kvsink.prefill that takes the sequences of a batch on the host through a block
+    one by one."""
 
     def through(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope):
         rope = [table.to(device) for table in rope]
@@ -113,8 +119,9 @@ def one_at_a_time(step, device):
 
 
 def announce(model, tokens, passes):
-    """On stderr, before a run: the memory that it takes, and about how long. `tokens` are the windows of the largest
-    pass (W, n), `passes` the number of windows of each pass through all blocks."""
+    """On stderr, before a run: the memory that it takes, and about how long. `tokens` are the
+    windows of the largest pass (W, n), `passes` the number of windows of each pass through all
+    blocks."""
     L, n, E = len(model.blocks), tokens.shape[1], model.embedding.weight
     read, computed = trial(model, tokens[0])
     seconds = sum(
@@ -130,7 +137,8 @@ def announce(model, tokens, passes):
 
 
 def trial(model, window):
-    """Seconds to read a block, and to take a window (n,) through it: the first, and what comes out is dropped."""
+    """Seconds to read a block, and to take a window (n,) through it: the first, and what comes out
+    is dropped."""
     device, began = model.embedding.weight.device, time.perf_counter()
     model.blocks.read(0)
     read = time.perf_counter() - began
@@ -144,8 +152,8 @@ def trial(model, window):
 
 
 def device_memory(config, n, itemsize):
-    """About how many bytes a run takes on the device: what is outside the blocks, and the larger of two: one block with
-    what a window of n tokens needs in it, or the logits of 1,024 tokens."""
+    """About how many bytes a run takes on the device: what is outside the blocks, and the larger of
+    two: one block with what a window of n tokens needs in it, or the logits of 1,024 tokens."""
     d, d_ffn, d_k = config.hidden_size, config.intermediate_size, config.head_dim
     heads, vocab = config.num_attention_heads, config.vocab_size
     block = 2 * (heads + config.num_key_value_heads) * d_k * d + 3 * d * d_ffn + 2 * d

@@ -9,11 +9,13 @@ import torch
 
 from support import hub
 
-PACKED = "wiki-sample"  # articles end to end, an end-of-text id after each, as language models are pre-trained
+# articles end to end, an end-of-text id after each, as language models are pre-trained
+PACKED = "wiki-sample"
 
 
 def windows(tokenizer, text, split, seq_len, count, seed):
-    """`count` windows (None: all) of `seq_len` token ids, (count, seq_len) int64, by the protocol of the text.
+    """`count` windows (None: all) of `seq_len` token ids, (count, seq_len) int64, by the protocol
+    of the text.
 
     wiki-sample   articles packed end to end, an end-of-text id after each; windows in order
     c4            KVQuant's and GPTQ's: each at a random offset of a random document that is long enough; 256 of them
@@ -56,7 +58,8 @@ def cut_from_documents(tokenizer, documents, seq_len, draw):
 
 
 def calibration_windows(tokenizer, text, seq_len, count, seed):
-    """The windows of the training split that calibrate. Raises ValueError where there are fewer than `count`."""
+    """The windows of the training split that calibrate. Raises ValueError where there are fewer
+    than `count`."""
     tokens = windows(tokenizer, text, "train", seq_len, count, seed)
     if len(tokens) < count:
         raise ValueError(

@@ -1,8 +1,10 @@
 """Text to token ids and back: sentencepiece, tiktoken and tokenizers behind one encode and decode.
 
-Read top to bottom: the Tokenizer; how each of three formats is read; which ids begin and end a text.
+Read top to bottom: the Tokenizer; how each of three formats is read; which ids begin and end a
+text.
 
-What this file does not do: it cuts and merges nothing itself, knows no chat template, and runs no code of a checkpoint.
+What this file does not do: it cuts and merges nothing itself, knows no chat template, and runs no
+code of a checkpoint.
 """
 
 import base64
@@ -17,15 +19,16 @@ import tokenizers
 
 
 class Tokenizer:
-    """Text to token ids and back, exactly as the model's own tokenizer: each file format is read as its owner reads it.
+    """Text to token ids and back, exactly as the model's own tokenizer: each file format is read as
+    its owner reads it.
 
     tokenizer.model, SentencePiece    LLaMA-2, Mistral           text that looks like a special token stays text
     tokenizer.model, tiktoken format  LLaMA-3, as Meta ships it  the same
     tokenizer.json                    all others                 special tokens written out in the text are recognised
 
-    `bos` is the id that the model's tokenizer puts before every text (None where it puts none, as SmolLM2's), `eot` the
-    id that ends a document, by which documents are packed end to end (None where the files name none), `ends` the set
-    of all ids that end what a model says.
+    `bos` is the id that the model's tokenizer puts before every text (None where it puts none, as
+    SmolLM2's), `eot` the id that ends a document, by which documents are packed end to end (None
+    where the files name none), `ends` the set of all ids that end what a model says.
     """
 
     def __init__(self, path, encode, decode, known, bos, eot, ends):
@@ -34,7 +37,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Raises FileNotFoundError where there is no tokenizer, ValueError that names the file where it is damaged."""
+        """Raises FileNotFoundError where there is no tokenizer, ValueError that names the file
+        where it is damaged."""
         directory = Path(directory)
         for path, read in (
             (directory / "tokenizer.model", read_model),
@@ -49,22 +53,24 @@ class Tokenizer:
         raise FileNotFoundError(f"{directory}: no tokenizer.model and no tokenizer.json")
 
     def encode(self, text, bos=True):
-        """Token ids, a list of int. With `bos`, the begin-of-sequence id goes first where the model has one.
-        Raises ValueError for a text that the tokenizer cannot encode."""
+        """Token ids, a list of int. With `bos`, the begin-of-sequence id goes first where the model
+        has one. Raises ValueError for a text that the tokenizer cannot encode."""
         with one_line(self._path, "cannot encode this text"):
-            text.encode()  # refuses half a surrogate pair, which tiktoken would replace without a word
+            # refuses half a surrogate pair, which tiktoken would replace without a word
+            text.encode()
             ids = self._encode(text)
         return [self.bos, *ids] if bos and self.bos is not None else ids
 
     def decode(self, ids):
-        """The text. A model may have more ids than its tokenizer, to make a round number: these have no text."""
+        """The text. A model may have more ids than its tokenizer, to make a round number: these
+        have no text."""
         return self._decode([i for i in ids if i in self._known])
 
 
 @contextmanager
 def one_line(path, problem):
-    """Whatever a library raises becomes a ValueError of one line. A Rust panic is no Exception, and there is no module
-    to import it from: only its name tells it from Ctrl-C."""
+    """Whatever a library raises becomes a ValueError of one line. A Rust panic is no Exception, and
+    there is no module to import it from: only its name tells it from Ctrl-C."""
     try:
         yield
     except BaseException as error:
@@ -73,17 +79,17 @@ def one_line(path, problem):
         raise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Formats. A reader returns encode, decode, the ids that have text, the special tokens (name -> id), and the ids that its
-# file gives for the beginning and the end of a text, or None.
+# --------------------------------------------------------------------------------------------------
+# Formats. A reader returns encode, decode, the ids that have text, the special tokens (name -> id),
+# and the ids that its file gives for the beginning and the end of a text, or None.
 
 # How LLaMA-3 cuts text into words, before byte-pair encoding merges within them.
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# The 256 ids after the vocabulary, as LLaMA-3.1 names them. LLaMA-3's file is the same, and LLaMA-3 never uses those ids
-# that LLaMA-3.1 names anew (<|eom_id|> is one).
+# The 256 ids after the vocabulary, as LLaMA-3.1 names them. LLaMA-3's file is the same, and LLaMA-3
+# never uses those ids that LLaMA-3.1 names anew (<|eom_id|> is one).
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
@@ -103,7 +109,8 @@ def read_model(path):
             i if i in known else None for i in (processor.bos_id(), processor.eos_id())
         )  # -1 where it has none
         return processor.encode, processor.decode, known, special, bos, eos
-    # tiktoken takes what it gets: a file cut short would shift every special token, or end the process.
+    # tiktoken takes what it gets: a file cut short would shift every special token, or end the
+    # process.
     if any(bytes([byte]) not in ranks for byte in range(256)) or sorted(ranks.values()) != list(
         range(len(ranks))
     ):
@@ -119,9 +126,10 @@ def read_model(path):
 
 
 def pieces(text, longest_run=25_000, longest_piece=400_000):
-    """tiktoken panics on a run of a million spaces. Text with a run of over 25,000 characters, all blank or none, is
-    cut as Meta's tokenizer cuts. Other text stays whole: Meta's cuts at 400,000 characters, in mid-word, would only
-    give it other ids than the same model's tokenizer.json gives."""
+    """tiktoken panics on a run of a million spaces. Text with a run of over 25,000 characters, all
+    blank or none, is cut as Meta's tokenizer cuts. Other text stays whole: Meta's cuts at 400,000
+    characters, in mid-word, would only give it other ids than the same model's tokenizer.json
+    gives."""
     runs = re.compile(r"\s+|\S+")
     if all(run.end() - run.start() <= longest_run for run in runs.finditer(text)):
         return [text]
@@ -167,7 +175,8 @@ def read_json(path):
 
 
 def before_text(processor):
-    """The special tokens that a tokenizer.json's post-processor puts before a text: pairs of name and id."""
+    """The special tokens that a tokenizer.json's post-processor puts before a text: pairs of name
+    and id."""
     if processor["type"] == "Sequence":
         return [pair for step in processor["processors"] for pair in before_text(step)]
     if processor["type"] != "TemplateProcessing":
@@ -187,7 +196,7 @@ def before_text(processor):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The ids that begin and end a text
 
 DOCUMENT_ENDS = (
@@ -198,8 +207,9 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 
 
 def begin_and_ends(directory, special, bos, eos):
-    """A Tokenizer's bos, eot and ends. `bos` and `eos` are those of the tokenizer's file; tokenizer_config.json
-    overrules it, as in transformers (DeepSeek's tokenizer.json, for one, has no post-processor that adds its bos)."""
+    """A Tokenizer's bos, eot and ends. `bos` and `eos` are those of the tokenizer's file;
+    tokenizer_config.json overrules it, as in transformers (DeepSeek's tokenizer.json, for one, has
+    no post-processor that adds its bos)."""
     path = directory / "tokenizer_config.json"
     settings = read_object(path)
     with one_line(path, "not a tokenizer's configuration"):
@@ -221,7 +231,8 @@ def begin_and_ends(directory, special, bos, eos):
 
 
 def ends_of_checkpoint(directory):
-    """The ids that end what the model says: those of generation_config.json, else of config.json; one or a list."""
+    """The ids that end what the model says: those of generation_config.json, else of config.json;
+    one or a list."""
     for path in (directory / "generation_config.json", directory / "config.json"):
         ids = read_object(path).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]

@@ -31,7 +31,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def sample_calibration(monkeypatch):
-    """Static schemes calibrate on wiki-sample's second part; here on this text instead of the package index's."""
+    """Static schemes calibrate on wiki-sample's second part; here on this text instead of the
+    package index's."""
     real = hub.documents
 
     def documents(name, split="test"):

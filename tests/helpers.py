@@ -1,4 +1,5 @@
-"""What several test files share: tiny models, their tokenizers and texts, and the default model, each made once."""
+"""What several test files share: tiny models, their tokenizers and texts, and the default model,
+each made once."""
 
 import functools
 import json
@@ -17,7 +18,7 @@ from support import hub
 
 HERE = Path(__file__).parent.parent
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Random checkpoints
 
 SMALL = {
@@ -75,12 +76,13 @@ def write_weights(directory, weights, shards=1):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
 def bytes_vocabulary(words=()):
-    """Ranks of byte-pair encoding: the 256 bytes, then every prefix of two and more bytes of each word."""
+    """Ranks of byte-pair encoding: the 256 bytes, then every prefix of two and more bytes of each
+    word."""
     ranks = {bytes([i]): i for i in range(256)}
     for word in words:
         for end in range(2, len(word.encode()) + 1):
@@ -89,8 +91,9 @@ def bytes_vocabulary(words=()):
 
 
 def byte_characters():
-    """The 256 characters by which byte-level BPE writes the bytes 0 to 255 (GPT-2's table): the bytes that print stand
-    for themselves, the others for the characters after the first 256, in order."""
+    """The 256 characters by which byte-level BPE writes the bytes 0 to 255 (GPT-2's table): the
+    bytes that print stand for themselves, the others for the characters after the first 256, in
+    order."""
     shown = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -101,8 +104,8 @@ def byte_characters():
 
 
 def write_bpe(directory, ranks, pre_tokenizer, special=("<|endoftext|>",), first=None, **model):
-    """A tokenizer.json of byte-level BPE with these ranks; the special tokens come after them. `first` is one that goes
-    before every text."""
+    """A tokenizer.json of byte-level BPE with these ranks; the special tokens come after them.
+    `first` is one that goes before every text."""
     shown = byte_characters()
     text = {token: "".join(shown[byte] for byte in token) for token in ranks}
     flags = {
@@ -153,7 +156,7 @@ DIGITS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A tiny LLaMA whose weights plant stable outliers
 
 EMERGENCE, CHANNEL = 2, 5  # l_E, counted from 1, and c
@@ -165,8 +168,9 @@ PLANTED = {
 
 
 def plant(directory):
-    """Channel 0 of the embedding marks the two tokens; nothing but the FFN of block 2 reads it or writes channel 5,
-    where it puts thousands for a marked token and exactly 0 for any other. No later block touches that channel."""
+    """Channel 0 of the embedding marks the two tokens; nothing but the FFN of block 2 reads it or
+    writes channel 5, where it puts thousands for a marked token and exactly 0 for any other. No
+    later block touches that channel."""
     weights = load_file(write_model(directory, PLANTED) / "model.safetensors")
     for key, W in weights.items():
         if key.endswith(("o_proj.weight", "down_proj.weight")):
@@ -207,7 +211,8 @@ def ordinary_tokens(n, seed):
 
 
 def two_sequences():
-    """Two sequences of 24 tokens; sinks in the middle, at other places in each. S_sink is written down beside it."""
+    """Two sequences of 24 tokens; sinks in the middle, at other places in each. S_sink is written
+    down beside it."""
     tokens = torch.stack([ordinary_tokens(24, 0), ordinary_tokens(24, 1)])
     tokens[0, [6, 17]] = torch.tensor([WEAK, STRONG])
     tokens[1, [3, 9]] = torch.tensor([STRONG, WEAK])
@@ -220,7 +225,8 @@ SITE = Site(EMERGENCE, CHANNEL)
 
 
 def calibrate(model, windows, caches, keep="none", N=0, pre_rope=False):
-    """Algorithm 1 with observers on windows (1, n) each: the static `caches` are calibrated for one rule."""
+    """Algorithm 1 with observers on windows (1, n) each: the static `caches` are calibrated for one
+    rule."""
     for tokens in windows:
         H = model.embedding(tokens)
         rule = kvsink.preservation(keep, N, SITE, H)
@@ -235,12 +241,13 @@ def cache_of(model, scheme, bits, tokens, keep="none", N=0, pre_rope=False):
     return cache
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the commands need
 
 
 def write_tiny(directory):
-    """A planted model, a tokenizer of single bytes and a text: all that a command needs. Returns its options."""
+    """A planted model, a tokenizer of single bytes and a text: all that a command needs. Returns
+    its options."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PLANTED, "vocab_size", 300)
         plant(directory)
@@ -260,7 +267,8 @@ def perplexities(path):
 
 
 def refuse(arguments, words, capsys, command):
-    """The command answers with one line on stderr that has all the words, and with exit status 2."""
+    """The command answers with one line on stderr that has all the words, and with exit status
+    2."""
     assert command.main(arguments) == 2
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
@@ -282,11 +290,14 @@ def loaded(directory):
 
 @functools.cache
 def default_results():
-    """The JSON file of `python eval_ppl.py --no-compile` in these tests: a row that one has measured, no other does."""
+    """The JSON file of `python eval_ppl.py --no-compile` in these tests: a row that one has
+    measured, no other does."""
     return Path(tempfile.mkdtemp()) / "default.json"
 
 
-REFERENCE = {  # an independent implementation on a modeling library: fp32, 8 windows of 1,024, 4 calibration windows
+# an independent implementation on a modeling library: fp32, 8 windows of 1,024, 4 calibration
+# windows
+REFERENCE = {
     ("full", 16, "none", 0): 19.559,
     ("channel-static", 4, "pfn", 5): 20.988,
     ("channel-static", 4, "kvsink", 5): 20.583,

@@ -1,5 +1,6 @@
-"""The assigned functions written in another way, as a student may: longer, slower, and as right. File -> its text; a
-method stands in its class. Each has to earn the points of its function. Lecturers only: the handout does not have it."""
+"""The assigned functions written in another way, as a student may: longer, slower, and as right.
+File -> its text; a method stands in its class. Each has to earn the points of its function.
+Lecturers only: the handout does not have it."""
 
 QUANT = """
 import numpy as np

@@ -1,5 +1,5 @@
-"""What the tests of paper/activations.py, table1.py, table3.py and figures.py look at: two models on texts with
-sinks."""
+"""What the tests of paper/activations.py, table1.py, table3.py and figures.py look at: two models
+on texts with sinks."""
 
 import functools
 from dataclasses import replace
@@ -30,7 +30,8 @@ def planted_windows():
 
 @functools.cache
 def planted_subject():
-    """The planted model on two windows, calibrated on the other two. Its sinks are the marked tokens."""
+    """The planted model on two windows, calibrated on the other two. Its sinks are the marked
+    tokens."""
     windows = planted_windows()
     subject = examine(
         "planted", "by hand", planted_model(), None, windows[:2], Site(EMERGENCE, CHANNEL)
@@ -40,8 +41,8 @@ def planted_subject():
 
 @functools.cache
 def keys_and_values(window):
-    """Of the planted model's blocks 3 to 6 on one of the windows, in float64: l -> {"K", "V"}, each (h_kv, n, d_k),
-    from the parts of the block."""
+    """Of the planted model's blocks 3 to 6 on one of the windows, in float64: l -> {"K", "V"}, each
+    (h_kv, n, d_k), from the parts of the block."""
     model, tokens, found = planted_model(), planted_windows()[window], {}
     H, rope = model.embedding(tokens), rope_table(model.config, 40, "cpu")
     for l, block in enumerate(model.blocks, start=1):
@@ -55,7 +56,8 @@ def keys_and_values(window):
 
 
 def seen_in_calibration(l, name, kept):
-    """The Keys or Values (h_kv, tokens, d_k) that a static range of block l comes from: all, or all but the sinks'."""
+    """The Keys or Values (h_kv, tokens, d_k) that a static range of block l comes from: all, or all
+    but the sinks'."""
     parts = [
         np.delete(keys_and_values(window)[l][name], PLACES[window] if kept else [], axis=1)
         for window in (2, 3)
@@ -64,8 +66,8 @@ def seen_in_calibration(l, name, kept):
 
 
 def static_numpy(X, bits, seen, granularity):
-    """Equations 10-13 with the ranges of `seen` (heads, tokens, d_k): of a head ("token": 8 channels fit into one group
-    of 16) or of a channel."""
+    """Equations 10-13 with the ranges of `seen` (heads, tokens, d_k): of a head ("token": 8
+    channels fit into one group of 16) or of a channel."""
     axes = (1, 2) if granularity == "token" else (1,)
     lo, hi = seen.min(axes, keepdims=True), seen.max(axes, keepdims=True)
     s = (hi - lo) / (2**bits - 1)
@@ -75,7 +77,8 @@ def static_numpy(X, bits, seen, granularity):
 
 @functools.cache
 def default_subject(directory):
-    """The default model on two packed windows, calibrated on another two (the command takes four)."""
+    """The default model on two packed windows, calibrated on another two (the command takes
+    four)."""
     model, tokenizer = loaded(directory), Tokenizer.from_pretrained(directory)
     windows = [
         window[None] for window in text.windows(tokenizer, "wiki-sample", "test", 1024, 2, 0)
@@ -96,7 +99,8 @@ def evidence(default_model):
 
 @pytest.fixture
 def drawable(tiny, monkeypatch, tmp_path):
-    """The planted model as a command gets it, with prompts of the paper's form in which it has sinks: options."""
+    """The planted model as a command gets it, with prompts of the paper's form in which it has
+    sinks: options."""
     monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
     prompts = ("The sinks \x07 are here\x0b, not there.", "Summer \x07is $warm$. Winter")
     monkeypatch.setattr(kvsink, "PROMPTS", prompts)

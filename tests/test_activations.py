@@ -1,4 +1,5 @@
-"""paper/activations.py: what hooks see, sinks, stages, Eq. 9, and what Figures 6, 7 and 18 are made of."""
+"""paper/activations.py: what hooks see, sinks, stages, Eq. 9, and what Figures 6, 7 and 18 are made
+of."""
 
 import weakref
 from dataclasses import replace
@@ -25,7 +26,7 @@ from tests.subjects import (
     static_numpy,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hooks
 
 
@@ -36,7 +37,8 @@ def double(model):
 
 
 def test_hooks_see_what_a_block_computes(planted, sequences):
-    """Each activation against Section 2's equations in float64, block after block, and no hook is left behind."""
+    """Each activation against Section 2's equations in float64, block after block, and no hook is
+    left behind."""
     model, tokens = double(planted), sequences[0][:1]
     H, rope = model.embedding(tokens), rope_table(model.config, 24, "cpu")
     seen = look(planted, tokens, lambda a: a)
@@ -133,13 +135,14 @@ def test_hooks_see_blocks_that_come_from_disk(sequences, tmp_path):
         assert a.l == b.l and all(torch.equal(X, Y) for X, Y in zip(a[1:], b[1:]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Equations
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_scores_bias_and_cosines_against_numpy(window):
-    """Equations 3 and 9 and Figure 6a as plain loops in float64, with two queries to each Key and Value."""
+    """Equations 3 and 9 and Figure 6a as plain loops in float64, with two queries to each Key and
+    Value."""
     draw = np.random.RandomState(0)
     Q, K, V = draw.randn(4, 7, 8), draw.randn(2, 7, 8), draw.randn(2, 7, 8)
     S = np.array([True, False, False, True, False, False, False])
@@ -167,7 +170,9 @@ def test_scores_bias_and_cosines_against_numpy(window):
         assert activations.mean_cosine(Q)[h].item() == pytest.approx(expected)
 
 
-STAGE_CURVES = {  # the largest |H^l| of each block where the median is 0.1, and how many blocks one sees in each stage
+# the largest |H^l| of each block where the median is 0.1, and how many blocks one sees in each
+# stage
+STAGE_CURVES = {
     "LLaMA2-7B: one block, a final stage": ([5, 700] + [720] * 28 + [8, 9], [1, 1, 28, 1, 1]),
     "LLaMA3-8B: the last block, no final stage": ([5, 300] + [310] * 29 + [20], [1, 1, 29, 1, 0]),
     "Mistral: several blocks": (
@@ -248,7 +253,7 @@ def test_sinks_are_what_stands_out_by_both_thresholds():
     assert activations.extremes(X).tolist() == [-5, 3]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A subject
 
 
@@ -302,12 +307,13 @@ def test_a_sliding_window_hides_sinks_that_are_too_far(planted):
     assert torch.equal(P > 0, ((age >= 0) & (age < 4)).expand(4, 40, 40))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The numbers of Figures 6, 7 and 18
 
 
 def numpy_attention(Q, K, V, sinks):
-    """Attention scores and the bias of Eq. 9, in float64, with two queries to each Key and Value."""
+    """Attention scores and the bias of Eq. 9, in float64, with two queries to each Key and
+    Value."""
     e = np.exp(
         np.where(
             np.triu(np.ones((40, 40), bool), 1),
@@ -320,8 +326,8 @@ def numpy_attention(Q, K, V, sinks):
 
 
 def test_static_damage_against_numpy():
-    """Figure 7's numbers: relative errors over blocks 3 to 6 of the first window, with Keys, Values and Queries taken
-    from the block, in float64."""
+    """Figure 7's numbers: relative errors over blocks 3 to 6 of the first window, with Keys, Values
+    and Queries taken from the block, in float64."""
     subject, stored = planted_subject(), keys_and_values(0)
     sinks = np.isin(np.arange(40), PLACES[0])
     queries = look(subject.model, subject.windows[0], lambda a: a.Q.numpy().astype(np.float64))
@@ -386,13 +392,14 @@ def test_norms_by_block_against_numpy():
     assert list(norms) == ["Q", "K", "V"] and found.shape == (6, 2, 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The default model: Sections 3 and 4 hold
 
 STABLE = range(13, 29)  # the stabilization stage of the default model, counted from 1
 
 
-def test_outliers_of_the_default_model_stand_at_token_0_and_where_documents_end(evidence):  # noqa: F811
+# noqa: F811
+def test_outliers_of_the_default_model_stand_at_token_0_and_where_documents_end(evidence):
     for window in evidence.windows:
         expected = window[0] == evidence.tokenizer.eot
         expected[0] = True
@@ -408,7 +415,8 @@ def test_outliers_of_the_default_model_stand_at_token_0_and_where_documents_end(
 
 
 def test_the_stages_of_the_default_model(evidence):  # noqa: F811
-    """One emergence in a single block, out of the FFN; a weaker one before it; dissipation by the opposite sign."""
+    """One emergence in a single block, out of the FFN; a weaker one before it; dissipation by the
+    opposite sign."""
     weaker, main = evidence.stages
     assert main == (range(1, 12), range(12, 13), STABLE, range(29, 31), range(31, 31))
     assert (weaker.emergence, weaker.stabilization, weaker.dissipation) == (
@@ -447,7 +455,8 @@ def test_qkv_suppression_of_the_default_model(evidence):  # noqa: F811
 
 
 def test_where_the_default_model_gains_from_its_sinks(evidence):  # noqa: F811
-    """Not from the ranges of other tokens, but from the sinks' own Keys and Values, and so from the bias of Eq. 9."""
+    """Not from the ranges of other tokens, but from the sinks' own Keys and Values, and so from the
+    bias of Eq. 9."""
     left = {8: 0.1, 4: 0.2, 3: 0.4, 2: 0.7}  # of the bias's error when the sinks are kept, at most
     half = replace(
         evidence, windows=[evidence.windows[0][:, :512]]

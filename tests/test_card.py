@@ -1,6 +1,6 @@
-"""What can be shown of a GPU without one: tensors that say they are on a card and hold nothing. An operation that mixes
-devices raises, and so does one that would wait for the card to look at a number. (That the card is called cuda would
-need a build of torch for it.)"""
+"""What can be shown of a GPU without one: tensors that say they are on a card and hold nothing. An
+operation that mixes devices raises, and so does one that would wait for the card to look at a
+number. (That the card is called cuda would need a build of torch for it.)"""
 
 import pytest
 import torch
@@ -77,7 +77,8 @@ def with_ranges(cache):
 @pytest.mark.parametrize("keep, N", RULES)
 @pytest.mark.parametrize("scheme", kvsink.SCHEMES)
 def test_algorithm_1_stays_on_the_card(model, scheme, keep, N):
-    """A batch of two texts longer than Mistral's window; no look at the host inside the loop over blocks."""
+    """A batch of two texts longer than Mistral's window; no look at the host inside the loop over
+    blocks."""
     cache = with_ranges(kvsink.rtn_cache(model, scheme, 3, 8))
     H = model.embedding(torch.zeros(2, 40, dtype=torch.int64, device=CARD))
     with CopiesToTheHost() as copies:

@@ -1,4 +1,5 @@
-"""What commands share: options, the machine, errors in one line; eval_ppl.py as a process, and on several ranks."""
+"""What commands share: options, the machine, errors in one line; eval_ppl.py as a process, and on
+several ranks."""
 
 import functools
 import os
@@ -164,7 +165,8 @@ def test_the_command_itself(tiny, tmp_path):
 
 
 def test_each_rank_takes_its_share(tiny, monkeypatch):
-    """Without processes: the losses of both ranks, added by hand, are one rank's; no window is evaluated twice."""
+    """Without processes: the losses of both ranks, added by hand, are one rank's; no window is
+    evaluated twice."""
     model, seen = Llama.from_pretrained(tiny[1]), []
     tokens = torch.randint(0, 256, (5, 64), generator=torch.Generator().manual_seed(0))
 
@@ -224,7 +226,8 @@ def test_two_ranks_give_the_perplexity_of_one(tiny, tmp_path):
 
 
 def test_half_precision_only_where_it_is_safe(monkeypatch):
-    """fp16 on cuda; fp32 on the CPU, and on Apple's GPU, where half precision has leaked future tokens."""
+    """fp16 on cuda; fp32 on the CPU, and on Apple's GPU, where half precision has leaked future
+    tokens."""
     args = eval_ppl.parse_arguments([])
     real = torch.zeros
     for device, dtype in (("cpu", "float32"), ("mps", "float32"), ("cuda", "float16")):
@@ -248,7 +251,8 @@ def test_half_of_torchruns_environment(environment, words, tiny, capsys, monkeyp
 
 
 def test_a_reader_that_has_enough_and_a_terminal_without_a_character(tiny, tmp_path):
-    """`| head -1` ends the command quietly; a name that the terminal cannot show is shown as far as it can."""
+    """`| head -1` ends the command quietly; a name that the terminal cannot show is shown as far as
+    it can."""
     model = tmp_path / "modèle"
     model.symlink_to(tiny[1])
     command = [

@@ -1,4 +1,5 @@
-"""The course: the handout, and the grader on the reference, on wrong solutions and on hostile ones."""
+"""The course: the handout, and the grader on the reference, on wrong solutions and on hostile
+ones."""
 
 import ast
 import csv
@@ -54,12 +55,13 @@ def graded(server, name, folder):
     return grade.grade_function(server, PROBLEM_OF[function], function, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table and the tests
 
 
 def test_points_and_tests():
-    """100 points for all but the bonus; public and hidden tests for each function, and none for anything else."""
+    """100 points for all but the bonus; public and hidden tests for each function, and none for
+    anything else."""
     assert sum(problem.points for problem in PROBLEMS if not problem.bonus) == 100
     assert [problem.number for problem in PROBLEMS] == list(range(1, 9))
     for problem in PROBLEMS:
@@ -81,7 +83,7 @@ def test_points_and_tests():
     assert handout.overview() in (ROOT / "course/README.md").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The handout
 
 
@@ -103,8 +105,8 @@ def public_tests(folder):
 
 
 def test_before_anything_is_solved_each_test_says_so(given, tiny):
-    """The handout's second command: all tests fail, by NotImplementedError. Its first stops, and says so in one
-    line."""
+    """The handout's second command: all tests fail, by NotImplementedError. Its first stops, and
+    says so in one line."""
     cases = public_tests(given)
     public = sum(
         text.count("\ndef test_")
@@ -183,7 +185,7 @@ def test_stubs_keep_what_a_student_needs(given):
             assert doc == (whole.split("\n\n")[0] if BY_NAME[function].cut else whole)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The grader: right and wrong
 
 
@@ -208,7 +210,8 @@ def test_a_class(given, tmp_path):
 
 
 def test_what_is_printed_and_results_json(tmp_path, capsys, monkeypatch):
-    """One right function, one that is missing, a file that does not parse, two that are not there."""
+    """One right function, one that is missing, a file that does not parse, two that are not
+    there."""
     monkeypatch.setattr(grade, "PROBLEMS", [PROBLEMS[0], PROBLEMS[3]])
     (tmp_path / "quant.py").write_text(
         "import torch\ndef zero(lo, s):\n    return -torch.round(lo / s)\n"
@@ -231,7 +234,8 @@ def test_what_is_printed_and_results_json(tmp_path, capsys, monkeypatch):
 
 
 def test_the_table_of_wrong_solutions():
-    """At least forty, for each function one; each differs from the reference in one place that there is."""
+    """At least forty, for each function one; each differs from the reference in one place that
+    there is."""
     assert len(WRONG) >= 40 and {name for name, *_ in WRONG} == set(BY_NAME)
     for name, old, new, _ in WRONG:
         text = (ROOT / BY_NAME[name].file).read_text()
@@ -285,7 +289,8 @@ def of_the_reference(function):
 
 
 def test_another_right_solution_has_all_points(server, tmp_path):
-    """All functions in other words, with helpers, loops, keywords, lists for tuples; nothing else is in these files."""
+    """All functions in other words, with helpers, loops, keywords, lists for tuples; nothing else
+    is in these files."""
     folder = submission(tmp_path, **{file.replace(".", "_"): text for file, text in OTHER.items()})
     grades = grade.grade(server, folder, disable=True)
     assert [(g.name, g.failed) for g in grades if g.failed] == [] and grade.points_of(grades) == (
@@ -295,8 +300,8 @@ def test_another_right_solution_has_all_points(server, tmp_path):
 
 
 def test_helpers_of_a_students_own(server, tmp_path):
-    """Imports, constants, functions and methods that an assigned function uses come along; what it does not use does
-    not."""
+    """Imports, constants, functions and methods that an assigned function uses come along; what it
+    does not use does not."""
     text = (ROOT / "quant.py").read_text()
     text = text.replace('"""Eq. 11: X\' = scale * (Q(X) - zero)."""\n    return s * (codes.to(s.dtype) - z)',
                         "return minus(codes.to(s.dtype), z, SIGN) * s")  # fmt: skip
@@ -314,7 +319,7 @@ def test_helpers_of_a_students_own(server, tmp_path):
         assert graded(server, name, folder).failed == (), name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The grader: hostile submissions
 
 ZERO = "def zero(lo, s):\n    {}\n    return -torch.round(lo / s)\n"
@@ -394,7 +399,8 @@ def test_a_hostile_function_gets_nothing_and_harms_nothing(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
 def test_a_repository_that_is_closed_cannot_be_read_by_native_code(tmp_path, monkeypatch):
-    """Where there is no Landlock, native code can be kept from the reference like this: root becomes nobody."""
+    """Where there is no Landlock, native code can be kept from the reference like this: root
+    becomes nobody."""
     closed = Path(tempfile.mkdtemp())  # which others may not read
     (closed / "course").mkdir()
     monkeypatch.setattr(worker, "__file__", shutil.copy(worker.__file__, closed / "course"))
@@ -477,7 +483,7 @@ def test_values_as_bytes():
             worker.decode(data)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The commands
 
 

@@ -1,6 +1,8 @@
-"""Wrong inputs, writers that meet and runs that are killed: one line that says so, and never a wrong number.
+"""Wrong inputs, writers that meet and runs that are killed: one line that says so, and never a
+wrong number.
 
-Wrong inputs that belong to one module alone are in its own test file; here are the kinds that hold for all commands.
+Wrong inputs that belong to one module alone are in its own test file; here are the kinds that hold
+for all commands.
 """
 
 import json
@@ -51,7 +53,7 @@ def one_line(error, *words):
     assert "\n" not in text and all(word in text for word in words), text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Options of commands
 
 
@@ -130,7 +132,7 @@ def test_options_that_cannot_be(command, change, words, tiny, capsys, no_weights
     refuse([*base, *change], words, capsys, command)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints of other kinds
 
 QUANTIZED = {
@@ -204,7 +206,8 @@ def test_a_whole_model_may_lie_beside_files_of_other_kinds(tmp_path):
 
 
 def test_a_llama_without_its_output_layer_is_named(tmp_path):
-    """What LlamaModel.save_pretrained writes: the same tensors without `model.` before their names."""
+    """What LlamaModel.save_pretrained writes: the same tensors without `model.` before their
+    names."""
     write_model(tmp_path, SMALL)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lm_head.weight"]
@@ -214,7 +217,7 @@ def test_a_llama_without_its_output_layer_is_named(tmp_path):
     one_line(error, "LlamaModel", "LlamaForCausalLM")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # config.json
 
 WHOLE = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -294,7 +297,7 @@ def test_weights_that_are_none(content, tiny, capsys, tmp_path, no_weights):
     refuse([*tiny, "--group-size", "2", "--model", str(tmp_path)], words, capsys, eval_ppl)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers, texts, results
 
 
@@ -368,7 +371,7 @@ def test_a_row_that_cannot_be_is_not_drawn(change, capsys, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several writers
 
 
@@ -386,7 +389,8 @@ def fork(work):
 
 @pytest.mark.parametrize("attempt", range(20))
 def test_four_processes_write_to_one_file(attempt, tmp_path):
-    """No row is lost, none is there twice, also of those that all four have; nothing is left beside the file."""
+    """No row is lost, none is there twice, also of those that all four have; nothing is left beside
+    the file."""
     path = tmp_path / "out.json"
 
     def write(writer):
@@ -403,7 +407,7 @@ def test_four_processes_write_to_one_file(attempt, tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".out.json.lock", "out.json"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Killed runs
 
 MOMENTS = (
@@ -420,8 +424,8 @@ def die():
 
 
 def run_and_be_killed(program, file, moment, arguments):
-    """A command that is killed at a moment of the writing of `file`, a pattern of temporary names, which may be of the
-    third time that such a file is written."""
+    """A command that is killed at a moment of the writing of `file`, a pattern of temporary names,
+    which may be of the third time that such a file is written."""
     write, replace, left = Path.write_bytes, os.replace, 3 if "out" in file else 1
 
     def writing(path, data):
@@ -448,7 +452,8 @@ def moments_of(name):
 
 
 def killed_runs(name, file, folder, *arguments):
-    """In a process of its own: a run for each moment, in a folder of its own. Prints how each ended."""
+    """In a process of its own: a run for each moment, in a folder of its own. Prints how each
+    ended."""
     torch.set_num_threads(1)  # a forked process has no other thread
     program = {"eval_ppl": eval_ppl, "table2": table2, "table1": table1, "figures": figures}[name]
     kvquant.weighted_kmeans, hub.documents, hub.PROMPTS = (
@@ -490,7 +495,8 @@ def sample_documents(name, split="test", real=hub.documents):
 
 
 def be_killed(name, file, arguments, tmp_path):
-    """A run of the command for each moment; returns their folders. There is one for an undisturbed run, too."""
+    """A run of the command for each moment; returns their folders. There is one for an undisturbed
+    run, too."""
     folders = [tmp_path / str(i) for i in range(len(moments_of(name)))]
     for folder in (tmp_path / "undisturbed", *folders):
         folder.mkdir()
@@ -508,7 +514,8 @@ def be_killed(name, file, arguments, tmp_path):
 
 
 def kill_and_run_again(program, name, file, arguments, tmp_path, monkeypatch, capsys):
-    """Yields moment, folder, how many rows were there, and what the next run said, whose rows are the undisturbed."""
+    """Yields moment, folder, how many rows were there, and what the next run said, whose rows are
+    the undisturbed."""
     monkeypatch.setattr(kvquant, "weighted_kmeans", even_codebooks)
     monkeypatch.setattr(hub, "documents", sample_documents)
     folders = be_killed(name, file, arguments, tmp_path)
@@ -546,7 +553,8 @@ def test_killed_at_any_moment_a_run_spoils_nothing(tiny, tmp_path, monkeypatch, 
 def test_killed_while_it_keeps_a_calibration_a_run_spoils_nothing(
     tiny, tmp_path, monkeypatch, capsys
 ):
-    """kill -9 while KVQuant's calibration is written; the next run leaves it, its SHA-256 and its lock in our cache."""
+    """kill -9 while KVQuant's calibration is written; the next run leaves it, its SHA-256 and its
+    lock in our cache."""
     arguments = [*tiny, *"--limit 1 --calib-windows 2 --outliers 0.01 --keep kvsink".split()]
     file = r"[0-9a-f]{16}\.safetensors\.[0-9a-f]{32}"
     for moment, folder, _, said in kill_and_run_again(
@@ -567,8 +575,8 @@ def test_killed_while_it_keeps_a_calibration_a_run_spoils_nothing(
 def test_killed_while_it_writes_a_table_or_a_picture_a_run_spoils_nothing(
     program, name, tiny, tmp_path, monkeypatch
 ):
-    """kill -9 while a picture is written, and while the site that the finder found is; the next run gives the same bytes,
-    and leaves no more than the undisturbed."""
+    """kill -9 while a picture is written, and while the site that the finder found is; the next run
+    gives the same bytes, and leaves no more than the undisturbed."""
     monkeypatch.setattr(hub, "documents", sample_documents)
     monkeypatch.setattr(hub, "PROMPTS", SITE_PROMPTS)
     monkeypatch.setattr(shared, "calibration_windows", one_window)

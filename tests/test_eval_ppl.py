@@ -20,7 +20,8 @@ def test_the_gain_of_five_predicted_tokens_is_no_chance(default_model):
     assert eval_ppl.main([*rows, "--no-compile", "--json", str(out)]) == 0
     nll = {(r["keep"], r["sinks"]): r["nll"] for r in results_of(out)}
     d = np.subtract(nll["kvsink", 5], nll["pfn", 5])
-    # A permutation test: if the rules were alike, each window's difference could as well have the other sign.
+    # A permutation test: if the rules were alike, each window's difference could as well have the
+    # other sign.
     signs = np.array(list(itertools.product((1, -1), repeat=len(d))))
     p = (abs(signs @ d) >= abs(d.sum()) - 1e-12).mean()
     assert p < 0.05 and "lower" in results.gain(nll["kvsink", 5], nll["pfn", 5])
@@ -29,7 +30,8 @@ def test_the_gain_of_five_predicted_tokens_is_no_chance(default_model):
 
 
 def test_one_token_again_and_again_keeps_twenty(default_model):
-    """Each has the massive number of a sink, so a tenth of the largest is no bound; a short text keeps all it has."""
+    """Each has the massive number of a sink, so a tenth of the largest is no bound; a short text
+    keeps all it has."""
     model, tokenizer = (
         Llama.from_pretrained(default_model),
         Tokenizer.from_pretrained(default_model),
@@ -51,7 +53,8 @@ def test_one_token_again_and_again_keeps_twenty(default_model):
 
 
 def test_the_default_command(default_model, tmp_path):
-    """The rows of `python eval_ppl.py`, on half of its first window: who is better shows there, too."""
+    """The rows of `python eval_ppl.py`, on half of its first window: who is better shows there,
+    too."""
     out = tmp_path / "out.json"
     small = "--no-compile --limit 1 --calib-windows 1 --seq-len 512 --json".split()
     assert eval_ppl.main([*small, str(out)]) == 0

@@ -1,5 +1,5 @@
-"""paper/figures.py and `python -m paper`: what is drawn, by the numbers in the pictures, and what the commands
-refuse."""
+"""paper/figures.py and `python -m paper`: what is drawn, by the numbers in the pictures, and what
+the commands refuse."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ from tests.helpers import (
 )
 from tests.subjects import drawable, planted_subject  # noqa: F401
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -47,7 +47,8 @@ class Letters:
 
 @pytest.fixture
 def drawn():
-    """A subject; the Activations of its blocks, l -> Activations; its attention scores in the block that is drawn."""
+    """A subject; the Activations of its blocks, l -> Activations; its attention scores in the block
+    that is drawn."""
     subject = replace(planted_subject(), tokenizer=Letters())
     inside = {a.l: a for a in look(subject.model, subject.windows[0], lambda a: a)}
     assert subject.block == 4 and len(subject.S) == 40  # all of it is drawn token by token
@@ -214,7 +215,8 @@ def test_figure_10():
 
 
 def test_long_texts_are_drawn_in_squares():
-    """300 tokens as 100 squares of 3: each square is the largest number in it, and one that no query sees is white."""
+    """300 tokens as 100 squares of 3: each square is the largest number in it, and one that no
+    query sees is white."""
     X, axis = (
         torch.rand(300, 300, generator=torch.Generator().manual_seed(0)),
         figures.Figure().subplots(),
@@ -231,7 +233,7 @@ def test_long_texts_are_drawn_in_squares():
     )  # token 0 stands clear of the frame
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The commands
 
 
@@ -378,7 +380,8 @@ def test_figure_9_beside_all_others(drawable, tmp_path, monkeypatch, capsys):  #
     (["--model", "lama2-7b"], ["llama2-7b"]),
     (["--device", "cuda:99"], ["cuda:99"]),
 ])  # fmt: skip
-def test_figures_that_cannot_be(change, words, drawable, capsys, tmp_path, monkeypatch):  # noqa: F811
+# noqa: F811
+def test_figures_that_cannot_be(change, words, drawable, capsys, tmp_path, monkeypatch):
     if (
         change[-1] == "wrong site"
     ):  # sinks are stable in blocks 3 to 6, and these would be read off after block 6
@@ -389,7 +392,8 @@ def test_figures_that_cannot_be(change, words, drawable, capsys, tmp_path, monke
 
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
-def test_figures_name_the_block_of_a_nan(value, drawable, capsys, tmp_path, monkeypatch):  # noqa: F811
+# noqa: F811
+def test_figures_name_the_block_of_a_nan(value, drawable, capsys, tmp_path, monkeypatch):
     write_model(tmp_path / "model", {**PLANTED, "vocab_size": 300})
     write_bpe(tmp_path / "model", bytes_vocabulary(), DIGITS)
     weights = load_file(tmp_path / "model" / "model.safetensors")

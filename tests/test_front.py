@@ -13,7 +13,8 @@ from tests.helpers import refuse, results_of
 
 
 def test_the_front_by_hand():
-    """Of (bits, PPL): (2, 50), (2, 40), (3, 45), (4, 20), (4.5, 20), (5, 19), the second, fourth and last."""
+    """Of (bits, PPL): (2, 50), (2, 40), (3, 45), (4, 20), (4.5, 20), (5, 19), the second, fourth
+    and last."""
     points = [(4.5, 20.0), (2, 50.0), (3, 45.0), (4, 20.0), (5, 19.0), (2, 40.0)]
     found = front.front([{"stored_bits": bits, "ppl": ppl} for bits, ppl in points])
     assert [(r["stored_bits"], r["ppl"]) for r in found] == [(2, 40.0), (4, 20.0), (5, 19.0)]

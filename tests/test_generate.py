@@ -1,5 +1,5 @@
-"""python -m paper.generate: sampling, the distance to full precision, the quantizers of a run, the command, and the
-default model's text. What a packed cache predicts is in test_kvcache.py."""
+"""python -m paper.generate: sampling, the distance to full precision, the quantizers of a run, the
+command, and the default model's text. What a packed cache predicts is in test_kvcache.py."""
 
 import math
 import re
@@ -20,13 +20,13 @@ from support.tokenizer import Tokenizer
 from tests.helpers import SITE, STRONG, calibrate, loaded, refuse
 from tests.test_kvcache import SCHEMES, decoded
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling, and the distance to full precision
 
 
 def test_sampling_by_hand():
-    """Of probabilities 0.5, 0.3, 0.15, 0.05 the first two make up 0.8 and are enough for it. At temperature 0 it is the
-    first."""
+    """Of probabilities 0.5, 0.3, 0.15, 0.05 the first two make up 0.8 and are enough for it. At
+    temperature 0 it is the first."""
     logits, draw = torch.tensor([0.15, 0.5, 0.05, 0.3]).log(), torch.Generator().manual_seed(0)
     assert generate.sample(logits, 0, 0.9, draw) == 1
     drawn = [generate.sample(logits, 1.0, 0.8, draw) for _ in range(2000)]
@@ -74,7 +74,7 @@ def test_kl_divergence_against_numpy(planted, sequences):
     assert max(kl) > 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -130,8 +130,9 @@ def test_the_generate_command(tiny, capsys, long_calibration, scheme):
 
 
 def test_what_generate_does_without_options(tiny, capsys):
-    """4 bits by channel, dynamic; token 0 up to l_E, the tokens that stand out after it: here the strong one and no
-    other, though there is room for 20; a prompt shorter than that has room for all of itself."""
+    """4 bits by channel, dynamic; token 0 up to l_E, the tokens that stand out after it: here the
+    strong one and no other, though there is room for 20; a prompt shorter than that has room for
+    all of itself."""
     for filler, room in ((" bytes" * 5, 20), ("", 3)):
         assert generate.main(talk(tiny, "--prompt", f"a{chr(STRONG)}b{filler}")) == 0
         report = capsys.readouterr().out.splitlines()
@@ -159,7 +160,8 @@ def test_what_generate_does_without_options(tiny, capsys):
 
 
 def test_static_caches_are_calibrated_by_their_own_rule(tiny, long_calibration):
-    """Each row's ranges are those that Algorithm 1 with observers gives for its rule; and have its bits, K and V."""
+    """Each row's ranges are those that Algorithm 1 with observers gives for its rule; and have its
+    bits, K and V."""
     directory = hub.model_directory(tiny[1])
     model, tokenizer = Llama.from_pretrained(directory), Tokenizer.from_pretrained(directory)
     rows = tuple(
@@ -284,7 +286,8 @@ def test_bad_arguments_of_generate(change, words, tiny, capsys, monkeypatch):
 
 
 def with_windows_of(tokens, parsed):
-    """What `parse` gives, calibrated on shorter windows: those of the tiny model are as long as its context."""
+    """What `parse` gives, calibrated on shorter windows: those of the tiny model are as long as its
+    context."""
     name, machine, speech, caches, place = parsed
     return name, machine, speech, generate.replace(caches, tokens=tokens), place
 
@@ -297,12 +300,13 @@ def test_a_cache_that_does_not_fit_is_refused_before_the_weights_are_read(
     refuse(talk(tiny), ["takes", "are free", "--max-new-tokens or --bits"], capsys, generate)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The default model
 
 
 def test_the_distance_to_full_precision_of_the_default_model(default_model):
-    """Mean KL divergence along 12 tokens of its own text: 0 to itself, at 8 bits less than a hundredth of that at 4."""
+    """Mean KL divergence along 12 tokens of its own text: 0 to itself, at 8 bits less than a
+    hundredth of that at 4."""
     model, tokenizer = loaded(default_model), Tokenizer.from_pretrained(default_model)
     prompt = tokenizer.encode(
         "The capital of France is Paris.<|endoftext|>Mount Everest is the highest mountain on Earth"

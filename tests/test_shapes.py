@@ -1,4 +1,5 @@
-"""The paper's models at their true shape (paper/shapes.py), against known numbers of parameters and Table 3."""
+"""The paper's models at their true shape (paper/shapes.py), against known numbers of parameters and
+Table 3."""
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from tests.helpers import PLANTED
     ("llama3-8b", 8.03), ("llama3.1-8b-instruct", 8.03), ("llama3.2-1b", 1.24), ("llama3.2-3b", 3.21),
 ])  # fmt: skip
 def test_the_papers_models_at_their_true_shape(name, billions):
-    """Known numbers of parameters; every tensor of a checkpoint has its place; Table 3's depth and width; and a forward
-    pass, in shapes."""
+    """Known numbers of parameters; every tensor of a checkpoint has its place; Table 3's depth and
+    width; and a forward pass, in shapes."""
     config = shapes.shape(name)
     with torch.device("meta"):
         model = Llama(config)

@@ -42,7 +42,8 @@ def same_results(one, other):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The blocks that a loop had, from 1, in order, while this is used; no two may be on the device at once."""
+    """The blocks that a loop had, from 1, in order, while this is used; no two may be on the device
+    at once."""
     seen, real = [], BlocksOnDisk.walk
 
     def walk(self, order):
@@ -122,7 +123,8 @@ def test_a_damaged_checkpoint_is_refused_before_a_block_is_read(change, words, t
 def test_streaming_changes_no_digit(
     tiny, tmp_path, capsys, sample_calibration, monkeypatch, reads, compiled
 ):
-    """Every scheme, width and rule. Blocks are read once to be timed, and once for each row and each calibration."""
+    """Every scheme, width and rule. Blocks are read once to be timed, and once for each row and
+    each calibration."""
     if compiled and not cli.has_compiler("cpu"):
         pytest.skip("no compiler on this machine")
     command, rules = [*tiny, *ROWS], 3
@@ -173,7 +175,8 @@ def test_a_run_says_what_it_will_take(tiny, capsys, sample_calibration):
 
 
 def test_the_time_that_is_announced(capsys, monkeypatch, tmp_path):
-    """By hand: 3 blocks; a pass of 2 windows waits for the disk, one of 10 for the computing: 3 (5 + 10) s."""
+    """By hand: 3 blocks; a pass of 2 windows waits for the disk, one of 10 for the computing: 3 (5
+    + 10) s."""
     model = stream.from_pretrained(write_model(tmp_path, SMALL), "cpu", torch.float32)
     monkeypatch.setattr(stream, "trial", lambda model, window: (5.0, 1.0))
     stream.announce(model, TOKENS, [2, 10])
@@ -181,7 +184,8 @@ def test_the_time_that_is_announced(capsys, monkeypatch, tmp_path):
 
 
 def test_memory_on_the_device_is_about_what_a_block_takes():
-    """LLaMA2-70B in fp16: 1.6 GiB a block, 1 GiB outside; with windows of 4,096 tokens far below a card of 24 GB."""
+    """LLaMA2-70B in fp16: 1.6 GiB a block, 1 GiB outside; with windows of 4,096 tokens far below a
+    card of 24 GB."""
     config = LlamaConfig.from_dict({
         **SMALL, "vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
         "num_key_value_heads": 8, "num_hidden_layers": 80,

@@ -73,7 +73,8 @@ def test_groups_that_hold_a_sink(granularity):
 
 
 def dynamic_numpy(X, bits, granularity):
-    """Equations 10-13 for X (heads, 40, 8): a group is a token of 8 channels, or 16 tokens of a channel."""
+    """Equations 10-13 for X (heads, 40, 8): a group is a token of 8 channels, or 16 tokens of a
+    channel."""
     X_ = np.empty_like(X)
     for h, i, c in np.ndindex(X.shape):
         start = i // 16 * 16
@@ -131,7 +132,7 @@ def test_a_part_that_is_not_there_is_none(capsys):
     assert line.split()[3:] == [*[f"{rows[0]['overall']:.2f}"] * 2, "-", "1.30", "1.38", "0.07"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -181,8 +182,9 @@ def test_a_table_1_that_cannot_be(change, words, drawable, capsys, tmp_path):  #
 
 
 def test_calibration_follows_the_prompt(drawable, tiny, monkeypatch):  # noqa: F811
-    """Packed articles are calibrated on packed articles, prompts on WikiText-2, both on the training split; the default
-    model always on packed articles. No window is longer than the model's context, here 512."""
+    """Packed articles are calibrated on packed articles, prompts on WikiText-2, both on the
+    training split; the default model always on packed articles. No window is longer than the
+    model's context, here 512."""
     asked = []
     monkeypatch.undo()
     monkeypatch.setattr(
@@ -196,7 +198,8 @@ def test_calibration_follows_the_prompt(drawable, tiny, monkeypatch):  # noqa: F
     assert asked == [wikitext, packed, packed]
 
 
-def test_a_tokenizer_of_another_model_calibrates_nothing(capsys, tmp_path, drawable, monkeypatch):  # noqa: F811
+# noqa: F811
+def test_a_tokenizer_of_another_model_calibrates_nothing(capsys, tmp_path, drawable, monkeypatch):
     """A text whose ids fit is not enough: the calibration windows are checked too."""
     monkeypatch.setattr(command, "calibration_windows", lambda *_: torch.full((2, 64), 300))
     refuse(drawable, ["gives id 300", "the model has 300"], capsys, table1)
@@ -206,7 +209,7 @@ def test_a_tokenizer_of_another_model_calibrates_nothing(capsys, tmp_path, drawa
     refuse([*options, "--prompt", "letters"], ["gives id"], capsys, table1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The default model
 
 

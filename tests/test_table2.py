@@ -52,7 +52,7 @@ def rows_in(path):
     return [results.row_of(result) for result in results_of(path)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Table 2 as printed
 
 PRINTED = {  # by model; 16 bits, then of each rho KVQuant and + KVSink-5
@@ -130,7 +130,8 @@ def test_the_papers_figures_in_the_table(capsys):
 
 
 def test_what_the_command_runs():
-    """Of a model of the paper's both texts at 4,096 tokens, 16 calibration windows of WikiText-2 of 2,048."""
+    """Of a model of the paper's both texts at 4,096 tokens, 16 calibration windows of WikiText-2 of
+    2,048."""
     rows = (FULL_PRECISION, *DEFAULT_ROWS)
     whats, kvq, machine, streamed, place, json = table2.parse(["--model", "llama2-7b"])
     assert [(what.data, what.seq_len, what.limit, what.calib_windows) for what in whats] == [
@@ -166,7 +167,7 @@ def test_what_the_command_runs():
     assert what.rows[1:] == (Row("kvquant", 2, "none", 0, 0.0), Row("kvquant", 2, "kvsink", 5, 0.0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows
 
 
@@ -174,7 +175,8 @@ def test_what_the_command_runs():
 def test_rows_of_the_command(
     tiny, tmp_path, capsys, our_cache, even_codebooks, monkeypatch, calibration
 ):
-    """Rows are printed and written; a calibration is made once, also for other widths and levels."""
+    """Rows are printed and written; a calibration is made once, also for other widths and
+    levels."""
     out = tmp_path / "out.json"
     file = ["--calibration", str(tmp_path / calibration)] if calibration else []
     command = [*tiny, "--limit", "2", "--calib-windows", "3", "--json", str(out), *file]
@@ -301,7 +303,7 @@ def test_a_row_is_algorithm_1_with_its_own_calibration(tiny, tmp_path, our_cache
     assert results_of(out)[1]["ppl"] == pytest.approx(np.exp(loss), rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Streamed, and on several ranks
 
 
@@ -368,7 +370,8 @@ cli.exit_process(table2.main(sys.argv[1:]))
 
 
 def test_two_ranks_give_the_perplexity_of_one_and_calibrate_once(tiny, tmp_path, our_cache):
-    """torchrun with gloo: the windows are shared out, one rank calibrates and the other waits for its file."""
+    """torchrun with gloo: the windows are shared out, one rank calibrates and the other waits for
+    its file."""
     one, two, driver = tmp_path / "one.json", tmp_path / "two.json", tmp_path / "driver.py"
     driver.write_text(DRIVER)
     command = [
@@ -394,7 +397,7 @@ def test_two_ranks_give_the_perplexity_of_one_and_calibrate_once(tiny, tmp_path,
         assert a["ppl"] == pytest.approx(b["ppl"], rel=1e-12) and a["scheme"] == b["scheme"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -429,7 +432,7 @@ def test_a_folder_where_nothing_can_be_written(tiny, capsys, our_cache, monkeypa
     refuse(tiny, ["cannot write"], capsys, table2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The default model
 
 

@@ -16,7 +16,8 @@ def prompts_of(directory):
     return [torch.tensor([tokenizer.encode(prompt)]) for prompt in kvsink.PROMPTS]
 
 
-def test_table_3_says_whether_prompts_and_table_agree(drawable, tiny, monkeypatch, capsys):  # noqa: F811
+# noqa: F811
+def test_table_3_says_whether_prompts_and_table_agree(drawable, tiny, monkeypatch, capsys):
     model, prompts = Llama.from_pretrained(tiny[1]), prompts_of(tiny[1])
     row = table3.table_3(model, prompts, "model")
     assert (row["layers"], row["hidden_size"], row["prompts_agree"], row["table_3"]) == (

@@ -1,4 +1,5 @@
-"""Table 4 and `python -m paper.table4`: against the page as printed, and a clock that the test turns."""
+"""Table 4 and `python -m paper.table4`: against the page as printed, and a clock that the test
+turns."""
 
 import json
 import sys
@@ -43,8 +44,8 @@ def test_the_time_columns_of_table_4_as_printed():
 
 
 def test_time_is_the_median_and_warming_up_is_not_counted(monkeypatch):
-    """Two benchmarks whose i-th call takes i^2 units, so that median and mean differ; 3 repeats after a round that does not
-    count."""
+    """Two benchmarks whose i-th call takes i^2 units, so that median and mean differ; 3 repeats
+    after a round that does not count."""
     clock, calls = [0.0], []
 
     def work(name, slow):

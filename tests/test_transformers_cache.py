@@ -1,5 +1,5 @@
-"""beyond/transformers_cache.py, and where the transformers package is installed, the parity of llama.py and of the
-tokenizers with it. It is no dependency: without it these tests skip."""
+"""beyond/transformers_cache.py, and where the transformers package is installed, the parity of
+llama.py and of the tokenizers with it. It is no dependency: without it these tests skip."""
 
 import copy
 import gc
@@ -82,7 +82,7 @@ def cached(model, scheme="token-dynamic", bits=4, keep="kvsink", sinks=2, **how)
     return KVSinkCache(model, bits, scheme, 8, keep, sinks, **{"site": SITE, **how})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Its logits are this project's
 
 
@@ -90,8 +90,8 @@ def cached(model, scheme="token-dynamic", bits=4, keep="kvsink", sinks=2, **how)
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_logits_are_those_of_the_packed_cache(theirs, planted, sequences, scheme, bits, keep, N):
-    """Of the planted model, token by token: a prompt of 24 tokens in groups of 8, and 10 more. The prefill's own attention
-    reads what was quantized: its logits are not full precision's."""
+    """Of the planted model, token by token: a prompt of 24 tokens in groups of 8, and 10 more. The
+    prefill's own attention reads what was quantized: its logits are not full precision's."""
     prompt, more = sequences[0][0].tolist(), ordinary_tokens(10, 5).tolist()
     ours = cache_of(planted, scheme, bits, sequences[0][:1], keep, N)
     ours = KVCache(planted, ours, 48, k=generate.most_kept(N, 24) if keep != "none" else 0)
@@ -109,8 +109,9 @@ def test_logits_are_those_of_the_packed_cache(theirs, planted, sequences, scheme
 
 @pytest.fixture(scope="module")
 def default_theirs():
-    """The default model as transformers runs it, with this project's RoPE table. Its own angles differ in the fifth digit, which
-    flips a code here and there, and that flips others, so that perplexities of 4 bits differ by 0.2 to 0.7 %."""
+    """The default model as transformers runs it, with this project's RoPE table. Its own angles
+    differ in the fifth digit, which flips a code here and there, and that flips others, so that
+    perplexities of 4 bits differ by 0.2 to 0.7 %."""
     directory = fetched_default_model()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     cos, sin = rope_table(LlamaConfig.from_pretrained(directory), 1024, "cpu")
@@ -120,7 +121,8 @@ def default_theirs():
 
 @pytest.mark.parametrize("scheme", ["token-static", "channel-dynamic"])
 def test_logits_of_the_default_model(default_llama, default_theirs, scheme):
-    """A prompt of 66 tokens, which is a group of Keys and two more, and three tokens after it; two schemes with two rules each."""
+    """A prompt of 66 tokens, which is a group of Keys and two more, and three tokens after it; two
+    schemes with two rules each."""
     tokenizer = Tokenizer.from_pretrained(hub.model_directory(hub.DEFAULT_MODEL))
     prompt = tokenizer.encode("Rome is old.<|endoftext|>Mount Everest is high.<|endoftext|>" * 9)[
         :66
@@ -172,7 +174,7 @@ def test_perplexity_is_that_of_the_main_command(default_model, default_theirs, t
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What it stores
 
 
@@ -181,7 +183,8 @@ def parts_of(cache):
 
 
 def test_codes_are_made_once_and_an_unfinished_group_waits(theirs, sequences):
-    """29 tokens in groups of 8: of the Keys 24 have codes and 5 do not; 20 tokens later the same codes stand in front."""
+    """29 tokens in groups of 8: of the Keys 24 have codes and 5 do not; 20 tokens later the same
+    codes stand in front."""
     cache = cached(theirs, "channel-dynamic")
     decoded(theirs, cache, sequences[0][0].tolist(), range(20, 25))
     keys = [t for t in parts_of(cache)[::2]]
@@ -199,7 +202,8 @@ def test_codes_are_made_once_and_an_unfinished_group_waits(theirs, sequences):
 
 
 def test_a_store_of_two_sequences_with_padding_and_unequal_sinks():
-    """Padding of 1,000 widens no range, and only sinks come back exactly, two of the one sequence and one of the other."""
+    """Padding of 1,000 widens no range, and only sinks come back exactly, two of the one sequence
+    and one of the other."""
     X, real, S_sink = (
         torch.randn(2, 1, 16, 8),
         torch.ones(2, 16, dtype=torch.bool),
@@ -215,7 +219,8 @@ def test_a_store_of_two_sequences_with_padding_and_unequal_sinks():
 
 
 def test_bytes_are_what_is_stored(theirs, sequences):
-    """By hand: 24 tokens of 2 sequences, 6 blocks of 2 heads of 8 channels, at 4 bits in groups of 8; fp32."""
+    """By hand: 24 tokens of 2 sequences, 6 blocks of 2 heads of 8 channels, at 4 bits in groups of
+    8; fp32."""
     cache = cached(theirs, "channel-dynamic")
     after(theirs, cache, sequences[0])
     codes, scales, zeros = (
@@ -233,8 +238,8 @@ def test_bytes_are_what_is_stored(theirs, sequences):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_cutting_off_the_end(theirs, sequences, scheme):
-    """Whatever was decoded before the cut reads the same after it, also where the cut goes through a group; and decoding goes
-    on. Nothing is left of a kept token that was cut off."""
+    """Whatever was decoded before the cut reads the same after it, also where the cut goes through
+    a group; and decoding goes on. Nothing is left of a kept token that was cut off."""
     cache = cached(theirs, scheme)
     if SCHEMES[scheme].static:
         cache.calibrate(sequences[0])
@@ -278,15 +283,15 @@ def test_sequences_are_reordered_repeated_and_chosen(theirs, sequences):
         torch.testing.assert_close(after(theirs, second, more[1:]), expected[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which tokens it keeps
 
 
 @pytest.mark.parametrize("k", [1, 2, "auto"])
 def test_a_prompt_in_chunks_keeps_a_running_top_k(theirs, k):
-    """The weaker sink comes first and is kept, then the stronger one comes: of one kept token it would take the place, but
-    the weaker one's code was made for a group without it, so both stay. The third chunk has none that is large enough. A
-    decoded token is never a sink."""
+    """The weaker sink comes first and is kept, then the stronger one comes: of one kept token it
+    would take the place, but the weaker one's code was made for a group without it, so both stay.
+    The third chunk has none that is large enough. A decoded token is never a sink."""
     tokens = ordinary_tokens(24, 0)
     tokens[[3, 12]] = torch.tensor([WEAK, STRONG])
     cache = cached(theirs, "channel-dynamic", keep="kvsink", sinks=k)
@@ -330,8 +335,9 @@ def test_generate_in_chunks_beams_and_two_turns(theirs, sequences):
 
 @pytest.mark.parametrize("keep, N", RULES)
 def test_left_padding_is_no_sink_and_no_position(theirs, keep, N):
-    """A batch of unequal prompts, padded on the left with what would be a sink: of each the tokens are kept that are kept of
-    it alone, and its logits are those of it alone (by token: no group has padding in it)."""
+    """A batch of unequal prompts, padded on the left with what would be a sink: of each the tokens
+    are kept that are kept of it alone, and its logits are those of it alone (by token: no group has
+    padding in it)."""
     long, short = ordinary_tokens(20, 0), ordinary_tokens(12, 1)
     long[[6, 15]], short[[2, 7]] = torch.tensor([WEAK, STRONG]), torch.tensor([STRONG, WEAK])
     padded = torch.stack([long, torch.cat((torch.full((8,), STRONG), short))])
@@ -370,7 +376,8 @@ def test_left_padding_is_no_sink_and_no_position(theirs, keep, N):
 
 
 def test_ones_own_rule(theirs, sequences):
-    """RotateKV's top-k over all channels, of which the planted one is the largest; and one that no model would."""
+    """RotateKV's top-k over all channels, of which the planted one is the largest; and one that no
+    model would."""
 
     def rotatekv(H):
         return kvsink.predict_sinks(H.abs().amax(-1, keepdim=True), c=0, k=min(2, H.shape[1]))
@@ -391,7 +398,7 @@ def test_ones_own_rule(theirs, sequences):
     assert every_third.sinks() == [[0, 3, 6, 8, 11, 14, 17, 20, 23]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every model of transformers
 
 
@@ -418,8 +425,8 @@ MODELS = {
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_family_runs(kind, attention):
-    """Sinks are the top-k of the model's own hidden state; with 8 bits its logits are near full precision's, and at 2 bits
-    they are not; layers with a sliding window stay transformers'."""
+    """Sinks are the top-k of the model's own hidden state; with 8 bits its logits are near full
+    precision's, and at 2 bits they are not; layers with a sliding window stay transformers'."""
     model, tokens = random_model(kind, attention, **MODELS[kind]), torch.arange(3, 33)[None]
     states = model(tokens, output_hidden_states=True)
     cache = KVSinkCache(model, 8, "token-dynamic", 16, "kvsink", 3, site=Site(2, 7))
@@ -448,8 +455,8 @@ def test_a_model_that_only_slides_is_refused():
 
 
 def test_the_site(theirs, tmp_path):
-    """The finder's, by the tokens that a tokenizer makes; Table 3's, by name and shape; where there is none, a warning, and
-    token 0 is kept."""
+    """The finder's, by the tokens that a tokenizer makes; Table 3's, by name and shape; where there
+    is none, a warning, and token 0 is kept."""
 
     class tokenizer:
         def __init__(self, prompt):
@@ -470,7 +477,7 @@ def test_the_site(theirs, tmp_path):
         assert not block._forward_hooks or l == SITE.l_E - 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hooks, and what is refused
 
 
@@ -663,7 +670,7 @@ def test_the_command(tiny, capsys, monkeypatch):
     refuse(["--model", "nobody"], ["no model", "nobody"], capsys, side_by_side)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parity of the reference with transformers, live
 
 
@@ -682,7 +689,8 @@ def test_logits_of_the_reference_are_those_of_transformers(family, tmp_path):
 
 
 def test_tokenizers_are_those_of_transformers(default_model, tmp_path):
-    """The default model's, LLaMA-3's kind, and LLaMA-2's kind of tokenizer.json, on strings that hurt."""
+    """The default model's, LLaMA-3's kind, and LLaMA-2's kind of tokenizer.json, on strings that
+    hurt."""
     special = ("<|begin_of_text|>", "<|end_of_text|>")
     ranks = bytes_vocabulary([" cat", "1234", "ab", "  "])
     write_bpe(tmp_path / "llama3", ranks, llama3_pre_tokenizer(), special, first=special[0])

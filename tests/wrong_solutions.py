@@ -1,5 +1,6 @@
-"""Plausible errors of students: the assigned function, what stands in the reference, what the student writes, and the
-error in words. Each has to lose the points of its function. Lecturers only: the handout does not have it."""
+"""Plausible errors of students: the assigned function, what stands in the reference, what the
+student writes, and the error in words. Each has to lose the points of its function. Lecturers only:
+the handout does not have it."""
 
 WRONG = [
     # Problem 1

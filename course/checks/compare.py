@@ -1,5 +1,6 @@
-"""What a test says when two things differ. Each test is two halves: a scenario (scenarios.py) runs the assigned
-function and returns plain values; the test compares these with numbers worked by hand, or with a property."""
+"""What a test says when two things differ. Each test is two halves: a scenario (scenarios.py) runs
+the assigned function and returns plain values; the test compares these with numbers worked by hand,
+or with a property."""
 
 import numpy as np
 

@@ -19,7 +19,8 @@ def test_scale_by_hand(run):
 
 
 def test_scale_of_a_constant_group(run):
-    """Whatever the constant is, Equations 13, 10 and 11 with this scale give it back exactly: 3.7, -0.25 and 0."""
+    """Whatever the constant is, Equations 13, 10 and 11 with this scale give it back exactly: 3.7,
+    -0.25 and 0."""
     x = numbers(3.7, -0.25, 0)
     s = run(equation, "scale", x, x, 2)
     assert (s > 0).all() and np.isfinite(s).all(), f"scale: {s} is not positive"

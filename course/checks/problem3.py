@@ -14,7 +14,8 @@ def drawn(seed, *shape):
 
 
 def test_rope_table_by_hand(run):
-    """Heads of 4 channels, theta 100: pair 0 turns by 1 a token, pair 1 by 1/10. Channel i is paired with i + 2."""
+    """Heads of 4 channels, theta 100: pair 0 turns by 1 a token, pair 1 by 1/10. Channel i is
+    paired with i + 2."""
     cos, sin = run(rope, {"head_dim": 4, "rope_theta": 100.0}, 3)
     angle = np.float64([[0, 0, 0, 0], [1, 0.1, 1, 0.1], [2, 0.2, 2, 0.2]])
     close(cos, np.cos(angle), "cos")
@@ -32,21 +33,23 @@ def test_rope_table_linear(run):
 
 
 def test_rope_table_llama3(run):
-    """Pair 0 turns ten times in the 64 tokens of training, which is fast; pair 1 a thousandth of that, which is
-    slow."""
+    """Pair 0 turns ten times in the 64 tokens of training, which is fast; pair 1 a thousandth of
+    that, which is slow."""
     cos, _ = run(rope, {"head_dim": 4, "rope_theta": 1e6, "rope_scaling": LLAMA31}, 5)
     close(cos[4], np.cos([4, 4e-3 / 8, 4, 4e-3 / 8]), "cos")
 
 
 def test_apply_rope_by_hand(run):
-    """A quarter of a turn: channels (1, 2, 3, 4) are the pairs (1, 3) and (2, 4), and become (-3, 1) and (-4, 2)."""
+    """A quarter of a turn: channels (1, 2, 3, 4) are the pairs (1, 3) and (2, 4), and become (-3,
+    1) and (-4, 2)."""
     X = np.float32([1, 2, 3, 4]).reshape(1, 1, 1, 4)
     out, _ = run(rotated, X, np.zeros((1, 4), np.float32), np.ones((1, 4), np.float32))
     close(out.ravel(), [-3, -4, 1, 2], "rotated")
 
 
 def test_apply_rope_keeps_lengths_and_differences(run):
-    """A turn changes no length; and the product of a query and a Key depends on how far apart they are."""
+    """A turn changes no length; and the product of a query and a Key depends on how far apart they
+    are."""
     angle = np.outer(np.arange(10), [1, 0.1, 1, 0.1]).astype(np.float32)
     X = np.repeat(drawn(0, 1, 2, 1, 4), 10, axis=2)  # the same at each position
     out, _ = run(rotated, X, np.cos(angle), np.sin(angle))

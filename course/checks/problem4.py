@@ -1,5 +1,5 @@
-"""Problem 4, Algorithm 1: a block whose parts can be followed by hand, and a model whose blocks add what is written
-down. Nothing here needs your solutions of other problems."""
+"""Problem 4, Algorithm 1: a block whose parts can be followed by hand, and a model whose blocks add
+what is written down. Nothing here needs your solutions of other problems."""
 
 import numpy as np
 
@@ -20,8 +20,9 @@ ZERO = np.zeros((2, 4, 3), np.float32)  # H^0 of two sequences of four tokens
 
 
 def test_decoder_block_by_hand(run):
-    """scenarios.py says what the parts do. X is 1 and 2; K is 10.5 and 20.5, V 100 and 200; the first token is
-    quantized: -10.5 and -100. So A is -110.5 and 220.5, H' is -221 and 442, and 4 H' + 7 is the output."""
+    """scenarios.py says what the parts do. X is 1 and 2; K is 10.5 and 20.5, V 100 and 200; the
+    first token is quantized: -10.5 and -100. So A is -110.5 and 220.5, H' is -221 and 442, and 4 H'
+    + 7 is the output."""
     seen = run(through_block, TWO, SECOND, False)
     close(seen["attention"][0].ravel(), [1.5, 2.5], "Q")
     close(seen["attention"][1].ravel(), [-10.5, 20.5], "K after quantization")
@@ -63,7 +64,8 @@ def test_predict_sinks_by_hand(run):
 
 
 def test_prefill_takes_each_block_in_turn(run):
-    """Blocks 1 to 3, each with its own pair of quantizers and the table of RoPE; H^3 is the sum of what they add."""
+    """Blocks 1 to 3, each with its own pair of quantizers and the table of RoPE; H^3 is the sum of
+    what they add."""
     steps = np.arange(3 * 24, dtype=np.float32).reshape(3, 2, 4, 3)
     seen = run(prefill_rule, ZERO, steps, {})
     same(seen["block"], [1, 2, 3], "blocks")
@@ -74,7 +76,8 @@ def test_prefill_takes_each_block_in_turn(run):
 
 
 def test_prefill_predicts_after_block_l_E(run):
-    """l_E = 2 of 4: nothing is left out in blocks 1 and 2, and the largest token of channel 1 in blocks 3 and 4."""
+    """l_E = 2 of 4: nothing is left out in blocks 1 and 2, and the largest token of channel 1 in
+    blocks 3 and 4."""
     steps = np.zeros((4, 2, 4, 3), np.float32)
     steps[1, 0, 2, 1], steps[1, 1, 3, 1] = -50, 40
     seen = run(prefill_rule, ZERO, steps, {"l_E": 2, "c": 1, "k": 1})
@@ -107,7 +110,8 @@ def test_pfn_by_hand(run):
 
 
 def test_observers_look_and_do_not_touch(run):
-    """One cache, two blocks: Keys and Values come back, and each quantizer's `calibrate` got its own and the mask."""
+    """One cache, two blocks: Keys and Values come back, and each quantizer's `calibrate` got its
+    own and the mask."""
     X, mask = np.float32([1, 2]).reshape(1, 1, 2, 1), np.array([False, True]).reshape(1, 1, 2, 1)
     seen, returned = run(observed, 1, 2, X, mask)
     for l in (1, 2):

@@ -12,7 +12,8 @@ def states():
 
 
 def test_stable_outliers_by_hand(run):
-    """From block 2 on token 3 has 120 in channel 2 and token 5 has -340 in channel 4: the larger is the first."""
+    """From block 2 on token 3 has 120 in channel 2 and token 5 has -340 in channel 4: the larger is
+    the first."""
     H = states()
     H[1:, 3, 2], H[1:, 5, 4] = 120, -340
     (l_E, channels, magnitudes), _, _ = run(outliers, H)
@@ -21,7 +22,8 @@ def test_stable_outliers_by_hand(run):
 
 
 def test_stable_outliers_above_both_thresholds(run):
-    """99 is below a hundred times the median; 500 in all tokens is not ten times its channel's median. ValueError."""
+    """99 is below a hundred times the median; 500 in all tokens is not ten times its channel's
+    median. ValueError."""
     H = states()
     H[1:, 3, 2] = 99
     assert run(outliers, H)[1], "99: no ValueError"
@@ -48,7 +50,8 @@ def test_stable_outliers_name_the_block_of_a_nan(run):
 
 
 def test_find_site_by_hand(run):
-    """Two prompts agree on block 2 and channel 4; further channels may differ. Each prompt is looked at as (1, n)."""
+    """Two prompts agree on block 2 and channel 4; further channels may differ. Each prompt is
+    looked at as (1, n)."""
     found, _, tokens = run(site, [[2, [4, 2], [340, 120]], [2, [4, 7], [500, 130]]])
     same(found, [2, 4], "site")
     same(tokens, [[[0, 1, 2]], [[1, 2, 3]]], "tokens")

@@ -42,7 +42,8 @@ def test_unpack_by_hand(run):
 
 
 def test_scores_by_hand(run):
-    """One head of 8 channels, three tokens, 8 bits, so that bytes are codes. Keys are s (codes - z)."""
+    """One head of 8 channels, three tokens, 8 bits, so that bytes are codes. Keys are s (codes -
+    z)."""
     codes = np.arange(24, dtype=np.uint8).reshape(1, 1, 3, 8)
     s, z = np.float32([1, 2, 0.5]).reshape(1, 1, 3, 1), np.float32([0, 8, 20]).reshape(1, 1, 3, 1)
     Q = np.float32([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]).reshape(
@@ -53,8 +54,8 @@ def test_scores_by_hand(run):
 
 
 def test_scores_of_the_newest_group(run):
-    """Groups of two tokens with a scale for each channel. The next token goes to slot 3: tokens 2 and 3 are in the
-    residual."""
+    """Groups of two tokens with a scale for each channel. The next token goes to slot 3: tokens 2
+    and 3 are in the residual."""
     codes = np.ones((1, 1, 4, 8), np.uint8)
     s, z = np.ones((1, 1, 2, 8), np.float32), np.zeros((1, 1, 2, 8), np.float32)
     residual = np.float32([5] * 8 + [6] * 8).reshape(1, 1, 2, 8)
@@ -63,8 +64,8 @@ def test_scores_of_the_newest_group(run):
 
 
 def test_scores_of_keys_before_rope(run):
-    """Token 1's angle is a quarter of a turn. Turned, its Key (1, 0, 0, 0, 0, 0, 0, 0) is 1 in channel 4. (This uses
-    `apply_rope`.)"""
+    """Token 1's angle is a quarter of a turn. Turned, its Key (1, 0, 0, 0, 0, 0, 0, 0) is 1 in
+    channel 4. (This uses `apply_rope`.)"""
     codes = np.zeros((1, 1, 2, 8), np.uint8)
     codes[..., 0] = 1
     s, z = np.ones((1, 1, 2, 1), np.float32), np.zeros((1, 1, 2, 1), np.float32)

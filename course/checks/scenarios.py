@@ -1,5 +1,5 @@
-"""What the tests do with your functions: each scenario takes plain values, makes tensors of them, calls one assigned
-function, and returns plain values. No test and no answer is here."""
+"""What the tests do with your functions: each scenario takes plain values, makes tensors of them,
+calls one assigned function, and returns plain values. No test and no answer is here."""
 
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -34,7 +34,7 @@ def refused(function, *arguments):
         return [type(error).__name__, str(error)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problems 1 and 2: quant.py
 
 
@@ -70,7 +70,7 @@ def calibration_refused(X):
     return refused(quant.Quantizer(4, "token", static=True).calibrate, tensor(X))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problem 3: llama.py
 
 SHAPE = {
@@ -100,14 +100,15 @@ def attended(Q, K, V, window):
     return plain(llama.attention(tensor(Q), tensor(K), tensor(V), window))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problem 4: kvsink.py, with parts so simple that one can follow them by hand
 
 
 def through_block(H, S_sink, pre_rope):
-    """decoder_block with h = h_kv = H's third axis / 2 heads of 2 channels, or one head where there is one channel. Its
-    parts: LN_mhsa adds 1; Q is X, K is 10 X, V is 100 X; RoPE adds 0.5; to quantize is to change the sign; attention is
-    K + V; W_o doubles; LN_ffn triples; the FFN adds 7. Returns what each part was given."""
+    """decoder_block with h = h_kv = H's third axis / 2 heads of 2 channels, or one head where there
+    is one channel. Its parts: LN_mhsa adds 1; Q is X, K is 10 X, V is 100 X; RoPE adds 0.5; to
+    quantize is to change the sign; attention is K + V; W_o doubles; LN_ffn triples; the FFN adds 7.
+    Returns what each part was given."""
     seen, d_k = {}, min(2, H.shape[2])
 
     def heads(X):
@@ -146,7 +147,8 @@ def predicted(H, c, k):
 
 
 def algorithm_1(H, steps, S_sink=None, **rule):
-    """prefill of a model whose block l adds steps[l - 1] to H. Returns what the step was given in each block."""
+    """prefill of a model whose block l adds steps[l - 1] to H. Returns what the step was given in
+    each block."""
     seen = {"block": [], "S_sink": [], "cache": [], "rope": [], "pre_rope": []}
 
     def step(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope=False):
@@ -178,8 +180,9 @@ def first(H, N):
 
 
 def observed(caches, L, X, leave_out, broken=None):
-    """Of `caches` caches with L blocks: what calibrate of each quantizer was given when block l's Keys are l X and its
-    Values -l X, and what the observers returned. The quantizers of block `broken` refuse theirs."""
+    """Of `caches` caches with L blocks: what calibrate of each quantizer was given when block l's
+    Keys are l X and its Values -l X, and what the observers returned. The quantizers of block
+    `broken` refuse theirs."""
     seen, returned = {}, []
 
     def quantizer(name, l):
@@ -206,7 +209,7 @@ def observers_refused(L, broken):
     return refused(observed, 1, L, X, np.zeros((1, 1, 2, 1), bool), broken)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problem 5: the finder
 
 
@@ -231,7 +234,8 @@ def outliers(states):
 
 
 def site(found):
-    """find_site where each prompt shows what `found` says; or the error; and the tokens that were looked at."""
+    """find_site where each prompt shows what `found` says; or the error; and the tokens that were
+    looked at."""
     seen, replies, out = [], iter(found), []
 
     def stable_outliers(model, tokens):
@@ -246,7 +250,7 @@ def site(found):
     return [out, error, seen]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problem 6: paper/kvcache.py
 
 
@@ -283,8 +287,8 @@ class Sparse:
 
 
 def scored(codes, bits, s, z, Q, at, residual=None, rope=None, sparse=False):
-    """Scores (b, h_kv, G, n) from packed codes; `at` (b, 1) is the slot of each sequence's next token; `residual` (b, h_kv,
-    g, d_k) are the Keys of the newest group."""
+    """Scores (b, h_kv, G, n) from packed codes; `at` (b, 1) is the slot of each sequence's next
+    token; `residual` (b, h_kv, g, d_k) are the Keys of the newest group."""
     from paper import kvcache
 
     def decode(codes, s, z):

@@ -1,4 +1,5 @@
-"""Problem 2 with other shapes, group by group in loops; and the arguments that are easy to forget."""
+"""Problem 2 with other shapes, group by group in loops; and the arguments that are easy to
+forget."""
 
 import numpy as np
 
@@ -19,7 +20,8 @@ def members(n, d, granularity, g):
 
 
 def test_grouped_with_other_sizes(run):
-    """Groups as wide as X or wider, and none; a fill that is not 0 and does not touch what is there."""
+    """Groups as wide as X or wider, and none; a fill that is not 0 and does not touch what is
+    there."""
     close(run(groups, BOTH, "token", 128, 0.0)[0], BOTH[..., None, :], "token, 128")
     close(run(groups, BOTH, "token", None, 0.0)[0], BOTH[..., None, :], "token, None")
     close(run(groups, BOTH, "channel", 128, 9.0)[0], BOTH[:, :, None], "channel, 128")
@@ -71,7 +73,8 @@ def test_clipped_range_over_further_axes(run):
 
 
 def test_clipped_range_by_quantile(run):
-    """The quantiles at 1 - 0.9 and 0.9; what is missing or left out does not count; a group of nothing stays so."""
+    """The quantiles at 1 - 0.9 and 0.9; what is missing or left out does not count; a group of
+    nothing stays so."""
     left_out = np.arange(7).reshape(1, 1, 7, 1) < 2
     lo, hi = run(ranges, BOTH, "channel", 4, {"quantile": 0.9, "leave_out": left_out})
     close(lo[:, :, 0, 0], np.quantile(BOTH[:, :, 2:4], 0.1, axis=2), "lo")
@@ -89,7 +92,8 @@ def test_clipped_range_by_ratio_of_nothing(run):
 
 
 def test_calibrate_against_loops(run):
-    """Two batches of other lengths with masks: one range a head and group of channels, or a head and channel."""
+    """Two batches of other lengths with masks: one range a head and group of channels, or a head
+    and channel."""
     draw, seen, parts = np.random.RandomState(5), [], []
     for n in (5, 12):
         X, sinks = draw.randn(2, 3, n, 8).astype(np.float32) * 10, draw.rand(2, n) < 0.3

@@ -19,7 +19,8 @@ def drawn(seed, *shape):
 
 
 def test_decoder_block_against_numpy(run):
-    """Two sequences of two tokens, two heads of two channels: a mask on the wrong axis fits, and is wrong."""
+    """Two sequences of two tokens, two heads of two channels: a mask on the wrong axis fits, and is
+    wrong."""
     H, S_sink = drawn(1, 2, 2, 4), np.array([[True, False], [False, False]])
     for pre_rope in (False, True):
         seen = run(through_block, H, S_sink, pre_rope)
@@ -53,7 +54,8 @@ def test_predict_sinks_of_none_and_all(run):
 
 
 def test_prefill_predicts_once(run):
-    """A later block makes another token larger; an earlier one has made one large in another channel."""
+    """A later block makes another token larger; an earlier one has made one large in another
+    channel."""
     steps = drawn(4, 6, 3, 9, 5)
     steps[0, :, 1, 0], steps[4, :, 0, 2] = 1e3, 1e6
     for b, at in enumerate(([4, 8], [2, 3], [0, 7])):
@@ -68,7 +70,8 @@ def test_prefill_predicts_once(run):
 
 
 def test_prefill_with_both_rules(run):
-    """Token 0 up to block l_E = 1, then the predicted ones; l_E = L predicts after the last block."""
+    """Token 0 up to block l_E = 1, then the predicted ones; l_E = L predicts after the last
+    block."""
     steps, given = (
         np.zeros((3, 1, 5, 2), np.float32),
         np.array([[True, False, False, False, False]]),
@@ -86,7 +89,8 @@ def test_prefill_with_both_rules(run):
 
 
 def test_prefill_without_k(run):
-    """k = "auto" keeps what reaches a tenth of the largest; pre_rope reaches the step; k = n is allowed."""
+    """k = "auto" keeps what reaches a tenth of the largest; pre_rope reaches the step; k = n is
+    allowed."""
     steps = np.zeros((2, 1, 6, 2), np.float32)
     steps[0, 0, :, 1] = [1, -500, 60, 2, 49, -3]
     seen = run(prefill_rule, steps[1], steps, {"l_E": 1, "c": 1, "k": "auto", "pre_rope": True})
@@ -116,8 +120,8 @@ def test_pfn_of_none_and_of_more(run):
 
 
 def test_observers_serve_several_caches(run):
-    """Three caches of four blocks, in one pass: each quantizer sees its own block's Keys or Values, without the
-    sinks."""
+    """Three caches of four blocks, in one pass: each quantizer sees its own block's Keys or Values,
+    without the sinks."""
     X, mask = drawn(7, 2, 3, 5, 4), drawn(8, 2, 1, 5, 1) > 0
     seen, returned = run(observed, 3, 4, X, mask)
     same(

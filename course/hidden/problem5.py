@@ -11,7 +11,8 @@ def noise(seed, L=9, n=21, d=16):
 
 
 def test_stable_outliers_in_noise(run):
-    """Emergence in block 3, dissipation in the last two; two tokens; another channel is large in two blocks only."""
+    """Emergence in block 3, dissipation in the last two; two tokens; another channel is large in
+    two blocks only."""
     for seed, c in ((1, 5), (2, 11)):
         H = noise(seed)
         H[2:7, 4, c], H[2:7, 13, c] = -900, 700
@@ -22,15 +23,16 @@ def test_stable_outliers_in_noise(run):
 
 
 def test_stable_outliers_by_their_level(run):
-    """The channel whose median over the blocks is largest says where: 800 from block 4 on, beside 300 from block 2 on.
-    The channels are those that stand out in block 4, by magnitude there."""
+    """The channel whose median over the blocks is largest says where: 800 from block 4 on, beside
+    300 from block 2 on. The channels are those that stand out in block 4, by magnitude there."""
     H = noise(3)
     H[1:, 6, 2], H[3:, 6, 9] = 300, 800
     same(run(outliers, H)[0][:2], [4, [9, 2]], "block and channels")
 
 
 def test_stable_outliers_at_the_edges(run):
-    """From block 1 to the last; magnitudes just above a hundred; a quarter of the level is not yet emergence."""
+    """From block 1 to the last; magnitudes just above a hundred; a quarter of the level is not yet
+    emergence."""
     H = np.ones((5, 7, 8), np.float32)
     H[:, 0, 7] = 101
     same(run(outliers, H)[0][:2], [1, [7]], "block and channels")
@@ -41,7 +43,8 @@ def test_stable_outliers_at_the_edges(run):
 
 
 def test_stable_outliers_of_half_the_blocks(run):
-    """An outlier in fewer than half of the blocks is not stable: ValueError, and no hook is left."""
+    """An outlier in fewer than half of the blocks is not stable: ValueError, and no hook is
+    left."""
     H = noise(4)
     H[3:7, 5, 1] = 4000
     found, error, hooks = run(outliers, H)

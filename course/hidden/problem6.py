@@ -59,8 +59,8 @@ def test_slices_cover_the_channels_in_order(run):
 
 
 def case(seed, bits, n, d_k, group, g):
-    """Codes, scale, zero, queries, and the Keys that they stand for, of two sequences, two heads, three queries
-    each."""
+    """Codes, scale, zero, queries, and the Keys that they stand for, of two sequences, two heads,
+    three queries each."""
     draw = np.random.RandomState(seed)
     codes = draw.randint(0, 2**bits, (2, 2, n, d_k)).astype(np.uint8)
     shape = (2, 2, n // g, d_k // group)
@@ -89,7 +89,8 @@ def test_scores_against_numpy(run):
 
 
 def test_scores_of_the_newest_group_of_each_sequence(run):
-    """Groups of four tokens; the sequences have come to different slots; Keys stored before RoPE or after it."""
+    """Groups of four tokens; the sequences have come to different slots; Keys stored before RoPE or
+    after it."""
     codes, s, z, Q, K = case(5, 2, 12, 16, 1, 4)
     residual = np.random.RandomState(6).randn(2, 2, 4, 16).astype(np.float32)
     at = np.int64([[10], [4]])  # the first is in group 2, the second begins group 1

@@ -1,0 +1,151 @@
+"""The machine that a command runs on: device, dtype, compiler, ranks, memory.
+
+Read top to bottom: the Machine; the compiler; several processes (torchrun); memory and time.
+"""
+
+import functools
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import kvsink
+from support.cache import cache_directory, format_bytes, log
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a command runs, in which dtype, and whether it uses torch.compile."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    compile: bool = False
+
+    @property
+    def torch_dtype(self):
+        return getattr(torch, self.dtype)
+
+    def compiled(self, function, **options):
+        """Return `function` under torch.compile with these options, or as it is on a machine without
+        a working compiler, or if the user said --no-compile."""
+        if self.compile and has_compiler(self.device):
+            return kvsink.compiled(function, **options)
+        return function
+
+
+def pick_machine(args):
+    """Return the Machine that the options --device, --dtype and --no-compile ask for.
+    Raises ValueError if that device cannot be used."""
+    best = "cpu"
+    if torch.backends.mps.is_available():
+        best = "mps"
+    if torch.cuda.is_available():
+        best = "cuda"
+    name = best if args.device is None else args.device
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU for each rank
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is not usable here: {reason}") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: only cpu, cuda and mps are supported")
+    # On Apple's GPU, attention in half precision has been seen to leak future tokens
+    # (pytorch/pytorch#195910), so fp32 is the default there.
+    dtype = args.dtype or ("float16" if device.type == "cuda" else "float32")
+    return Machine("cpu" if device.type == "cpu" else str(device), dtype, not args.no_compile)
+
+
+@functools.cache
+def has_compiler(device):
+    """Return whether torch.compile works here; if not, say so in one line."""
+    # Compiled code goes to our cache, for the next run too.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
+    try:
+        # Takes a second and needs the whole toolchain.
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # a missing C++ compiler, headers or Triton: each has its own type
+        reason = " ".join(str(error).split())[:160]
+        log(f"no working compiler on this machine, running eager ({reason})")
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun
+
+
+def init_distributed(device):
+    """Join the process group if torchrun started this process.
+    Raises ValueError if only some of torchrun's environment variables are set."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdecimal():
+            raise ValueError(
+                f"RANK is set, but {name} is {os.environ.get(name)!r}: start with torchrun, or "
+                "unset RANK"
+            )
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+
+def rank_and_world_size():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first_rank():
+    return rank_and_world_size()[0] == 0
+
+
+def no_progress_bar():
+    """Return what tqdm calls `disable`: True on every rank but 0; None, on rank 0, leaves the
+    decision to whether stderr is a terminal."""
+    return None if is_first_rank() else True
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory and time
+
+
+def free_memory(device):
+    """Return the bytes that are free: on a GPU its own memory, else the host's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        return 1024 * int(re.search(r"MemAvailable: *(\d+) kB", meminfo)[1])
+    except (OSError, TypeError):  # only Linux says what is free; elsewhere take all there is
+        if not hasattr(os, "sysconf"):
+            return math.inf
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def format_duration(seconds):
+    """Return a duration in words, with two digits."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def out_of_memory_message(error):
+    """Return, in words, how much memory was asked for and how much is free, or None if the error
+    is not about memory."""
+    about_memory = re.search(r"out of memory|can(no|')t allocate memory", str(error))  # GPU, host
+    if not (isinstance(error, MemoryError) or isinstance(error, RuntimeError) and about_memory):
+        return None
+    gpu = re.search(r"GPU (\d+) has", str(error))
+    free = format_bytes(free_memory(f"cuda:{gpu[1]}" if gpu else "cpu"))
+    where = f" on GPU {gpu[1]}" if gpu else ""
+    requested = "more"
+    if asked := re.search(r"allocate ([\d.]+) ?([KMGTP]i?B|bytes)", str(error)):
+        size, unit = asked.groups()
+        requested = format_bytes(int(size)) if unit == "bytes" else f"{size} {unit}"
+    return f"out of memory: {requested} was asked for, {free} are free{where}"
