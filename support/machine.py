@@ -19,7 +19,7 @@ from support.cache import cache_directory, format_bytes, log
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a command runs, in which dtype, and whether it uses torch.compile."""
+    """The device that a command runs on, its dtype, and whether it uses torch.compile."""
 
     device: str = "cpu"
     dtype: str = "float32"
@@ -30,8 +30,8 @@ class Machine:
         return getattr(torch, self.dtype)
 
     def compiled(self, function, **options):
-        """Return `function` under torch.compile with these options, or as it is on a machine without
-        a working compiler, or if the user said --no-compile."""
+        """Return `function` under torch.compile with these options. Return it as it is if the user
+        said --no-compile or the machine has no working compiler."""
         if self.compile and has_compiler(self.device):
             return kvsink.compiled(function, **options)
         return function

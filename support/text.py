@@ -9,58 +9,69 @@ import torch
 
 from support import hub
 
-# articles end to end, an end-of-text id after each, as language models are pre-trained
+# The text whose documents are packed end to end, as language models are pre-trained.
 PACKED = "wiki-sample"
 
 
-def windows(tokenizer, text, split, seq_len, count, seed):
-    """`count` windows (None: all) of `seq_len` token ids, (count, seq_len) int64, by the protocol
-    of the text.
+def windows(tokenizer, name, split, seq_len, count, seed):
+    """Return windows of a text (count, seq_len) int64, or all its windows if `count` is None.
 
     wiki-sample   articles packed end to end, an end-of-text id after each; windows in order
-    c4            KVQuant's and GPTQ's: each at a random offset of a random document that is long enough; 256 of them
-    others        the whole text tokenized once; "test" windows in order, "train" windows at random offsets
-    Raises ValueError where the text is shorter than one window.
+    c4            as for KVQuant and GPTQ: each at a random offset of a random document that is long
+                  enough; None means 256
+    others        the whole text tokenized once; windows of "test" in order, of "train" at random
+                  offsets
+
+    Raises ValueError if the text is shorter than one window.
     """
-    documents, draw = hub.documents(text, split), random.Random(seed)
-    if text == "c4":
-        return torch.tensor(
-            [cut_from_documents(tokenizer, documents, seq_len, draw) for _ in range(count or 256)]
-        )
-    if text == PACKED:
-        if tokenizer.eot is None:
-            raise ValueError(
-                f"{text} is packed documents, and this tokenizer has no end-of-text token to put between"
-            )
-        ids = tokenizer.encode("")  # the begin-of-sequence id, once, where the model has one
-        for document in documents:
-            ids += [*tokenizer.encode(document, bos=False), tokenizer.eot]
+    documents = hub.documents(name, split)
+    rng = random.Random(seed)
+    if name == "c4":
+        drawn = [random_window(tokenizer, documents, seq_len, rng) for _ in range(count or 256)]
+        return torch.tensor(drawn)
+    if name == PACKED:
+        ids = packed(tokenizer, documents)
     else:
         ids = tokenizer.encode(documents[0])
     if len(ids) < seq_len:
         raise ValueError(
-            f"{text} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len"
+            f"{name} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len"
         )
-    if split == "test" or text == PACKED:
+    if split == "test" or name == PACKED:
         starts = range(0, len(ids) - seq_len + 1, seq_len)[:count]
     else:
-        starts = [draw.randint(0, len(ids) - seq_len) for _ in range(count)]
+        starts = [rng.randint(0, len(ids) - seq_len) for _ in range(count)]
     return torch.tensor([ids[start : start + seq_len] for start in starts])
 
 
-def cut_from_documents(tokenizer, documents, seq_len, draw):
-    for _ in range(10000):  # of C4's documents one in about seventy is long enough for 4,096 tokens
-        ids = tokenizer.encode(documents[draw.randint(0, len(documents) - 1)])
+def packed(tokenizer, documents):
+    """Return the ids of documents end to end, with the begin-of-sequence id, if the model has one,
+    before the first only."""
+    if tokenizer.eot is None:
+        raise ValueError(
+            f"the articles of {PACKED} are packed, and this tokenizer has no end-of-text token to "
+            "put between them: choose another text"
+        )
+    ids = tokenizer.encode("")
+    for document in documents:
+        ids += [*tokenizer.encode(document, bos=False), tokenizer.eot]
+    return ids
+
+
+def random_window(tokenizer, documents, seq_len, rng):
+    """Return the ids of a window at a random offset of a random document that is long enough."""
+    for _ in range(10000):  # about one in seventy of C4's documents is long enough for 4,096 tokens
+        ids = tokenizer.encode(documents[rng.randint(0, len(documents) - 1)])
         if len(ids) >= seq_len:
-            start = draw.randint(0, max(0, len(ids) - seq_len - 1))
+            start = rng.randint(0, max(0, len(ids) - seq_len - 1))
             return ids[start : start + seq_len]
     raise ValueError(f"no document has {seq_len} tokens: lower --seq-len")
 
 
-def calibration_windows(tokenizer, text, seq_len, count, seed):
-    """The windows of the training split that calibrate. Raises ValueError where there are fewer
-    than `count`."""
-    tokens = windows(tokenizer, text, "train", seq_len, count, seed)
+def calibration_windows(tokenizer, name, seq_len, count, seed):
+    """Return `count` windows of the training split, to calibrate on. Raises ValueError if there are
+    fewer."""
+    tokens = windows(tokenizer, name, "train", seq_len, count, seed)
     if len(tokens) < count:
         raise ValueError(
             f"--calib-windows {count}: there are only {len(tokens)} of {seq_len} tokens"
@@ -69,7 +80,7 @@ def calibration_windows(tokenizer, text, seq_len, count, seed):
 
 
 def check_vocabulary(tokens, config, directory):
-    """Raises ValueError where a token is none of the model's: the tokenizer is another model's."""
+    """Raise ValueError if the model has not all of these ids: the tokenizer is another model's."""
     if tokens.max() >= config.vocab_size:
         raise ValueError(
             f"{directory}: its tokenizer gives id {tokens.max()}, the model has {config.vocab_size}"

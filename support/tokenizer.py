@@ -1,7 +1,7 @@
 """Text to token ids and back: sentencepiece, tiktoken and tokenizers behind one encode and decode.
 
 Read top to bottom: the Tokenizer; how each of three formats is read; which ids begin and end a
-text.
+text; what is refused.
 
 What this file does not do: it cuts and merges nothing itself, knows no chat template, and runs no
 code of a checkpoint.
@@ -10,8 +10,10 @@ code of a checkpoint.
 import base64
 import json
 import re
+from collections.abc import Callable, Container
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 import tiktoken
@@ -19,117 +21,142 @@ import tokenizers
 
 
 class Tokenizer:
-    """Text to token ids and back, exactly as the model's own tokenizer: each file format is read as
-    its owner reads it.
+    """Text to token ids and back, exactly as the model's own tokenizer does it: each file is read
+    by the library of those who made its format.
 
-    tokenizer.model, SentencePiece    LLaMA-2, Mistral           text that looks like a special token stays text
+    tokenizer.model, SentencePiece    LLaMA-2, Mistral           special tokens in a text are text
     tokenizer.model, tiktoken format  LLaMA-3, as Meta ships it  the same
-    tokenizer.json                    all others                 special tokens written out in the text are recognised
+    tokenizer.json                    all others                 special tokens are recognized
 
-    `bos` is the id that the model's tokenizer puts before every text (None where it puts none, as
-    SmolLM2's), `eot` the id that ends a document, by which documents are packed end to end (None
-    where the files name none), `ends` the set of all ids that end what a model says.
+    bos        the id that goes before every text, or None if there is none (SmolLM2)
+    eot        the id that ends a document, put between packed ones, or None if the files name none
+    stop_ids   the set of all ids at which the model stops speaking
     """
 
-    def __init__(self, path, encode, decode, known, bos, eot, ends):
-        self._path, self._encode, self._decode, self._known = path, encode, decode, known
-        self.bos, self.eot, self.ends = bos, eot, ends
+    def __init__(self, path, backend):
+        self._path = path
+        self._backend = backend
+        self.bos, self.eot, self.stop_ids = special_ids(path.parent, backend)
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Raises FileNotFoundError where there is no tokenizer, ValueError that names the file
-        where it is damaged."""
-        directory = Path(directory)
-        for path, read in (
-            (directory / "tokenizer.model", read_model),
-            (directory / "tokenizer.json", read_json),
-        ):
+        """Read the tokenizer of a checkpoint. Raises FileNotFoundError if there is none, ValueError
+        with the file's path if it is damaged."""
+        readers = {"tokenizer.model": read_tokenizer_model, "tokenizer.json": read_tokenizer_json}
+        for name, read in readers.items():
+            path = Path(directory) / name
             if path.is_file():
-                with one_line(path, "not a tokenizer this project reads"):
-                    encode, decode, known, special, bos, eos = read(path)
-                return cls(
-                    path, encode, decode, known, *begin_and_ends(directory, special, bos, eos)
-                )
+                with library_errors(path, "not a tokenizer that this project reads"):
+                    backend = read(path)
+                return cls(path, backend)
         raise FileNotFoundError(f"{directory}: no tokenizer.model and no tokenizer.json")
 
     def encode(self, text, bos=True):
-        """Token ids, a list of int. With `bos`, the begin-of-sequence id goes first where the model
-        has one. Raises ValueError for a text that the tokenizer cannot encode."""
-        with one_line(self._path, "cannot encode this text"):
-            # refuses half a surrogate pair, which tiktoken would replace without a word
-            text.encode()
-            ids = self._encode(text)
+        """Return token ids, a list of int. With `bos`, the id of that name goes first if there is
+        one. Raises ValueError if the tokenizer cannot encode the text."""
+        with library_errors(self._path, "cannot encode this text"):
+            text.encode()  # refuses half a surrogate pair, which tiktoken would silently replace
+            ids = self._backend.encode(text)
         return [self.bos, *ids] if bos and self.bos is not None else ids
 
     def decode(self, ids):
-        """The text. A model may have more ids than its tokenizer, to make a round number: these
-        have no text."""
-        return self._decode([i for i in ids if i in self._known])
+        """Return the text of token ids. A model may have more ids than its tokenizer, to round
+        their number up: those have no text."""
+        return self._backend.decode([i for i in ids if i in self._backend.ids])
 
 
-@contextmanager
-def one_line(path, problem):
-    """Whatever a library raises becomes a ValueError of one line. A Rust panic is no Exception, and
-    there is no module to import it from: only its name tells it from Ctrl-C."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"{path}: {problem} ({' '.join(str(error).split())})") from None
-        raise
+class Backend(NamedTuple):
+    """A tokenizer file as its library reads it."""
+
+    encode: Callable  # text -> ids, with nothing before or after them
+    decode: Callable  # ids -> text
+    ids: Container[int]  # all that have a text
+    special: dict[str, int]  # special token -> its id
+    bos: int | None  # the id that begins a text, if this file has one
+    eos: int | None  # the id that ends a text, if this file has one
 
 
 # --------------------------------------------------------------------------------------------------
-# Formats. A reader returns encode, decode, the ids that have text, the special tokens (name -> id),
-# and the ids that its file gives for the beginning and the end of a text, or None.
+# tokenizer.model
 
-# How LLaMA-3 cuts text into words, before byte-pair encoding merges within them.
+# How LLaMA-3 cuts a text into words, within which byte-pair encoding merges.
 LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # The 256 ids after the vocabulary, as LLaMA-3.1 names them. LLaMA-3's file is the same, and LLaMA-3
 # never uses those ids that LLaMA-3.1 names anew (<|eom_id|> is one).
 LLAMA3_SPECIAL = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
-    "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 247)),
-]  # fmt: skip
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(2, 247)),
+]
 
 
-def read_model(path):
-    try:  # tiktoken's format: a line for each token, its bytes in base64 and its rank
+def read_tokenizer_model(path):
+    """Return the Backend of a tokenizer.model, which is in one of two formats."""
+    try:  # tiktoken's: a line for each token, its bytes in base64 and its rank
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except ValueError:  # not that, so it should be SentencePiece's protocol buffer
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        known = range(processor.get_piece_size())
-        special = {processor.id_to_piece(i): i for i in known if processor.is_control(i)}
-        bos, eos = (
-            i if i in known else None for i in (processor.bos_id(), processor.eos_id())
-        )  # -1 where it has none
-        return processor.encode, processor.decode, known, special, bos, eos
-    # tiktoken takes what it gets: a file cut short would shift every special token, or end the
-    # process.
-    if any(bytes([byte]) not in ranks for byte in range(256)) or sorted(ranks.values()) != list(
-        range(len(ranks))
-    ):
-        raise ValueError("it is cut short: bytes or ranks are missing")
+    except ValueError:  # so it should be the other
+        return sentencepiece_backend(path)
+    return tiktoken_backend(ranks)
+
+
+def sentencepiece_backend(path):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = range(processor.get_piece_size())
+    bos = processor.bos_id()  # -1 if there is none
+    eos = processor.eos_id()
+    return Backend(
+        encode=processor.encode,
+        decode=processor.decode,
+        ids=ids,
+        special={processor.id_to_piece(i): i for i in ids if processor.is_control(i)},
+        bos=bos if bos in ids else None,
+        eos=eos if eos in ids else None,
+    )
+
+
+def tiktoken_backend(ranks):
+    check_ranks(ranks)
     special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
-    coding = tiktoken.Encoding(
+    encoding = tiktoken.Encoding(
         "llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special
     )
-    known = range(len(ranks) + len(special))
-    bos, eos = special["<|begin_of_text|>"], special["<|end_of_text|>"]
-    encode = lambda text: [i for piece in pieces(text) for i in coding.encode_ordinary(piece)]
-    return encode, coding.decode, known, special, bos, eos
+
+    def encode(text):
+        ids = []
+        for piece in split_long_runs(text):
+            ids += encoding.encode_ordinary(piece)
+        return ids
+
+    return Backend(
+        encode=encode,
+        decode=encoding.decode,
+        ids=range(len(ranks) + len(special)),
+        special=special,
+        bos=special["<|begin_of_text|>"],
+        eos=special["<|end_of_text|>"],
+    )
 
 
-def pieces(text, longest_run=25_000, longest_piece=400_000):
-    """tiktoken panics on a run of a million spaces. Text with a run of over 25,000 characters, all
-    blank or none, is cut as Meta's tokenizer cuts. Other text stays whole: Meta's cuts at 400,000
-    characters, in mid-word, would only give it other ids than the same model's tokenizer.json
-    gives."""
+def split_long_runs(text, longest_run=25_000, longest_piece=400_000):
+    """Split a text with a long run of characters, all blank or none of them, as Meta's tokenizer
+    does, because tiktoken panics on a run of a million spaces.
+
+    A text without such a run stays whole. Meta's tokenizer cuts it every 400,000 characters, in the
+    middle of a word, so it gives other ids than the tokenizer.json of the same model.
+    """
     runs = re.compile(r"\s+|\S+")
     if all(run.end() - run.start() <= longest_run for run in runs.finditer(text)):
         return [text]
@@ -141,111 +168,157 @@ def pieces(text, longest_run=25_000, longest_piece=400_000):
     return [text[start:end] for start, end in zip(cuts, [*cuts[1:], None], strict=True)]
 
 
-def read_json(path):
+# --------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+
+def read_tokenizer_json(path):
+    """Return the Backend of a tokenizer.json. The file does not say which token ends a text; if it
+    has "</s>", that one does."""
     text = path.read_text(encoding="utf-8")
-    tokenizer = tokenizers.Tokenizer.from_str(
-        text
-    )  # refuses what has another form; what follows, it lets pass
-    tokenizer.no_truncation()  # what a file keeps of its training run
-    tokenizer.no_padding()
-    tokenizer.post_processor = (
-        None  # puts special tokens around a text: `bos` is the one before, and none goes after
-    )
-    raw, vocabulary = json.loads(text), tokenizer.get_vocab()
+    tokenizer = tokenizers.Tokenizer.from_str(text)  # raises for most damage; the checks for others
+    raw = json.loads(text)
+    vocabulary = tokenizer.get_vocab()
     special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
-    begin = before_text(raw["post_processor"]) if raw.get("post_processor") else []
-    known = set(vocabulary.values())
-    if re.search(r'"(Regex|String)"\s*:\s*""', text):
-        raise ValueError("it has an empty pattern")
-    if raw["model"].get("dropout"):
-        raise ValueError("it merges at random: dropout is for training")
-    if moved := [
-        name for name, i in special.items() if vocabulary.get(name) != i
-    ]:  # the library numbers them itself
-        raise ValueError(f"the id of its token {moved[0]!r} is another token's, or leaves a gap")
-    if len(known) < len(vocabulary):
-        raise ValueError("two of its tokens have one id")
-    if len(begin) > 1 or any(vocabulary.get(name) != i for name, i in begin):
-        raise ValueError(
-            f"its post-processor begins a text with {begin}: not one token of its vocabulary"
-        )
-    encode = lambda text: tokenizer.encode(text).ids
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
-    return encode, decode, known, special, begin[0][1] if begin else None, special.get("</s>")
+    first = tokens_before_text(raw["post_processor"]) if raw.get("post_processor") else []
+    check_model(raw, text)
+    check_ids(vocabulary, special, first)
+    # A file may keep these two from its training run.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # It puts special tokens around a text. The one before it is `bos`, and none goes after it.
+    tokenizer.post_processor = None
+    return Backend(
+        encode=lambda text: tokenizer.encode(text).ids,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        ids=set(vocabulary.values()),
+        special=special,
+        bos=first[0][1] if first else None,
+        eos=special.get("</s>"),
+    )
 
 
-def before_text(processor):
-    """The special tokens that a tokenizer.json's post-processor puts before a text: pairs of name
-    and id."""
+def tokens_before_text(processor):
+    """Return the special tokens that the post-processor of a tokenizer.json puts before a text, as
+    pairs of name and id."""
     if processor["type"] == "Sequence":
-        return [pair for step in processor["processors"] for pair in before_text(step)]
+        return [token for step in processor["processors"] for token in tokens_before_text(step)]
     if processor["type"] != "TemplateProcessing":
-        return (
-            [processor["cls"]] if "cls" in processor else []
-        )  # BERT's and RoBERTa's; ByteLevel's adds nothing
-    names = [
-        part.get("SpecialToken", {}).get("id") for part in processor["single"]
-    ]  # None where the text goes
+        # BERT's and RoBERTa's put "cls" first; ByteLevel's adds no token.
+        return [processor["cls"]] if "cls" in processor else []
+    # The name of a special token, or None for the text.
+    names = [part.get("SpecialToken", {}).get("id") for part in processor["single"]]
     if names.count(None) != 1:
         raise ValueError("its post-processor's template does not hold the text once")
     tokens = processor["special_tokens"]
-    return [
-        (name, i)
-        for name in names[: names.index(None)]
-        for i in tokens.get(name, {"ids": ["no id"]})["ids"]
-    ]
+    first = []
+    for name in names[: names.index(None)]:
+        ids = tokens[name]["ids"] if name in tokens else ["no id"]
+        first += [(name, i) for i in ids]
+    return first
 
 
 # --------------------------------------------------------------------------------------------------
 # The ids that begin and end a text
 
-DOCUMENT_ENDS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-)  # before the tokenizer's own, which in a chat model ends a turn
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 
 
-def begin_and_ends(directory, special, bos, eos):
-    """A Tokenizer's bos, eot and ends. `bos` and `eos` are those of the tokenizer's file;
-    tokenizer_config.json overrules it, as in transformers (DeepSeek's tokenizer.json, for one, has
-    no post-processor that adds its bos)."""
+def special_ids(directory, backend):
+    """Return bos, eot and stop_ids of a Tokenizer.
+
+    tokenizer_config.json overrules the tokenizer's file, as in transformers: in DeepSeek's
+    tokenizer.json, for one, no post-processor adds bos.
+    """
     path = directory / "tokenizer_config.json"
-    settings = read_object(path)
-    with one_line(path, "not a tokenizer's configuration"):
+    config = read_json_object(path)
+    special = backend.special
+    bos = backend.bos
+    with library_errors(path, "not a tokenizer's configuration"):
         tokens = {
-            key: x.get("content") if isinstance(x, dict) else x for key, x in settings.items()
+            key: value.get("content") if isinstance(value, dict) else value
+            for key, value in config.items()
         }
         if tokens.get("add_bos_token") is not None:
             bos = special.get(tokens.get("bos_token"), bos) if tokens["add_bos_token"] else None
-        end = special.get(tokens.get("eos_token"), eos)
-    eot = next((special[name] for name in DOCUMENT_ENDS if name in special), end)
-    ends = {
-        eot,
-        eos,
-        end,
-        *(special.get(name) for name in TURN_ENDS),
-        *ends_of_checkpoint(directory),
-    }
-    return bos, eot, ends - {None}
+        eos = special.get(tokens.get("eos_token"), backend.eos)
+    # In a chat model eos ends a turn: a token that ends a document goes before it.
+    eot = next((special[name] for name in DOCUMENT_ENDS if name in special), eos)
+    stop_ids = {eot, backend.eos, eos}
+    stop_ids |= {special.get(name) for name in TURN_ENDS}
+    stop_ids |= set(checkpoint_eos_ids(directory))
+    return bos, eot, stop_ids - {None}
 
 
-def ends_of_checkpoint(directory):
-    """The ids that end what the model says: those of generation_config.json, else of config.json;
-    one or a list."""
+def checkpoint_eos_ids(directory):
+    """Return a list of the ids at which generation stops by generation_config.json, else by
+    config.json. Either may have one id or a list of them."""
     for path in (directory / "generation_config.json", directory / "config.json"):
-        ids = read_object(path).get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        ids = read_json_object(path).get("eos_token_id")
+        if ids is None:
+            continue
+        if not isinstance(ids, list):
+            ids = [ids]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
-            raise ValueError(f"{path}: eos_token_id {ids} is no token id and no list of them")
+            raise ValueError(f"{path}: eos_token_id {ids} is neither a token id nor a list of them")
         if ids:
             return ids
     return []
 
 
-def read_object(path):
-    """A JSON file's object, empty where there is no file. Raises ValueError that names the file."""
+def read_json_object(path):
+    """Return the object in a JSON file, or an empty one if there is no file. Raises ValueError with
+    the file's path."""
     if not path.is_file():
         return {}
-    with one_line(path, "not a JSON object"):
+    with library_errors(path, "not a JSON object"):
         return dict(json.loads(path.read_text(encoding="utf-8")).items())
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused, although a library would let it pass, or panic
+
+
+@contextmanager
+def library_errors(path, problem):
+    """Re-raise whatever a library raises as a ValueError of one line with the file's path."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of Rust is not an Exception, and there is no module to import its class from: only
+        # its name tells it from Ctrl-C.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{path}: {problem} ({' '.join(str(error).split())})") from None
+        raise
+
+
+def check_ranks(ranks):
+    """Raise ValueError if a file in tiktoken's format was cut short: tiktoken would shift the ids
+    of all special tokens, or end the process."""
+    all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+    if not all_bytes or sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("it is cut short: bytes or ranks are missing")
+
+
+def check_model(raw, text):
+    """Raise ValueError if the tokenizer.json `raw`, which was read from `text`, would never come to
+    an end or give other ids each time."""
+    if re.search(r'"(Regex|String)"\s*:\s*""', text):
+        raise ValueError("it has an empty pattern")
+    if raw["model"].get("dropout"):
+        raise ValueError("it merges at random: dropout is for training")
+
+
+def check_ids(vocabulary, special, first):
+    """Raise ValueError if a tokenizer.json gives ids that its library does not use. The library
+    numbers special tokens itself. `first` are the tokens before a text."""
+    for name, i in special.items():
+        if vocabulary.get(name) != i:
+            raise ValueError(f"the id of its token {name!r} is another token's, or leaves a gap")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError("two of its tokens have one id")
+    if len(first) > 1 or any(vocabulary.get(name) != i for name, i in first):
+        raise ValueError(
+            f"its post-processor begins a text with {first}: not one token of its vocabulary"
+        )

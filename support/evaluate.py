@@ -1,0 +1,400 @@
+"""A run: a model on windows of a text, the quantizers of each row, and what a row measures.
+
+Read top to bottom: what is evaluated; loading it; Algorithm 1 on windows; the perplexity of a row;
+the quantizers of a row and their calibration; rows that an earlier run has done.
+
+What this file does not do: Algorithm 1 is kvsink.py's. The loop over rows and windows of the main
+command stands in eval_ppl.py, with the parts that are here; `measure_row` is for the others.
+"""
+
+import functools
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import kvsink
+from llama import Llama, LlamaConfig
+from quant import NotFinite
+from support import cli, hub, stream, text
+from support.machine import (
+    Machine,
+    init_distributed,
+    is_first_rank,
+    no_progress_bar,
+    rank_and_world_size,
+)
+from support.rows import (
+    FULL_PRECISION,
+    Row,
+    average_bits,
+    options_of,
+    rtn_bits,
+    stored_bits,
+)
+from support.site import site_of
+from support.tokenizer import Tokenizer
+
+# --------------------------------------------------------------------------------------------------
+# What is evaluated
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """A model, a text, the rows of a table, and the settings that all rows share."""
+
+    model: str = hub.DEFAULT_MODEL
+    data: str = text.PACKED
+    rows: tuple[Row, ...] = (FULL_PRECISION,)
+    seq_len: int = 1024
+    limit: int | None = 8  # windows at most
+    calib_windows: int = 4
+    seed: int = 0
+    group_size: int = 128
+    rope: str = "post"  # whether Keys are quantized after ("post") or before ("pre") RoPE
+    layer: int | None = None  # --layer and --channel; None: Table 3's, else the finder's
+    channel: int | None = None
+    machine: Machine = Machine()
+    stream: bool = False
+
+
+def check_against_model(config, model_config):
+    """Raise ValueError if an option asks for more than the model can do."""
+    if config.seq_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"--seq-len {config.seq_len} is above the model's context, "
+            f"{model_config.max_position_embeddings}"
+        )
+    most = max(row.rule.most for row in config.rows)
+    if most > config.seq_len:
+        raise ValueError(f"--sinks {most} is above the window of {config.seq_len} tokens")
+    cli.clamp_group_size(config.group_size, model_config.head_dim)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading it
+
+
+class Loaded(NamedTuple):
+    directory: Path
+    model: Llama
+    tokenizer: Tokenizer
+
+
+def load_model(name, machine, streamed=False):
+    """Return the model of this name with its directory and tokenizer, fetched first if it is not on
+    this machine. Raises OSError or ValueError, which say what to do."""
+    directory = hub.model_directory(name)
+    load = stream.from_pretrained if streamed else Llama.from_pretrained
+    model = load(directory, machine.device, machine.torch_dtype)
+    return Loaded(directory, model, Tokenizer.from_pretrained(directory))
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How Algorithm 1 runs: `step` is its lines 6-13 and `loss` the negative log-likelihood, both
+    eager or compiled; `stream` takes all windows through one block after the other."""
+
+    step: Callable
+    loss: Callable
+    eager_step: Callable = kvsink.decoder_block
+    stream: bool = False
+
+
+def run_options(machine, rope="post", stream=False):
+    eager = kvsink.decoder_block_pre_rope if rope == "pre" else kvsink.decoder_block
+    loss = machine.compiled(negative_log_likelihood)
+    return RunOptions(machine.compiled(eager), loss, eager, stream)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An EvalConfig with all that its rows need, loaded."""
+
+    config: EvalConfig
+    model: Llama
+    tokenizer: Tokenizer
+    tokens: torch.Tensor  # the windows (W, n)
+    group_size: int  # the config's, at most a head
+    site: kvsink.Site  # NOWHERE if no row predicts sinks
+    weights: str  # hub.fingerprint of the checkpoint
+    options: RunOptions
+    # rule -> scheme -> cache, filled as rows need it
+    calibrated: dict = field(default_factory=dict)
+
+
+def load_runs(configs, check=check_against_model):
+    """Return a Run for each of `configs`, which are of one model on one machine. `check` is called
+    with each config and the model's before weights are read. Raises OSError or ValueError."""
+    first = configs[0]
+    init_distributed(first.machine.device)
+    directory = hub.model_directory(first.model)
+    model_config = LlamaConfig.from_pretrained(directory)
+    site = cli.chosen_site(first.layer, first.channel, model_config)
+    for config in configs:
+        check(config, model_config)
+    _, model, tokenizer = load_model(first.model, first.machine, first.stream)
+    windows = functools.cache(functools.partial(text.windows, tokenizer))  # several share a text
+    texts = [windows(c.data, "test", c.seq_len, c.limit, c.seed) for c in configs]
+    for tokens in texts:
+        text.check_vocabulary(tokens, model_config, directory)
+    if site is None and any(row.rule.predicts for config in configs for row in config.rows):
+        site = site_of(model, tokenizer, first.model, directory)
+    weights = hub.fingerprint(directory)
+    options = run_options(first.machine, first.rope, first.stream)
+    site = site or kvsink.NOWHERE
+    runs = []
+    for config, tokens in zip(configs, texts):
+        group_size = cli.clamp_group_size(config.group_size, model_config.head_dim)
+        runs.append(Run(config, model, tokenizer, tokens, group_size, site, weights, options))
+    return runs
+
+
+# --------------------------------------------------------------------------------------------------
+# Algorithm 1 on windows
+
+
+def batches(model, tokens, options, label, step=None):
+    """Yield the windows of `tokens` (W, n) in batches: the windows (B, n), their H^0 (B, n, d), and
+    the `step` for kvsink.prefill, which also moves a progress bar. A batch is one window; when
+    streaming it is all of them, in host memory. `step` is lines 6-13, by default options.step."""
+    step = step or options.step
+    bar = tqdm(
+        total=len(tokens) * len(model.blocks),
+        desc=label,
+        unit="block",
+        leave=False,
+        disable=no_progress_bar(),
+    )
+
+    def step_with_progress(*arguments):
+        H = step(*arguments)
+        bar.update()
+        return H
+
+    with bar:
+        if options.stream:
+            H = stream.embed(model, tokens)
+            yield tokens, H, stream.one_at_a_time(step_with_progress, model.device)
+            return
+        for window in tokens.split(1):
+            yield window, model.embedding(window.to(model.device)), step_with_progress
+
+
+# --------------------------------------------------------------------------------------------------
+# The perplexity of a row
+
+
+def negative_log_likelihood(model, H, tokens):
+    """Return the sum over the n - 1 predicted tokens, in fp32. H is H^L (1, n, d), tokens (1, n).
+    Logits are made for 1,024 tokens at a time: with LLaMA-3's vocabulary, those of 4,096 take
+    2 GB."""
+    pieces = zip(H[0, :-1].split(1024), tokens[0, 1:].split(1024))
+    return sum(
+        F.cross_entropy(model.logits(H_).float(), targets, reduction="sum")
+        for H_, targets in pieces
+    )
+
+
+def window_losses(run, windows, H):
+    """Return the negative log-likelihood of each window, a list, from H^L (B, n, d)."""
+    device = run.model.device
+    losses = []
+    for window, H_w in zip(windows.split(1), H.split(1)):
+        loss = run.options.loss(run.model, H_w.to(device), window.to(device))
+        losses.append(loss.item())
+    return losses
+
+
+def check_losses(run, row, cache, windows, losses):
+    """Raise NotFinite if a loss of these windows, the last of `losses`, is NaN or inf. Run the
+    windows again, eager, to name the first block in which that happens."""
+    if all(map(math.isfinite, losses[-len(windows) :])):
+        return
+    L = len(run.model.blocks)
+
+    def checking_step(block, H, *rest):
+        H = run.options.eager_step(block, H, *rest)
+        l = next(l for l in range(1, L + 1) if run.model.blocks[l - 1] is block)
+        kvsink.check_hidden_state(H, l, L)
+        return H
+
+    rule = row.rule.at(run.site)
+    message = "NaN or inf first appeared in the output layer"
+    try:
+        for _, H, step in batches(run.model, windows, run.options, "finding NaN", checking_step):
+            kvsink.prefill(run.model, H, cache, step=step, **rule.arguments(H))
+    except NotFinite as error:
+        message = str(error)
+    raise NotFinite(f"{row_label(run, row)}: {message}; is --dtype wide enough?") from None
+
+
+def measure_row(run, row, cache, ppl_fp):
+    """Return what a row measures with the quantizers `cache`. This is the inner loop of
+    eval_ppl.py, for the other tables."""
+    start = time.perf_counter()
+    rule = row.rule.at(run.site)
+    losses = []
+    kept = []
+    for windows, H, step in row_batches(run, row):
+        H, S_sink = kvsink.prefill(run.model, H, cache, step=step, **rule.arguments(H))
+        losses += window_losses(run, windows, H)
+        kept += S_sink.sum(1).tolist()
+        check_losses(run, row, cache, windows, losses)
+    return row_result(run, losses, kept, time.perf_counter() - start, ppl_fp)
+
+
+def row_batches(run, row):
+    """Return the batches of this rank's share of the windows, with a progress bar for the row."""
+    rank, ranks = rank_and_world_size()
+    return batches(run.model, run.tokens[rank::ranks], run.options, row_label(run, row))
+
+
+def row_label(run, row):
+    return f"{run.config.rows.index(row) + 1}/{len(run.config.rows)} {row}"
+
+
+def row_result(run, losses, kept, seconds, ppl_fp):
+    """Return what a row measured. `losses` and `kept` are this rank's: of each of its windows the
+    negative log-likelihood and the number of tokens kept. `ppl_fp` is the PPL of full precision,
+    None for that row itself."""
+    n = run.config.seq_len
+    losses = gather(run, losses)
+    ppl = perplexity(losses, n)
+    return {
+        "ppl": ppl,
+        "ppl_fp": ppl if ppl_fp is None else ppl_fp,
+        "seconds": seconds,
+        "nll": (losses / (n - 1)).tolist(),  # per token, one number per window
+        "kept": gather(run, kept).int().tolist(),
+    }
+
+
+def with_bits(run, row, result):
+    """Return a result with the bits per number that its RTN cache takes: by Table 2's count, and as
+    the packed cache stores it."""
+    n = run.config.seq_len
+    stored = stored_bits(row, run.model.config, n, run.group_size)
+    if "avg_bits" not in result:
+        storage = rtn_bits(row, run.model.config, run.group_size)
+        kept = statistics.mean(result["kept"])
+        average = average_bits(row, run.model.config, n, storage, run.site.l_E, kept)
+        result = result | {"avg_bits": average}
+    return result | {"stored_bits": stored}
+
+
+def gather(run, numbers):
+    """Return one number per window, float64, from the lists that each rank has for its share."""
+    rank, ranks = rank_and_world_size()
+    gathered = torch.zeros(len(run.tokens), dtype=torch.float64)
+    gathered[rank::ranks] = torch.tensor(numbers, dtype=torch.float64)
+    if ranks > 1:
+        gathered = gathered.to(run.model.device if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(gathered)
+    return gathered.cpu()
+
+
+def perplexity(losses, n):
+    """Return exp of the mean negative log-likelihood of all predicted tokens; `losses` (W,) are of
+    windows of n tokens."""
+    # exp(710) overflows; a model with either number is broken.
+    return math.exp(min(losses.sum().item() / (len(losses) * (n - 1)), 700))
+
+
+# --------------------------------------------------------------------------------------------------
+# The quantizers of a row
+
+
+def quantizers(run, row):
+    """Return the cache of a row, as kvsink.prefill takes it. Static ranges are calibrated when the
+    first row needs them: one pass for each rule serves all schemes and widths of the run."""
+    model = run.model
+    if row == FULL_PRECISION:
+        return kvsink.full_precision_cache(model)
+    if not row.is_static:
+        return kvsink.rtn_cache(model, row.scheme, row.bits, run.group_size)
+    if row.rule not in run.calibrated:
+        same_rule = [r for r in run.config.rows if r.is_static and r.rule == row.rule]
+        schemes = dict.fromkeys(r.scheme for r in same_rule)
+        caches = {s: kvsink.rtn_cache(model, s, 8, run.group_size) for s in schemes}
+        calibrate(
+            model, caches.values(), calibration_windows(run), row.rule.at(run.site), run.options
+        )
+        run.calibrated[row.rule] = caches
+    return kvsink.with_bits(run.calibrated[row.rule][row.scheme], row.bits)
+
+
+def calibrate(model, caches, windows, rule, options):
+    """Calibrate static `caches` on windows (W, n): Algorithm 1 with observers, eager."""
+    observers = kvsink.observers(caches)
+    for _, H, step in batches(model, windows, options, "calibrating", options.eager_step):
+        kvsink.prefill(model, H, observers, step=step, **rule.arguments(H))
+
+
+def calibration_windows(run):
+    """Return the windows (calib_windows, seq_len) of the training split."""
+    config = run.config
+    data = config.data if config.data in hub.TEXTS else text.PACKED  # a file has no second split
+    return text.calibration_windows(
+        run.tokenizer, data, config.seq_len, config.calib_windows, config.seed
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows that an earlier run has done
+
+
+def result_key(run, row):
+    """Return all settings that the PPL of a row depends on: the key that identifies a finished
+    result."""
+    config = run.config
+    keep, N = options_of(row.rule)
+    l_E, c = row.rule.at(run.site).site
+    return {
+        "model": config.model,
+        "data": config.data,
+        "seq_len": config.seq_len,
+        "group_size": run.group_size,
+        "rope": config.rope,
+        "seed": config.seed,
+        "windows": len(run.tokens),
+        "calib_windows": config.calib_windows if row.is_static else 0,
+        "scheme": row.scheme,
+        "bits": row.bits,
+        "keep": keep,
+        "sinks": N,
+        "l_E": l_E,
+        "c": c,
+        "dtype": config.machine.dtype,
+        "compiled": config.machine.compile,
+        "weights": run.weights,
+        "tokens": hashlib.sha256(run.tokens.numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+def rows_with_results(run, old_results, key=result_key):
+    """Yield each row with its result from an earlier run, or with None if it has to be measured.
+    `key(run, row)` are the settings that a result must have. Rank 0 decides which rows are
+    measured; the other ranks see these rows only."""
+    finished = {}
+    for row in run.config.rows:
+        settings = key(run, row)
+        for old in old_results:
+            if settings.items() <= old.items():
+                finished[row] = old
+    to_measure = torch.tensor([row not in finished for row in run.config.rows])
+    if dist.is_initialized():
+        to_measure = to_measure.cuda() if dist.get_backend() == "nccl" else to_measure
+        dist.broadcast(to_measure, src=0)
+    for row, is_new in zip(run.config.rows, to_measure.tolist()):
+        if is_new or is_first_rank():
+            yield row, None if is_new else finished[row]
