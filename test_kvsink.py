@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 import eval_ppl
 import kvsink
 import quant
-from kvsink import Site, full_precision_cache, pfn, prefill, preservation
+from kvsink import AUTO, Rule, Site, full_precision_cache, pfn, prefill
 from llama import Llama, LlamaConfig, RMSNorm, apply_rope, attention, rope_table
 from quant import Quantizer
-from support import cli, hub, text
-from support.results import FULL_PRECISION, Row
+from support import evaluate, hub, text
+from support.machine import Machine, has_compiler
+from support.rows import FULL_PRECISION, Row, options_of, rule_of
 from support.tokenizer import Tokenizer
 from tests.fixtures import *  # noqa: F403
 from tests.helpers import (
@@ -152,9 +153,9 @@ def test_a_batch_equals_its_sequences_one_by_one(tmp_path):
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
     ({"hidden_size": None}, "hidden_size"),
-    ({"hidden_size": "64"}, "numbers"),
+    ({"hidden_size": "64"}, "not a number"),
     ({"vocab_size": 97.0}, "vocab_size is 97.0"),
-    ({"num_attention_heads": 0}, "numbers"),
+    ({"num_attention_heads": 0}, "is 0"),
     ({"num_key_value_heads": 3}, "do not fit"),
     ({"rope_scaling": "linear"}, "rope_scaling 'linear'"),
     ({"rope_scaling": {"rope_type": []}}, "rope type"),
@@ -529,6 +530,7 @@ def test_clipped_ranges_against_numpy():
 # Algorithm 1, on a tiny LLaMA whose weights plant stable outliers (tests/helpers.py)
 
 TABLE_SCHEMES = list(kvsink.SCHEMES)
+STEPS = {"post": kvsink.decoder_block, "pre": kvsink.decoder_block_pre_rope}
 
 
 def test_the_planted_outliers_are_where_the_description_says(planted, sequences):
@@ -556,15 +558,17 @@ def test_full_precision_prefill_is_the_model(planted, sequences):
 @pytest.mark.parametrize(
     "keep, k", [("kvsink", 2), ("kvsink", "auto"), ("pfn+kvsink", 2), ("pfn+kvsink", "auto")]
 )
-@pytest.mark.parametrize("pre_rope", [False, True])
+@pytest.mark.parametrize("rope", ["post", "pre"])
 @pytest.mark.parametrize("scheme", TABLE_SCHEMES)
 def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
-    planted, sequences, scheme, pre_rope, keep, k
+    planted, sequences, scheme, rope, keep, k
 ):
     """Lines 4-16: which tokens are left out block by block, and what becomes of their Keys and
     Values."""
     tokens, expected = sequences
-    cache, seen = cache_of(planted, scheme, 2, tokens, keep, k, pre_rope), []
+    rule = rule_of(keep, k).at(SITE)
+    cache = cache_of(planted, scheme, 2, tokens, rule, STEPS[rope])
+    seen = []
 
     def watch(quantize):  # what goes into lines 8 and 9
         def watched(X, leave_out):
@@ -583,11 +587,10 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kvsink, "attention", watch_attention)
         H = planted.embedding(tokens)
-        _, S_sink = prefill(
-            planted, H, watched, pre_rope=pre_rope, **preservation(keep, k, SITE, H)
-        )
+        _, S_sink = prefill(planted, H, watched, step=STEPS[rope], **rule.arguments(H))
     assert torch.equal(S_sink, expected)
-    rope, before = rope_table(planted.config, 24, "cpu"), torch.zeros(2, 24, dtype=torch.bool)
+    table = rope_table(planted.config, 24, "cpu")
+    before = torch.zeros(2, 24, dtype=torch.bool)
     before[:, 0] = keep == "pfn+kvsink"  # token 0, up to l_E
     for l in range(1, 7):
         (K, left_out), (V, left_out_V) = seen[2 * l - 2], seen[2 * l - 1]
@@ -596,7 +599,7 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
             f"block {l}"
         )
         K_quant, V_quant = attended[l - 1]
-        K = apply_rope(K, rope) if pre_rope else K
+        K = apply_rope(K, table) if rope == "pre" else K
         kept = empty_or_sinks.expand_as(K)
         assert torch.equal(K_quant[kept], K[kept]) and torch.equal(V_quant[kept], V[kept])
         assert (K_quant[~kept] != K[~kept]).float().mean() > 0.9 and (
@@ -606,16 +609,17 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
 
 def test_keys_are_quantized_after_rope_or_before_it(planted, sequences):
     """What goes into line 8, against the output of W_k."""
-    projected, rope = [], rope_table(planted.config, 24, "cpu")
+    table = rope_table(planted.config, 24, "cpu")
+    projected = []
     hook = planted.blocks[0].W_k.register_forward_hook(
         lambda module, inputs, output: projected.append(output)
     )
-    for pre_rope in (False, True):
+    for rope, step in STEPS.items():
         seen = []
         cache = [(lambda X, _, seen=seen: seen.append(X) or X, kvsink.unquantized)] * 6
-        prefill(planted, planted.embedding(sequences[0]), cache, pre_rope=pre_rope)
+        prefill(planted, planted.embedding(sequences[0]), cache, step=step)
         K = projected.pop().unflatten(-1, (2, 8)).transpose(1, 2)
-        assert torch.equal(seen[0], K if pre_rope else apply_rope(K, rope))
+        assert torch.equal(seen[0], K if rope == "pre" else apply_rope(K, table))
     hook.remove()
 
 
@@ -643,7 +647,7 @@ def test_a_sliding_window_holds_in_algorithm_1(tmp_path, compiled):
     config = {**SMALL, **FAMILIES["mistral"], "sliding_window": 4, "num_hidden_layers": 2}
     model = Llama.from_pretrained(write_model(tmp_path, config))
     step = kvsink.compiled(kvsink.decoder_block) if compiled else kvsink.decoder_block
-    if compiled and not cli.has_compiler("cpu"):
+    if compiled and not has_compiler("cpu"):
         pytest.skip("no compiler on this machine")
     tokens = GOLDEN_TOKENS[:1, :12].repeat(2, 1)
     for changed, differs in ((4, False), (5, True)):
@@ -670,16 +674,36 @@ def test_pfn_keeps_the_first_n_tokens_from_the_first_block(planted, sequences):
     H = planted.embedding(tokens)
     assert pfn(H, 3).tolist() == [[True] * 3 + [False] * 21] * 2
     cache = cache_of(planted, "token-dynamic", 2, tokens)
-    everything, S_sink = prefill(planted, H, cache, **preservation("pfn", 24, SITE, H))
-    assert (
-        torch.equal(everything, prefill(planted, H, full_precision_cache(planted))[0])
-        and S_sink.all()
-    )
-    nothing, S_sink = prefill(planted, H, cache, **preservation("none", 0, SITE, H))
-    assert (
-        torch.equal(nothing, prefill(planted, H, cache, **preservation("pfn", 0, SITE, H))[0])
-        and not S_sink.any()
-    )
+    everything, S_sink = prefill(planted, H, cache, **Rule(first=24).arguments(H))
+    assert torch.equal(everything, prefill(planted, H, full_precision_cache(planted))[0])
+    assert S_sink.all()
+    nothing, S_sink = prefill(planted, H, cache, **Rule().arguments(H))
+    assert torch.equal(nothing, prefill(planted, H, cache, S_sink=pfn(H, 0))[0])
+    assert not S_sink.any()
+
+
+def test_a_rule_is_its_arguments_its_size_and_its_name():
+    """By hand: nothing, PFN-3, KVSink-2, and what is not the paper's."""
+    H = torch.zeros(1, 5, 4)
+    rules = {
+        Rule(): (0, 0, False, "nothing", ("none", 0)),
+        Rule(first=3): (3, 3, False, "PFN-3", ("pfn", 3)),
+        Rule(k=2): (0, 2, True, "KVSink-2", ("kvsink", 2)),
+        Rule(k=AUTO): (0, 20, True, "KVSink-auto", ("kvsink", "auto")),
+        Rule(first=1, k=2): (1, 2, True, "PFN-1+KVSink-2", ("pfn+kvsink", 2)),
+    }
+    for rule, (first, most, predicts, name, options) in rules.items():
+        assert (rule.most, rule.predicts, str(rule)) == (most, predicts, name)
+        assert rule_of(*options) == rule and options_of(rule) == options
+        arguments = rule.at(Site(7, 3)).arguments(H)
+        assert arguments.pop("S_sink").tolist() == [[i < first for i in range(5)]]
+        l_E, c = (7, 3) if predicts else (0, 0)
+        assert arguments == {"l_E": l_E, "c": c, "k": rule.k}
+    assert rule_of("kvsink", 0) == rule_of("none", 5) == Rule()
+    with pytest.raises(ValueError, match="--sinks auto"):
+        rule_of("pfn", AUTO)
+    with pytest.raises(ValueError, match="keep 'some'"):
+        rule_of("some", 0)
 
 
 def test_prediction_is_the_top_k_of_one_channel():
@@ -702,10 +726,10 @@ def test_prediction_without_k():
     H[0, :, 1], H[0, 5, 1], H[0, 9, 1], H[0, 11, 1] = 90.0, -1000.0, 100.0, 99.9
     H[1, :, 1] = 21544.0  # one token again and again
     H[2, :, 1] = torch.linspace(1, 1.5, 24)  # no gap: a model that broke down before l_E
-    S_sink = kvsink.predict_auto(H, c=1)
+    S_sink = kvsink.predict_sinks(H, c=1, k=AUTO)
     assert S_sink[0].nonzero().flatten().tolist() == [5, 9]
     assert S_sink[1].sum() == 20 and S_sink[2].nonzero().flatten().tolist() == list(range(4, 24))
-    assert kvsink.predict_auto(H[:, :7], c=1).sum(1).tolist() == [1, 7, 7]
+    assert kvsink.predict_sinks(H[:, :7], c=1, k=AUTO).sum(1).tolist() == [1, 7, 7]
 
 
 def test_more_sinks_than_tokens_are_refused(planted, sequences):
@@ -718,7 +742,7 @@ def test_more_sinks_than_tokens_are_refused(planted, sequences):
 @pytest.mark.parametrize("scheme", TABLE_SCHEMES)
 def test_sequences_of_a_batch_do_not_touch_each_other(planted, sequences, scheme):
     tokens, _ = sequences
-    cache = cache_of(planted, scheme, 3, tokens, "kvsink", 2)
+    cache = cache_of(planted, scheme, 3, tokens, Rule(k=2, site=SITE))
     H, _ = prefill(planted, planted.embedding(tokens), cache, *SITE, k=2)
     for b in range(2):
         alone, _ = prefill(planted, planted.embedding(tokens[b : b + 1]), cache, *SITE, k=2)
@@ -730,12 +754,12 @@ def test_keeping_the_sinks_brings_the_output_nearer(planted, sequences):
     H0 = planted.embedding(tokens)
     exact, _ = prefill(planted, H0, full_precision_cache(planted))
 
-    def error(keep, N):
-        cache = cache_of(planted, "token-static", 4, tokens, keep, N)
-        H, _ = prefill(planted, H0, cache, **preservation(keep, N, SITE, H0))
+    def error(rule):
+        cache = cache_of(planted, "token-static", 4, tokens, rule)
+        H, _ = prefill(planted, H0, cache, **rule.arguments(H0))
         return (H - exact).norm().item()
 
-    assert error("pfn", 24) == 0 < error("kvsink", 20) < error("none", 0)
+    assert error(Rule(first=24)) == 0 < error(Rule(k=20, site=SITE)) < error(Rule())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -743,15 +767,15 @@ def test_keeping_the_sinks_brings_the_output_nearer(planted, sequences):
 # (Appendix G)
 
 
-@pytest.mark.parametrize("pre_rope", [False, True])
+@pytest.mark.parametrize("rope", ["post", "pre"])
 @pytest.mark.parametrize("keep", ["none", "pfn", "kvsink", "pfn+kvsink"])
-def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, keep, pre_rope):
+def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, keep, rope):
     """Ranges of every block against NumPy on the Keys and Values of the plain model; PFN leaves out
     its tokens in every block, KVSink its own after l_E and none before."""
     tokens, S_sink = sequences
     windows = [tokens[:1], tokens[1:]]
     cache = kvsink.rtn_cache(planted, "channel-static", bits=4, group_size=4)
-    calibrate(planted, windows, [cache], keep, 2, pre_rope)
+    calibrate(planted, windows, [cache], rule_of(keep, 2).at(SITE), STEPS[rope])
     projected, hooks = [], []
     for block in planted.blocks:
         for linear in (block.W_k, block.W_v):
@@ -763,7 +787,7 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
     planted(tokens)
     for hook in hooks:
         hook.remove()
-    rope = rope_table(planted.config, 24, "cpu")
+    table = rope_table(planted.config, 24, "cpu")
     for l in range(1, 7):
         first_two = torch.arange(24).expand(2, 24) < 2
         left_out = {"none": S_sink & False, "pfn": first_two, "kvsink": S_sink & (l > EMERGENCE)}
@@ -772,7 +796,7 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
         K, V = (
             X.unflatten(-1, (2, 8)).transpose(1, 2) for X in projected[2 * l - 2 : 2 * l]
         )  # (2, 2, 24, 8)
-        K = K if pre_rope else apply_rope(K, rope)
+        K = K if rope == "pre" else apply_rope(K, table)
         K, V = (X.transpose(1, 2)[~left_out].numpy() for X in (K, V))  # (tokens that count, 2, 8)
         K_quantizer, V_quantizer = cache[l - 1]
         np.testing.assert_allclose(K_quantizer.lo.view(2, 8), K.min(0), rtol=1e-5, atol=1e-6)
@@ -794,12 +818,11 @@ def test_one_pass_serves_all_schemes_and_widths_and_is_the_full_precision_model(
         scheme: kvsink.rtn_cache(planted, scheme, 4, 8)
         for scheme in ("token-static", "channel-static")
     }
-    out, _ = prefill(
-        planted, H, kvsink.observers(together.values()), **preservation(keep, N, SITE, H)
-    )
+    rule = rule_of(keep, N).at(SITE)
+    out, _ = prefill(planted, H, kvsink.observers(together.values()), **rule.arguments(H))
     assert torch.equal(planted.logits(out), planted(tokens))
     for scheme, cache in together.items():
-        alone = cache_of(planted, scheme, 4, tokens, keep, N)
+        alone = cache_of(planted, scheme, 4, tokens, rule)
         for one, other, narrow in zip(cache, alone, kvsink.with_bits(cache, 2)):
             for a, b, c in zip(one, other, narrow):
                 assert torch.equal(a.lo, b.lo) and torch.equal(a.hi, b.hi)
@@ -933,7 +956,7 @@ def prefill_both_ways(model, tokens, scheme, device, dtype):
     tokens, model = tokens.to(device), model.to(device, dtype)
     cache = kvsink.rtn_cache(model, scheme, 4, 8)
     if kvsink.SCHEMES[scheme].static:
-        calibrate(model, [tokens], [cache], "kvsink", 2)
+        calibrate(model, [tokens], [cache], Rule(k=2, site=SITE))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     results = [
@@ -951,7 +974,7 @@ def copy_of(model):
 
 @pytest.mark.parametrize("scheme", TABLE_SCHEMES)
 def test_one_compiled_block_serves_all_and_agrees_with_eager(planted, sequences, scheme):
-    if not cli.has_compiler("cpu"):
+    if not has_compiler("cpu"):
         pytest.skip("no compiler on this machine")
     tokens, expected = sequences
     ((eager, _), (compiled, S_sink)), graphs = prefill_both_ways(
@@ -963,7 +986,7 @@ def test_one_compiled_block_serves_all_and_agrees_with_eager(planted, sequences,
 
 def test_compiled_code_does_not_hide_what_is_not_finite(planted, sequences):
     """A static quantizer clamps: inf would come back as an ordinary number."""
-    if not cli.has_compiler("cpu"):
+    if not has_compiler("cpu"):
         pytest.skip("no compiler on this machine")
     quantizer = Quantizer(4, "token", static=True)
     quantizer.calibrate(torch.randn(1, 1, 4, 8))
@@ -996,29 +1019,12 @@ def test_perplexity_against_numpy(tiny, tmp_path, capsys):
     """exp of the mean over the n - 1 predicted tokens of every whole window, from the model's
     logits, in float64."""
     out = tmp_path / "out.json"
-    assert (
-        eval_ppl.main(
-            [
-                *tiny,
-                "--scheme",
-                "token-dynamic",
-                "--keep",
-                "none",
-                "--bits",
-                "4",
-                "--json",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    row = f"--scheme token-dynamic --keep none --bits 4 --json {out}".split()
+    assert eval_ppl.main([*tiny, *row]) == 0
     full, quantized = results_of(out)
     tokens = np.frombuffer(Path(tiny[3]).read_bytes(), np.uint8)[: 31 * 64].reshape(31, 64)
-    logits = (
-        Llama.from_pretrained(tiny[1])(torch.tensor(tokens.astype(np.int64)))
-        .numpy()
-        .astype(np.float64)
-    )
+    model = Llama.from_pretrained(tiny[1])
+    logits = model(torch.tensor(tokens.astype(np.int64))).double().numpy()
     p = np.exp(logits[:, :-1])
     p = np.take_along_axis(p, tokens[:, 1:, None].astype(np.int64), -1)[..., 0] / p.sum(-1)
     assert full["windows"] == 31 and full["ppl"] == pytest.approx(
@@ -1034,109 +1040,105 @@ def test_the_loss_is_computed_in_fp32_and_in_pieces(tiny):
     tokens = torch.randint(0, 256, (1, 2500), generator=torch.Generator().manual_seed(0))
     H = model.embedding(tokens)
     expected = F.cross_entropy(model.logits(H)[0, :-1].double(), tokens[0, 1:], reduction="sum")
-    loss = eval_ppl.negative_log_likelihood(model, H, tokens)
+    loss = evaluate.negative_log_likelihood(model, H, tokens)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_command_of_the_card():
     """`--model llama2-7b --sinks 5 --bits 2`: Figure 9's setting at N = 5."""
-    (what,), *_ = eval_ppl.parse(["--model", "llama2-7b", "--sinks", "5", "--bits", "2"])
-    assert (what.data, what.seq_len, what.group_size, what.calib_windows, what.limit) == (
-        "wikitext2",
-        4096,
-        128,
-        16,
-        None,
-    )
-    rows = [("none", 0), ("pfn", 5), ("kvsink", 5)]
+    (config,) = configs_of("--model llama2-7b --sinks 5 --bits 2")
+    assert (config.data, config.seq_len, config.limit) == ("wikitext2", 4096, None)
+    assert (config.group_size, config.calib_windows) == (128, 16)
+    rules = [Rule(), Rule(first=5), Rule(k=5)]
     schemes = ["token-static", "token-dynamic", "channel-static"]
-    assert what.rows == (
-        FULL_PRECISION,
-        *(Row(scheme, 2, *row) for scheme in schemes for row in rows),
-    )
+    rows = [Row(scheme, 2, rule) for scheme in schemes for rule in rules]
+    assert config.rows == (FULL_PRECISION, *rows)
     # A file is calibrated on wiki-sample, whose second part has 25,000 tokens: six windows of
     # 4,096, not sixteen.
-    (file,), *_ = eval_ppl.parse(["--model", "llama2-7b", "--data", "some.txt"])
-    assert file.calib_windows == 4
-    every = file.rows
-    assert len(every) == 1 + 3 * 2 * (1 + 2 * 4) and {row.N for row in every} == {0, 5, 10, 15, 20}
-    assert {row.bits for row in every} == {16, 4, 2}
+    (config,) = configs_of("--model llama2-7b --data some.txt")
+    assert config.calib_windows == 4
+    assert len(config.rows) == 1 + 3 * 2 * (1 + 2 * 4)
+    assert {row.rule.most for row in config.rows} == {0, 5, 10, 15, 20}
+    assert {row.bits for row in config.rows} == {16, 4, 2}
+
+
+def configs_of(options):
+    return eval_ppl.eval_configs(eval_ppl.parse_arguments(options.split()))
 
 
 @pytest.mark.parametrize("rope", ["post", "pre"])
 def test_a_row_is_algorithm_1_with_its_own_calibration(tiny, tmp_path, sample_calibration, rope):
-    out, text = tmp_path / "out.json", Path(tiny[3]).read_bytes()
-    row = [
-        "--scheme",
-        "channel-static",
-        "--keep",
-        "kvsink",
-        "--sinks",
-        "3",
-        "--bits",
-        "3",
-        "--rope",
-        rope,
-    ]
-    assert (
-        eval_ppl.main([*tiny, *row, "--limit", "2", "--calib-windows", "2", "--json", str(out)])
-        == 0
-    )
+    out = tmp_path / "out.json"
+    text = Path(tiny[3]).read_bytes()
+    row = f"--scheme channel-static --keep kvsink --sinks 3 --bits 3 --rope {rope}".split()
+    windows = f"--limit 2 --calib-windows 2 --json {out}".split()
+    assert eval_ppl.main([*tiny, *row, *windows]) == 0
     model = Llama.from_pretrained(tiny[1])
     documents = hub.documents("wiki-sample", "train")
     calibration = torch.tensor([*b"".join(document.encode() + b"\0" for document in documents)])
     calibration[calibration == 0] = 256  # <|endoftext|>, the id after the bytes
     cache = kvsink.rtn_cache(model, "channel-static", 3, 8)
-    calibrate(model, calibration[:128].view(2, 1, 64), [cache], "kvsink", 3, rope == "pre")
+    rule = Rule(k=3, site=SITE)
+    calibrate(model, calibration[:128].view(2, 1, 64), [cache], rule, STEPS[rope])
     tokens = torch.tensor([*text[:128]]).view(2, 64)
-    H, _ = prefill(model, model.embedding(tokens), cache, *SITE, k=3, pre_rope=rope == "pre")
+    H, _ = prefill(model, model.embedding(tokens), cache, *SITE, k=3, step=STEPS[rope])
     nll = F.cross_entropy(model.logits(H)[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
     assert results_of(out)[1]["ppl"] == pytest.approx(nll.exp().item(), rel=1e-4)
 
 
 def test_compiled_and_eager_runs_agree(tiny, tmp_path, sample_calibration):
-    if not cli.has_compiler("cpu"):
+    if not has_compiler("cpu"):
         pytest.skip("no compiler on this machine")
     eager, compiled = tmp_path / "eager.json", tmp_path / "compiled.json"
     rows = ["--sinks", "3", "--bits", "4", "3", "--limit", "2"]
     assert eval_ppl.main([*tiny, *rows, "--json", str(eager)]) == 0
-    assert (
-        eval_ppl.main([*(a for a in tiny if a != "--no-compile"), *rows, "--json", str(compiled)])
-        == 0
-    )
+    with_compiler = [option for option in tiny if option != "--no-compile"]
+    assert eval_ppl.main([*with_compiler, *rows, "--json", str(compiled)]) == 0
     for a, b in zip(results_of(eager), results_of(compiled), strict=True):
-        assert a["ppl"] == pytest.approx(b["ppl"], rel=5e-3) and (a["compiled"], b["compiled"]) == (
-            False,
-            True,
-        )
+        assert a["ppl"] == pytest.approx(b["ppl"], rel=5e-3)
+        assert (a["compiled"], b["compiled"]) == (False, True)
+
+
+@pytest.mark.parametrize("scheme", ["full", "channel-static"])
+def test_the_loop_for_other_tables_is_the_loop_of_eval_ppl(tiny, sample_calibration, scheme):
+    """evaluate.measure_row, which Table 2 and beyond/front.py use, against eval_ppl.evaluate_rows."""
+    options = "--scheme channel-static --bits 3 --keep kvsink --sinks 3 --limit 2"
+    (run,) = evaluate.load_runs(configs_of(" ".join([*tiny, options])))
+    results = {result["scheme"]: result for result in eval_ppl.evaluate_rows(run, [])}
+    row = next(row for row in run.config.rows if row.scheme == scheme)
+    measured = evaluate.measure_row(run, row, evaluate.quantizers(run, row), ppl_fp=None)
+    for key in ("ppl", "nll", "kept"):
+        assert measured[key] == results[scheme][key]
 
 
 def test_another_setting_is_another_row(tiny):
-    """Everything that a PPL depends on is part of what a result is known by: options, weights, and
-    the text itself."""
-    row, tokens = Row("token-static", 4, "kvsink", 5), torch.zeros(2, 64, dtype=torch.int64)
+    """Everything that a PPL depends on is part of its key: options, weights, and the text."""
+    row = Row("token-static", 4, Rule(k=5))
+    tokens = torch.zeros(2, 64, dtype=torch.int64)
+    (config,) = configs_of(" ".join(tiny))
+    run = evaluate.Run(config, None, None, tokens, 8, SITE, "weights", None)
 
-    def known(*change, row=row, tokens=tokens, weights="weights", site=SITE):
-        (what,), machine, *_ = eval_ppl.parse([*tiny, *change])
-        return eval_ppl.settings(what, row, tokens, machine, weights, site)
+    def key(run=run, row=row, **changes):
+        return evaluate.result_key(replace(run, **changes), row)
 
-    assert known() == known()
-    others = [
-        "--rope=pre",
-        "--dtype=bfloat16",
-        "--seed=1",
-        "--group-size=4",
-        "--seq-len=32",
-        "--calib-windows=3",
-    ]
-    for change in [*others, "--model=other", "--data=other"]:
-        assert known(change) != known(), change
-    for change in ({"tokens": tokens + 1}, {"tokens": tokens[:1]}, {"weights": "others"}, {"row": row._replace(N=6)},
-                   {"site": Site(3, 5)}, {"site": Site(2, 6)}):  # fmt: skip
-        assert known(**change) != known(), change
-    (what,), machine, *_ = eval_ppl.parse(tiny)
-    compiled = eval_ppl.settings(what, row, tokens, replace(machine, compile=True), "weights", SITE)
-    assert compiled != known()
+    assert key() == key()
+    for change in (
+        "--rope=pre --dtype=bfloat16 --seed=1 --seq-len=32 --calib-windows=3 --model=other "
+        "--data=other"
+    ).split():
+        (other,) = configs_of(" ".join([*tiny, change]))
+        assert key(config=other) != key(), change
+    for changes in (
+        {"group_size": 4},
+        {"tokens": tokens + 1},
+        {"tokens": tokens[:1]},
+        {"weights": "others"},
+        {"site": Site(3, 5)},
+        {"site": Site(2, 6)},
+        {"config": replace(config, machine=Machine("cpu", "float32", compile=True))},
+    ):
+        assert key(**changes) != key(), changes
+    assert key(row=row._replace(rule=Rule(k=6))) != key()
 
 
 # --------------------------------------------------------------------------------------------------

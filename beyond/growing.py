@@ -1,9 +1,9 @@
-"""The Keys or the Values of one layer, in packed codes of as many tokens as come: for a cache whose
-size nobody knows beforehand, whose prompt may come in parts, and whose end may be cut off.
+"""The Keys or the Values of one layer as packed codes, for a cache that grows token by token: its
+final length is unknown, a prompt may come in parts, and the last tokens may be cut off again.
 
-What this file does not do: paper/kvcache.py packs codes into bytes, quant.py makes them.
+What this file does not do: paper/kvcache.py packs codes into bytes, and quant.py makes the codes.
 
-Shapes: b sequences, n tokens so far, h_kv Key/Value heads, d_k channels a head.
+Shapes: b sequences, n tokens so far, m new tokens, h_kv Key/Value heads, d_k channels per head.
 """
 
 import torch
@@ -13,87 +13,119 @@ from quant import dequantize
 
 
 class GrowingStore:
-    """Codes are made once, for whole groups of tokens. What it holds is in `t`, all of it (b, ...):
+    """Codes are made once, for complete groups of tokens. `parts` holds all tensors that are
+    stored, each of them (b, ...):
 
-    codes, s, z   packed, (b, h_kv, n, bytes); scale and zero of every group, in 16 bits where they are dynamic
-    residual          the tokens of the unfinished group, in full precision
-    kept, slots   the kept tokens as they came, (b, h_kv, k, d_k), and where they stand, (b, k); -1 is unused
+    codes         packed, (b, h_kv, n, bytes)
+    scale, zero   one of each per group; 16 bits wide if they are dynamic
+    residual      the tokens of the last, incomplete group, in full precision
+    kept          the kept tokens in full precision, (b, h_kv, k, d_k)
+    slots         the positions of the kept tokens, (b, k); -1 marks an unused slot
     """
 
     def __init__(self, quantizer, X):
         self.quantizer = quantizer
-        self.g = (
-            quantizer.group_size
-            if quantizer.granularity == "channel" and not quantizer.static
-            else 1
-        )
-        self.group = torch.zeros(0, dtype=torch.int64, device=X.device)  # of each token with codes
-        self.t = {
+        self.g = quantizer.tokens_per_group
+        # For each token that has codes, the index of its scale and zero.
+        self.group = torch.zeros(0, dtype=torch.int64, device=X.device)
+        self.parts = {
             "residual": X[:, :, :0],
             "kept": X[:, :, :0],
             "slots": self.group.repeat(len(X), 1),
         }
 
-    def update(self, X, S_sink, real, prompt):
-        """Stores new tokens X (b, h_kv, new, d_k) and returns all, (b, h_kv, n, d_k), as attention
-        reads them. S_sink and `real`, no padding, are (b, n). A sink comes in a prompt, and stays:
-        its code was made for a group without it."""
-        past = len(self.group) + self.t["residual"].shape[2]
-        self.append(X, S_sink | ~real, prompt)
-        X_ = self.numbers()
-        if prompt:
+    @property
+    def length(self):
+        return len(self.group) + self.parts["residual"].shape[2]
+
+    def update(self, X, S_sink, attended, is_prompt):
+        """Store new tokens X (b, h_kv, m, d_k), and return all tokens (b, h_kv, n, d_k) as
+        attention reads them. The masks S_sink and `attended`, which is False for padding, are
+        (b, n). Only tokens of a prompt become sinks, and a sink stays one, because the codes of its
+        group were made without it."""
+        past = self.length
+        self.append(X, S_sink | ~attended, is_prompt)
+        X_ = self.dequantized()
+        if is_prompt:
             X_[:, :, past:] = torch.where(S_sink[:, None, past:, None], X, X_[:, :, past:])
             is_kept, slots = S_sink.int().topk(int(S_sink.sum(1).max()))
-            self.t["slots"] = torch.where(is_kept > 0, slots, -1)
-            self.t["kept"] = X_.take_along_dim(slots[:, None, :, None], dim=2)
+            self.parts["slots"] = torch.where(is_kept > 0, slots, -1)
+            self.parts["kept"] = X_.take_along_dim(slots[:, None, :, None], dim=2)
         return X_
 
-    def append(self, X, leave_out, prompt):
-        residual, first, t = torch.cat((self.t["residual"], X), dim=2), len(self.group), self.t
-        # A group that a decoded token fills is read in full precision once more, as in kvcache.py.
-        whole = (residual.shape[2] - (not prompt and self.g > 1)) // self.g * self.g
-        t["residual"] = residual[:, :, whole:]
-        if whole:
-            leave_out = leave_out[:, None, first : first + whole, None]
-            codes, s, z = self.quantizer.encode(residual[:, :, :whole].float(), leave_out)
-            new, group = (
-                {"codes": pack(codes, self.quantizer.bits)},
-                torch.arange(whole, device=X.device) // self.g,
-            )
-            if not self.quantizer.static:
-                group, new = (
-                    group + (t["s"].shape[2] if "s" in t else 0),
-                    new | {"s": s.half(), "z": z.half()},
-                )
-            elif "s" not in t:
-                t["s"], t["z"] = (p.expand(len(X), -1, -1, -1) for p in (s, z))
-            t |= {
-                name: torch.cat((t[name], part), dim=2) if name in t else part
-                for name, part in new.items()
-            }
-            self.group = torch.cat((self.group, 0 * group if self.quantizer.static else group))
+    def append(self, X, leave_out, is_prompt):
+        """Add new tokens X (b, h_kv, m, d_k) to the residual, and encode the groups that are now
+        complete."""
+        residual = torch.cat((self.parts["residual"], X), dim=2)
+        # As in paper/kvcache.py, a group that a decoded token completes is read in full precision
+        # once more: it is encoded when the next token comes.
+        waiting = 1 if self.g > 1 and not is_prompt else 0
+        complete = (residual.shape[2] - waiting) // self.g * self.g
+        self.parts["residual"] = residual[:, :, complete:]
+        if complete:
+            first = len(self.group)
+            leave_out = leave_out[:, None, first : first + complete, None]
+            self.encode(residual[:, :, :complete], leave_out)
 
-    def numbers(self):
-        """All tokens, dequantized where they have codes (Eq. 11), the kept ones as they came."""
-        X = self.t["residual"]
+    def encode(self, X, leave_out):
+        """Add the codes of complete groups of tokens X (b, h_kv, m, d_k)."""
+        codes, s, z = self.quantizer.encode(X.float(), leave_out)
+        self.extend("codes", pack(codes, self.quantizer.bits))
+        group = torch.arange(X.shape[2], device=X.device) // self.g
+        if self.quantizer.static:
+            group = torch.zeros_like(group)  # all tokens share one scale and zero
+            if "scale" not in self.parts:
+                self.parts["scale"] = s.expand(len(X), -1, -1, -1)
+                self.parts["zero"] = z.expand(len(X), -1, -1, -1)
+        else:
+            if "scale" in self.parts:
+                group = group + self.parts["scale"].shape[2]
+            self.extend("scale", s.half())
+            self.extend("zero", z.half())
+        self.group = torch.cat((self.group, group))
+
+    def extend(self, name, new):
+        if name in self.parts:
+            new = torch.cat((self.parts[name], new), dim=2)
+        self.parts[name] = new
+
+    def dequantized(self):
+        """Return all tokens (b, h_kv, n, d_k): those that have codes dequantized (Eq. 11), those of
+        the residual and the kept ones in full precision."""
+        X = self.parts["residual"]
         if len(self.group):
-            s, z = (
-                self.t[p].float().index_select(2, self.group)[..., None] for p in "sz"
-            )  # (b, h_kv, n, d_k / g, 1)
-            codes = unpack(self.t["codes"], self.quantizer.bits).unflatten(-1, (s.shape[-2], -1))
+            s = self.of_each_token("scale")
+            z = self.of_each_token("zero")
+            codes = unpack(self.parts["codes"], self.quantizer.bits)  # (b, h_kv, n, d_k)
+            codes = codes.unflatten(-1, (s.shape[-2], -1))  # (b, h_kv, n, d_k / g, g)
             X = torch.cat((dequantize(codes, s, z).flatten(-2).to(X.dtype), X), dim=2)
-        X = torch.cat((X, X[:, :, :1]), dim=2)  # one more, where unused slots write
-        slots = self.t["slots"][:, None, :, None] % X.shape[2]
-        return X.scatter(2, slots.expand_as(self.t["kept"]), self.t["kept"])[:, :, :-1]
+        X = torch.cat((X, X[:, :, :1]), dim=2)  # one token more, which unused slots overwrite
+        slots = self.parts["slots"][:, None, :, None] % X.shape[2]
+        kept = self.parts["kept"]
+        return X.scatter(2, slots.expand_as(kept), kept)[:, :, :-1]
 
-    def bytes(self):
-        return sum(part.nbytes for part in self.t.values())
+    def of_each_token(self, name):
+        """Return the scale or the zero of each token that has codes, (b, h_kv, n, d_k / g, 1)."""
+        return self.parts[name].float().index_select(2, self.group)[..., None]
 
     def crop(self, n):
-        """Keeps the first n tokens. Codes stay as they are: the last group may be short from now
-        on."""
-        self.t["residual"] = self.t["residual"][:, :, : max(n - len(self.group), 0)]
-        self.t["slots"] = self.t["slots"].masked_fill(self.t["slots"] >= n, -1)
+        """Keep the first n tokens. Codes stay as they are, so the last group may be shorter from
+        then on."""
+        self.parts["residual"] = self.parts["residual"][:, :, : max(n - len(self.group), 0)]
+        self.parts["slots"] = self.parts["slots"].masked_fill(self.parts["slots"] >= n, -1)
         self.group = self.group[:n]
-        if "codes" in self.t:
-            self.t["codes"] = self.t["codes"][:, :, :n]
+        if "codes" in self.parts:
+            self.parts["codes"] = self.parts["codes"][:, :, :n]
+
+    def reorder(self, indices):
+        """Replace sequence i by what sequence indices[i] was."""
+        for name, part in self.parts.items():
+            self.parts[name] = part[indices.to(part.device)]
+
+    def bytes(self):
+        return sum(part.nbytes for part in self.parts.values())
+
+    def bytes_in_16_bits(self):
+        """Return the bytes that the same Keys or Values would take in 16 bits."""
+        b, h_kv, _, d_k = self.parts["residual"].shape
+        return 2 * b * h_kv * self.length * d_k

@@ -1,59 +1,62 @@
-"""Where the sinks of a model of the transformers package emerge: Table 3's place, else what the
-finder sees.
+"""The site of a model of the transformers package: the block after which its sinks are predicted,
+and the channel.
 
 What this file does not do: Table 3 and the finder are kvsink.py's.
 """
 
 import warnings
-from types import SimpleNamespace
 
 import torch
 
 import kvsink
+from kvsink import NOWHERE
 from quant import NotFinite
 from support import hub
-
-NOWHERE = kvsink.Site(0, 0)
-
-
-def head_dim(config):
-    """d_k. Not every configuration has it."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+from support.site import listed_site
 
 
-class Decoder(SimpleNamespace):
-    """A decoder of transformers as `kvsink.find_site` looks at one."""
-
-    def __call__(self, tokens):
-        return self.decoder(input_ids=tokens, use_cache=False)
-
-
-@torch.no_grad()
 def site_of(decoder, tokenizer=None):
-    """Table 3's, by the model's name and shape; else what the finder sees with a tokenizer, by
-    default the model's. Where it sees no stable outliers: NOWHERE, and a warning."""
+    """Return Table 3's Site if it lists the model's name and shape, else what the finder finds with
+    a tokenizer, by default the model's own. If the model shows no stable outliers, warn and return
+    NOWHERE."""
     from transformers import AutoTokenizer
 
     name = decoder.config._name_or_path
-    names = {repository: short for short, repository in hub.MODELS.items()}
-    short = names.get(name, name.rstrip("/").rpartition("/")[2])
-    if site := hub.listed_site(short, len(decoder.layers), decoder.config.hidden_size):
+    short_names = {repository: short for short, repository in hub.MODELS.items()}
+    short_name = short_names.get(name, name.rstrip("/").rpartition("/")[2])
+    if site := listed_site(short_name, len(decoder.layers), decoder.config.hidden_size):
         return site
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
         raise ValueError(
-            "this model has no tokenizer beside it: give tokenizer=, or site=Site(l_E, c)"
+            "this model comes without a tokenizer: give tokenizer=, or site=Site(l_E, c)"
         ) from None
-    model = Decoder(
-        decoder=decoder, blocks=decoder.layers, embedding=decoder.get_input_embeddings()
-    )
+    prompts = [tokenizer(prompt).input_ids for prompt in kvsink.PROMPTS]
     try:
-        return kvsink.find_site(model, [tokenizer(prompt).input_ids for prompt in kvsink.PROMPTS])
+        with torch.no_grad():
+            return kvsink.find_site(DecoderView(decoder), prompts)
     except NotFinite:
         raise
     except ValueError as error:
-        warnings.warn(
-            f"no sink will be predicted: {error}. A site that you know is given as site=Site(l_E, c)"
-        )
+        advice = "If you know the site, give site=Site(l_E, c)"
+        # Level 3 is the line of the user's code that makes the KVSinkCache.
+        warnings.warn(f"no sink will be predicted: {error}. {advice}", stacklevel=3)
         return NOWHERE
+
+
+class DecoderView:
+    """A decoder of transformers with the names by which kvsink.py knows the parts of a model."""
+
+    def __init__(self, decoder):
+        self.decoder = decoder
+        self.blocks = decoder.layers
+        self.embedding = decoder.get_input_embeddings()
+
+    def __call__(self, tokens):
+        return self.decoder(input_ids=tokens, use_cache=False)
+
+
+def head_dim(config):
+    """Return d_k, which some configurations leave out."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -11,45 +11,55 @@ from course import handout
 from support import cli
 
 
-def parse(argv):
-    """The work that the options ask for, to be called. Raises ValueError for options that cannot
-    be."""
+def main(argv=None):
+    return cli.run_command("course", lambda: run(parse_arguments(argv)), "close other programs")
+
+
+def run(args):
+    if args.command == "handout":
+        handout.write(args.folder)
+        return
+    from course import grade  # only here, because it needs fork and resource limits: Linux, macOS
+
+    if args.folder:
+        grade.grade_one(args.folder, args.json)
+    else:
+        grade.grade_class(args.submissions, args.csv or Path("grades.csv"))
+
+
+def parse_arguments(argv):
+    """Return the options. Raises ValueError, in one line, if they are wrong."""
     parser = cli.Parser(prog="python -m course", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="handout or grade")
     add = commands.add_parser("handout", description="Write the students' repository.").add_argument
     add("folder", type=Path, help="a new folder, or an empty one")
-    add = commands.add_parser(
-        "grade", description="Grade a submission, or with --class a folder of them."
-    ).add_argument
+    description = "Grade a submission, or with --class a folder of submissions."
+    add = commands.add_parser("grade", description=description).add_argument
     add("folder", type=Path, nargs="?", help="the submission: a folder like the handout")
     add(
         "--class",
         type=Path,
-        dest="many",
+        dest="submissions",
         metavar="FOLDER",
         help="grade each folder in this one, and write a CSV file",
     )
     add("--json", type=Path, metavar="FILE", help="also write Gradescope's results.json")
-    add("--csv", type=Path, metavar="FILE", help="where --class writes (default: grades.csv)")
+    add("--csv", type=Path, metavar="FILE", help="the file that --class writes (grades.csv)")
     args = parser.parse_args(argv)
-    if args.command == "handout":
-        return lambda: handout.write(args.folder)
-    from course import grade  # which wants fork and resource limits: Linux, macOS
+    if args.command == "grade":
+        check_grade_options(args)
+    return args
 
-    if bool(args.folder) == bool(args.many):
+
+def check_grade_options(args):
+    if bool(args.folder) == bool(args.submissions):
         raise ValueError("grade takes a submission's FOLDER, or --class FOLDER")
-    if args.many and args.json or args.folder and args.csv:
+    if args.submissions and args.json or args.folder and args.csv:
         raise ValueError("--json belongs to one submission, --csv to --class")
-    folder = args.folder or args.many
+    folder = args.folder or args.submissions
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    file = args.json if args.folder else args.csv or Path("grades.csv")
-    cli.check_file(file)
-    return lambda: (grade.grade_one if args.folder else grade.grade_class)(folder, file)
-
-
-def main(argv=None):
-    return cli.run_command("course", lambda: parse(argv)(), "close other programs")
+    cli.check_file(args.json if args.folder else args.csv or Path("grades.csv"))
 
 
 if __name__ == "__main__":

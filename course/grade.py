@@ -1,14 +1,10 @@
-"""Grades a submission, or a folder of them, with the public tests and the hidden ones.
+"""Grade a submission, or a folder of them, with the public tests and the hidden ones.
 
-Read top to bottom: what the student's process gets; the process; the tests; a submission; what is
-printed and written.
+Read top to bottom: a submission; its tests; the student's process; what is printed and written.
 
-What this file does not do: it runs no line of a student's in this process. worker.py does, and what
-it sends back is compared here, with tests that the student's process has never seen.
-
-Each function is graded alone: the reference has the place of all others, so that one that is wrong
-costs no point of another. Where that fails, it is tried with the student's other functions of its
-problem: each of two may be right, and both use another of the two than the reference's do.
+What this file does not do: it runs no line of a student's code in this process. worker.py does, in
+another, and sends back values. The tests compare them here, so the student's process never sees a
+test.
 """
 
 import csv
@@ -33,19 +29,72 @@ from course.problems import BY_NAME, FILES, PROBLEMS
 from course.source import Absent
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 20  # for all tests of a function, which take a tenth of one
+SECONDS = 20  # for all tests of one function, which usually take 0.1 s
 REPLY_BYTES = 2**26
 
 # --------------------------------------------------------------------------------------------------
-# What the student's process gets
+# A submission
 
 
-def sources(functions, folder):
-    """File name -> text: the reference, in which these functions of one file are those of the
-    submission in `folder`. Raises Absent where the submission has no such function."""
+class Grade(NamedTuple):
+    """The grade of one function."""
+
+    problem: int
+    name: str
+    points: int
+    max_points: int
+    tests: int
+    passed: int  # of these tests
+    failures: tuple[tuple[str, str], ...]  # name of a test, and why it failed
+
+
+def grade(server, folder, disable=None):
+    """Return the Grade of each function of a submission: the folder or, as archives have it, the
+    one folder in it."""
+    if not any((folder / name).exists() for name in FILES):
+        inside = [path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"]
+        if len(inside) == 1 and not inside[0].is_symlink():
+            folder = inside[0]
+    functions = [(problem, function) for problem in PROBLEMS for function in problem.functions]
+    bar = tqdm(functions, desc=folder.name[:30], unit="function", leave=False, disable=disable)
+    return [grade_function(server, problem, function, folder) for problem, function in bar]
+
+
+def grade_function(server, problem, function, folder):
+    """Return the Grade of one function: all of its points if all of its tests pass, else none.
+
+    The function is graded alone, among the reference's versions of all others, so that a wrong one
+    costs no point of another. If it fails, retry with the student's other functions of this
+    problem, which may share a convention.
+    """
+    tests = tests_of(problem, function)
+    outcomes = []
+    try:
+        outcomes = run_tests(server, files_with([function], folder), tests)
+        if len(outcomes) == len(tests) and any(reason for _, reason in outcomes):
+            again = run_tests(server, files_with(problem.functions, folder), tests)
+            if not any(reason for _, reason in again):
+                outcomes = again
+    except (Absent, RecursionError) as error:  # ast.unparse recurses, so nesting is limited
+        outcomes = outcomes or [(str(error), "it has no points")]
+    failures = tuple((name, reason) for name, reason in outcomes if reason)
+    return Grade(
+        problem=problem.number,
+        name=function.name,
+        points=0 if failures else function.points,
+        max_points=function.points,
+        tests=len(tests),
+        passed=len(outcomes) - len(failures),
+        failures=failures,
+    )
+
+
+def files_with(functions, folder):
+    """Return file name -> text of the reference, with these functions, which are of one file, taken
+    from the submission in `folder`. Raises Absent if the submission lacks one."""
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
     file = functions[0].file
-    tree = source.parsed(folder, file)
+    tree = source.parse_file(folder, file)
     texts[file] = source.merged(texts[file], tree, [function.name for function in functions])
     texts["paper/__init__.py"] = ""
     texts["scenarios.py"] = (ROOT / "course/checks/scenarios.py").read_text(encoding="utf-8")
@@ -53,36 +102,73 @@ def sources(functions, folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# The process
+# Its tests
 
 
-class Failed(Exception):
-    """A scenario that raised an exception in the student's process, in one line."""
+def tests_of(problem, function):
+    """Return the name and the function of each test of a student's function, public tests first."""
+    tests = []
+    for package, suffix in (("checks", ""), ("hidden", " (hidden)")):
+        module = importlib.import_module(f"course.{package}.problem{problem.number}")
+        for name, test in vars(module).items():
+            defined_here = getattr(test, "__module__", None) == module.__name__
+            if name.startswith(f"test_{function.short_name}_") and defined_here:
+                tests.append((name + suffix, test))
+    return tests
 
 
-class Gone(Exception):
-    """A process of which nothing more is to be had, and why."""
+def run_tests(server, texts, tests):
+    """Return the name of each test, and why it fails or None. Stop after the test in which the
+    student's process ends."""
+    outcomes = []
+    with student_process(server, texts) as run:
+        for name, test in tests:
+            try:
+                outcomes.append((name, failure(test, run)))
+            except ProcessGone as error:
+                outcomes.append((name, str(error)))
+                break
+    return outcomes
+
+
+def failure(test, run):
+    """Return in one line why a test fails, or None if it passes. Raises ProcessGone."""
+    try:
+        test(run)
+    except ProcessGone:
+        raise
+    except ScenarioFailed as error:
+        return str(error)
+    except Exception as error:  # an assertion, or the value is nothing that the test can compare
+        message = one_line(str(error)) or type(error).__name__
+        return f"{message} [{one_line(test.__doc__ or '')}]"
+
+
+# --------------------------------------------------------------------------------------------------
+# The student's process
+
+
+class ScenarioFailed(Exception):
+    """A scenario raised an exception in the student's process. The message is one line."""
+
+
+class ProcessGone(Exception):
+    """The student's process will not answer any more. The message says why."""
 
 
 @contextmanager
 def serving():
-    """The server that forks students' processes, as long as it is needed: the socket on which it
-    listens."""
+    """Run the server that forks students' processes, and yield the socket on which it listens."""
     if not worker.landlock_version():
         print(
-            "no Landlock on this system: native code could get at files; see course/README.md",
+            "no Landlock on this system: native code could reach files; see course/README.md",
             file=sys.stderr,
         )
+    kept = ("PATH", "LD_LIBRARY_PATH", "LANG")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     ours, theirs = socket.socketpair()
-    wanted = {
-        name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ
-    }
-    environment = {
-        **wanted,
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
     command = [sys.executable, "-W", "ignore", worker.__file__, str(theirs.fileno())]
     with ours:
         with theirs:
@@ -92,14 +178,14 @@ def serving():
         try:
             yield ours
         finally:
-            ours.close()  # which ends it
+            ours.close()  # the server then ends
             process.wait()
 
 
 @contextmanager
-def student(server, texts):
-    """A process of the student's, with these files: the function `run(scenario, *arguments)` of the
-    tests."""
+def student_process(server, texts):
+    """Start a process that has the files `texts`, and yield the function
+    `run(scenario, *arguments)` that the tests call."""
     with tempfile.TemporaryDirectory(prefix="kvsink-grade-") as folder:
         folder = Path(folder).resolve()
         for name, text in texts.items():
@@ -107,191 +193,141 @@ def student(server, texts):
             (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            request = json.dumps({"folder": str(folder), "seconds": SECONDS}).encode()
-            socket.send_fds(server, [request], [theirs.fileno()])
+            pid = fork(server, folder, theirs)
             theirs.close()
-            if not (pid := server.recv(64)):
-                raise RuntimeError(
-                    "the server of the students' processes did not start: does torch import?"
-                )
-            timer, start = (
-                threading.Timer(SECONDS, ours.shutdown, [socket.SHUT_RDWR]),
-                time.monotonic(),
-            )
-            timer.start()  # whatever we wait for, to send or to receive, ends then
+            start = time.monotonic()
+            timer = threading.Timer(SECONDS, ours.shutdown, [socket.SHUT_RDWR])
+            timer.start()  # it ends whatever we wait for, to send or to receive
             connection = Connection(os.dup(ours.fileno()))
 
             def run(scenario, *arguments):
                 try:
                     return ask(connection, scenario, arguments)
                 except (EOFError, OSError):
-                    late = time.monotonic() - start >= SECONDS
-                    by_itself = (
-                        "the process ended by itself: exit, crash, or too much memory or time"
-                    )
-                    raise Gone(f"no answer in {SECONDS} seconds" if late else by_itself) from None
+                    if time.monotonic() - start >= SECONDS:
+                        raise ProcessGone(f"no answer in {SECONDS} seconds") from None
+                    cause = "exit, crash, or too much memory or time"
+                    raise ProcessGone(f"the process ended by itself: {cause}") from None
 
             try:
                 yield run
             finally:
                 timer.cancel()
                 connection.close()
-                server.send(json.dumps({"end": int(pid)}).encode())
+                server.send(json.dumps({"end": pid}).encode())
                 server.recv(64)
 
 
+def fork(server, folder, connection):
+    """Let the server fork a process that serves on the socket `connection`. Return its id."""
+    request = json.dumps({"folder": str(folder), "seconds": SECONDS}).encode()
+    socket.send_fds(server, [request], [connection.fileno()])
+    if not (pid := server.recv(64)):
+        raise RuntimeError(
+            "the server of the students' processes did not start: can torch be imported?"
+        )
+    return int(pid)
+
+
 def ask(connection, scenario, arguments):
-    """What the scenario returns in the student's process. Raises Failed where it raises there, Gone
-    where the answer is none, EOFError or OSError where there is no process any more."""
+    """Return what the scenario returns in the student's process. Raises ScenarioFailed if it raises
+    there, ProcessGone if the answer cannot be read, EOFError or OSError if the process has
+    ended."""
     connection.send_bytes(worker.encode([scenario.__name__, arguments]))
     data = connection.recv_bytes(REPLY_BYTES)
     try:
         reply = worker.decode(data)
         if "error" in reply:
-            printed = one_line(reply["printed"].strip().rpartition("\n")[2])
-            raise Failed(one_line(reply["error"]) + (f" (printed: {printed})" if printed else ""))
+            message = one_line(reply["error"])
+            if printed := one_line(reply["printed"].strip().rpartition("\n")[2]):
+                message += f" (printed: {printed})"
+            raise ScenarioFailed(message)
         return reply["value"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Gone("an answer that cannot be read") from None
+        raise ProcessGone("an answer that cannot be read") from None
 
 
 def one_line(text):
-    """A student's text, as a terminal may show it."""
+    """Return a student's text as it is safe to print: one line, printable characters only."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:300]
-
-
-# --------------------------------------------------------------------------------------------------
-# The tests
-
-
-def tests_of(problem, function):
-    """The tests of a function: pairs of its name, and it. Public ones first."""
-    found = []
-    for kind, package in (("", "checks"), (" (hidden)", "hidden")):
-        module = importlib.import_module(f"course.{package}.problem{problem.number}")
-        named = [
-            (name, test)
-            for name, test in vars(module).items()
-            if name.startswith(f"test_{function.short}_")
-        ]
-        found += [(name + kind, test) for name, test in named if test.__module__ == module.__name__]
-    return found
-
-
-def reason(test, run):
-    """Why a test fails, in one line; None where it passes. Raises Gone."""
-    try:
-        test(run)
-    except Gone:
-        raise
-    except Failed as error:
-        return str(error)
-    except (
-        Exception
-    ) as error:  # an assertion; or what came back is nothing that the test can compare
-        said = one_line(str(error)) or type(error).__name__
-        return f"{said} [{one_line(test.__doc__ or '')}]"
-
-
-# --------------------------------------------------------------------------------------------------
-# A submission
-
-
-class Grade(NamedTuple):
-    """Of one function."""
-
-    problem: int
-    name: str
-    points: int
-    of: int
-    tests: int
-    passed: int  # of them
-    failed: tuple[tuple[str, str], ...]  # test and reason
-
-
-def tried(server, texts, tests):
-    """Of each test its name, and why it fails or None: up to the one after which the process is
-    gone."""
-    found = []
-    with student(server, texts) as run:
-        for name, test in tests:
-            try:
-                found.append((name, reason(test, run)))
-            except Gone as error:
-                return [*found, (name, str(error))]
-    return found
-
-
-def grade_function(server, problem, function, folder):
-    """All its points when all tests pass, none otherwise."""
-    tests, found = tests_of(problem, function), []
-    try:
-        found = tried(server, sources([function], folder), tests)
-        if len(found) == len(tests) and any(why for _, why in found):
-            again = tried(server, sources(problem.functions, folder), tests)
-            found = found if any(why for _, why in again) else again
-    except (Absent, RecursionError) as error:  # or code nested too deeply to be written down again
-        found = found or [(str(error), "it has no points")]
-    failed = tuple((name, why) for name, why in found if why)
-    points = 0 if failed else function.points
-    return Grade(
-        problem.number,
-        function.name,
-        points,
-        function.points,
-        len(tests),
-        len(found) - len(failed),
-        failed,
-    )
-
-
-def grade(server, folder, disable=None):
-    """The Grade of each function of a submission: of the folder, or of the one folder in it, as
-    archives have it."""
-    if not any((folder / name).exists() for name in FILES):
-        inside = [path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"]
-        folder = inside[0] if len(inside) == 1 and not inside[0].is_symlink() else folder
-    every = [(problem, function) for problem in PROBLEMS for function in problem.functions]
-    bar = tqdm(every, desc=folder.name[:30], unit="function", leave=False, disable=disable)
-    return [grade_function(server, *pair, folder) for pair in bar]
 
 
 # --------------------------------------------------------------------------------------------------
 # What is printed and written
 
 
-def points_of(grades, number=None):
-    """Points and how many there are, of a problem or of all."""
-    chosen = [g for g in grades if number in (None, g.problem)]
-    return sum(g.points for g in chosen), sum(g.of for g in chosen)
+def grade_one(folder, json_file):
+    """Print the table of one submission, and write results.json unless `json_file` is None."""
+    start = time.monotonic()
+    with serving() as server:
+        grades = grade(server, folder)
+    print_table(folder, grades)
+    if json_file:
+        results = gradescope(grades, time.monotonic() - start)
+        json_file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def grade_class(folder, csv_file):
+    """Grade each folder in `folder`. Write one row for each to a CSV file, as soon as it is
+    graded."""
+    submissions = sorted(path for path in folder.iterdir() if path.is_dir())
+    submissions = [path for path in submissions if not path.name.startswith(".")]
+    if not submissions:
+        raise ValueError(
+            f"{folder} has no folders in it: --class takes a folder with one for each submission"
+        )
+    numbers = [problem.number for problem in PROBLEMS if problem.functions]
+    columns = [f"problem {number}" for number in numbers]
+    with serving() as server, open(csv_file, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["submission", *columns, "points", "of", "lost"])
+        for submission in tqdm(submissions, desc="grading", unit="submission", disable=None):
+            grades = grade(server, submission, disable=True)
+            by_problem = [points_of(grades, number)[0] for number in numbers]
+            lost = " ".join(g.name for g in grades if g.points < g.max_points)
+            rows.writerow([submission.name, *by_problem, *points_of(grades), lost])
+            file.flush()
+    print(f"wrote {csv_file}: {len(submissions)} submissions")
+
+
+def points_of(grades, problem=None):
+    """Return the points and the highest possible points, of one problem or of all."""
+    grades = [g for g in grades if problem in (None, g.problem)]
+    return sum(g.points for g in grades), sum(g.max_points for g in grades)
 
 
 def print_table(folder, grades):
-    hand = " and ".join(f"Problem {problem.number}" for problem in PROBLEMS if problem.by_hand)
+    written = [f"Problem {problem.number}" for problem in PROBLEMS if problem.written_points]
+    points, max_points = points_of(grades)
     print(
-        f"{folder}: {points_of(grades)[0]} of {points_of(grades)[1]} points, besides {hand}, which are graded by hand"
+        f"{folder}: {points} of {max_points} points, besides {' and '.join(written)}, which are "
+        "graded by hand"
     )
     for problem in PROBLEMS:
-        own = [g for g in grades if g.problem == problem.number]
-        if own:
-            print(
-                f"\nProblem {problem.number}, {problem.title}: {points_of(own)[0]} of {points_of(own)[1]}"
-            )
-        for g in own:
-            print(f"  {g.name:<22}{g.points:>3} of {g.of:<4}{g.passed} of {g.tests} tests passed")
-            for name, why in g.failed:
-                print(f"      {name}: {why}")
+        if problem.functions:
+            points, max_points = points_of(grades, problem.number)
+            print(f"\nProblem {problem.number}, {problem.title}: {points} of {max_points}")
+        for g in grades:
+            if g.problem == problem.number:
+                print_grade(g)
+
+
+def print_grade(g):
+    points = f"{g.points:>3} of {g.max_points:<4}"
+    print(f"  {g.name:<22}{points}{g.passed} of {g.tests} tests passed")
+    for name, reason in g.failures:
+        print(f"      {name}: {reason}")
 
 
 def gradescope(grades, seconds):
-    """What Gradescope reads from results.json."""
+    """Return what Gradescope reads from results.json."""
     tests = [
         {
             "name": f"Problem {g.problem}: {g.name} ({BY_NAME[g.name].file})",
             "score": g.points,
-            "max_score": g.of,
-            "status": "passed" if g.points == g.of else "failed",
-            "output": "\n".join(f"{name}: {why}" for name, why in g.failed),
+            "max_score": g.max_points,
+            "status": "passed" if g.points == g.max_points else "failed",
+            "output": "\n".join(f"{name}: {reason}" for name, reason in g.failures),
         }
         for g in grades
     ]
@@ -301,45 +337,3 @@ def gradescope(grades, seconds):
         "stdout_visibility": "hidden",
         "tests": tests,
     }
-
-
-def grade_one(folder, file):
-    """Prints the table of one submission, and writes results.json where `file` is given."""
-    start = time.monotonic()
-    with serving() as server:
-        grades = grade(server, folder)
-    print_table(folder, grades)
-    if file:
-        file.write_text(
-            json.dumps(gradescope(grades, time.monotonic() - start), indent=1), encoding="utf-8"
-        )
-
-
-def grade_class(folder, file):
-    """Grades each folder in `folder`, and writes a row of each to a CSV file as it is done."""
-    submissions = sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    if not submissions:
-        raise ValueError(
-            f"{folder} has no folders in it: --class takes a folder with one for each submission"
-        )
-    numbers = [problem.number for problem in PROBLEMS if problem.functions]
-    with serving() as server, open(file, "w", newline="", encoding="utf-8") as out:
-        rows = csv.writer(out)
-        rows.writerow(
-            ["submission", *(f"problem {number}" for number in numbers), "points", "of", "lost"]
-        )
-        for submission in tqdm(submissions, desc="grading", unit="submission", disable=None):
-            grades = grade(server, submission, disable=True)
-            lost = " ".join(g.name for g in grades if g.points < g.of)
-            rows.writerow(
-                [
-                    submission.name,
-                    *(points_of(grades, n)[0] for n in numbers),
-                    *points_of(grades),
-                    lost,
-                ]
-            )
-            out.flush()
-    print(f"wrote {file}: {len(submissions)} submissions")

@@ -1,9 +1,9 @@
 """The table of the course: which functions belong to which problem, their points, and what the
-handout says of each.
+handout says about each.
 
-This is the only place that knows. To change an assignment, change it here and in checks/ and
-hidden/, whose tests are found by name: `test_apply_rope_...` checks `apply_rope`, and a function
-has its points when all tests of its name pass.
+To change an assignment, change this table and the tests in checks/ and hidden/, which are found by
+their names: `test_apply_rope_...` tests `apply_rope`. A function has its points if all of its tests
+pass.
 """
 
 from pathlib import Path
@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 class Function(NamedTuple):
     file: str
-    name: str  # "Quantizer.calibrate" for a method
+    name: str  # a method has its class in it: "Quantizer.calibrate"
     points: int
-    says: str  # what its stub says: "Eq. 12"
-    # whether its docstring would give the solution away, and is cut to its first paragraph
-    cut: bool = False
+    topic: str  # the stub says "Problem 1: Eq. 12"
+    cut_docstring: bool = False  # cut it to its first paragraph: the rest gives the solution away
 
     @property
-    def short(self):
+    def short_name(self):
         return self.name.rpartition(".")[2]
 
 
@@ -28,23 +27,32 @@ class Problem(NamedTuple):
     title: str
     paper: str  # what to read
     hours: str
-    write: str
+    task: str
     hint: str = ""
     functions: tuple[Function, ...] = ()
-    by_hand: int = 0  # points for a written answer, which no program gives
-    bonus: bool = False  # on top of the 100
+    written_points: int = 0  # for a written answer, which the lecturer grades
+    bonus: bool = False  # on top of the 100 points
 
     @property
     def points(self):
-        return sum(function.points for function in self.functions) + self.by_hand
+        return sum(function.points for function in self.functions) + self.written_points
 
 
 def text_of(name):
     return (Path(__file__).parent / name).read_text(encoding="utf-8").strip()
 
 
-QUANT, LLAMA, KVSINK, KVCACHE = "quant.py", "llama.py", "kvsink.py", "paper/kvcache.py"
+LLAMA = "llama.py"
+QUANT = "quant.py"
+KVSINK = "kvsink.py"
+KVCACHE = "paper/kvcache.py"
 FILES = (LLAMA, QUANT, KVSINK, KVCACHE)
+
+# File -> functions that are not assigned but cut as well, because they would give a solution away,
+# each with what its stub says.
+WITHHELD = {
+    KVSINK: {"decoder_block_pre_rope": "Not in the handout: it is much like decoder_block"},
+}
 
 PROBLEMS = (
     Problem(
@@ -53,16 +61,20 @@ PROBLEMS = (
         paper="Appendix C, Equations 10 to 13",
         hours="45 minutes",
         functions=(
-            Function(QUANT, "scale", 4, "Eq. 12", cut=True),
+            Function(QUANT, "scale", 4, "Eq. 12", cut_docstring=True),
             Function(QUANT, "zero", 2, "Eq. 13"),
             Function(QUANT, "quantize", 3, "Eq. 10"),
             Function(QUANT, "dequantize", 1, "Eq. 11"),
         ),
-        write="The four equations, each in one to three lines. A constant group (`lo` equals `hi`) has to come back "
-        "exactly, so choose its scale with care; it is positive. Only codes are clamped. Halves are rounded to "
-        "even, as `torch.round` does.",
-        hint="Put a constant x into Equations 13, 10 and 11. With which scale is x / scale a whole number, and scale"
-        " times that number x again, bit for bit? What if x is 0?",
+        task=(
+            "Write the four equations, each in one to three lines. A constant group (`lo` equals "
+            "`hi`) must come back exactly, so choose its scale with care; a scale is positive. "
+            "Only codes are clamped. Round halves to even, as `torch.round` does."
+        ),
+        hint=(
+            "Put a constant x into Equations 13, 10 and 11. With which scale is x / scale a whole "
+            "number, and scale times that number x again, bit for bit? What if x is 0?"
+        ),
     ),
     Problem(
         number=2,
@@ -74,14 +86,19 @@ PROBLEMS = (
             Function(QUANT, "clipped_range", 6, "clipped_min and clipped_max of Eq. 12 and 13"),
             Function(QUANT, "Quantizer.calibrate", 5, "static ranges, Appendix C"),
         ),
-        write="`grouped` brings the numbers that share a scale into an axis of their own, and refuses with ValueError"
-        " an unknown granularity (see `check_granularity`) and a group size that does not divide the channels. "
-        "`clipped_range` looks for the ends of each group, without what is left out; `nanquantile` is there. "
-        "`calibrate` widens a static range by one more tensor, in fp32, after a look at it with `check_finite`."
-        " Sequences and tokens share a static range, heads do not.",
-        hint="What must not count is easiest to replace by a number that changes nothing: inf where you look for a "
-        "minimum, -inf for a maximum, NaN for a quantile. The tokens that are missing in the last group are "
-        "such numbers too.",
+        task=(
+            "`grouped` brings the numbers that share a scale into an axis of their own. It raises "
+            "ValueError for an unknown granularity (call `check_granularity`) and for a group size "
+            "that does not divide the channels. `clipped_range` returns the ends of each group's "
+            "range, without the numbers that are left out; use `nanquantile` for quantiles. "
+            "`calibrate` checks a tensor with `check_finite` and then widens the static range by "
+            "it, in fp32. All sequences and tokens share a static range; each head has its own."
+        ),
+        hint=(
+            "Replace a number that must not count by one that changes nothing: inf for a minimum, "
+            "-inf for a maximum, NaN for a quantile. The tokens that are missing in the last group "
+            "must not count, either."
+        ),
     ),
     Problem(
         number=3,
@@ -94,14 +111,22 @@ PROBLEMS = (
             Function(LLAMA, "causal_mask", 3, "M of Eq. 3"),
             Function(LLAMA, "attention", 5, "Eq. 3"),
         ),
-        write="Pair i of a head turns by `rope_theta ** (-2 i / d_k)` a token, and is channels i and i + d_k/2. The "
-        "type `linear` divides that frequency by `rope_factor`. The type `llama3` does so for slow pairs only: "
-        "count the turns that a pair makes in `rope_original_context` tokens; from `rope_high_freq_factor` "
-        "turns on its frequency stays, up to `rope_low_freq_factor` turns it is divided, and between them it is"
-        " mixed linearly. In grouped-query attention h / h_kv neighbouring query heads share a Key head. A "
-        "window w lets a token see itself and the w - 1 before it.",
-        hint="Turn with complex numbers on paper first: (x + iy)(cos a + i sin a). For the heads, `repeat` and "
-        "`repeat_interleave` differ: write down which Key head each of four query heads gets from two.",
+        task=(
+            "Pair i of a head is channels i and i + d_k/2, and it turns by the frequency "
+            "`rope_theta ** (-2 i / d_k)` from one token to the next. The type `linear` divides "
+            "every frequency by `rope_factor`. The type `llama3` divides those of slow pairs only: "
+            "count the turns that a pair makes in `rope_original_context` tokens. With "
+            "`rope_high_freq_factor` turns or more, the frequency stays as it is; with "
+            "`rope_low_freq_factor` turns or fewer, it is divided; between the two numbers, the "
+            "two frequencies are mixed linearly. In grouped-query attention, h / h_kv neighbouring "
+            "query heads share a Key head. With a window w, a token sees itself and the w - 1 "
+            "tokens before it."
+        ),
+        hint=(
+            "Rotate with complex numbers on paper first: (x + iy)(cos a + i sin a). For the heads, "
+            "`repeat` and `repeat_interleave` differ: write down which of two Key heads each of "
+            "four query heads gets."
+        ),
     ),
     Problem(
         number=4,
@@ -109,19 +134,27 @@ PROBLEMS = (
         paper="Section 4.3 and Appendix G, with Algorithm 1",
         hours="3 hours",
         functions=(
+            Function(KVSINK, "prefill", 6, "Algorithm 1"),
             Function(KVSINK, "decoder_block", 6, "Algorithm 1, lines 6-13"),
             Function(KVSINK, "predict_sinks", 4, "Algorithm 1, lines 15-16"),
-            Function(KVSINK, "prefill", 6, "Algorithm 1"),
             Function(KVSINK, "pfn", 2, "Preserve-First-N"),
             Function(KVSINK, "observers", 4, "calibration without sinks, Appendix G"),
         ),
-        write="Algorithm 1, line by line. Lay the print beside the code. S_sink is a mask: every sequence has its own"
-        " sinks, and nothing is kept up to and including block l_E unless `prefill` is given a mask. Quantizers"
-        " see all tokens, and the mask of those to leave out; what they make of a sink is thrown away. Sinks "
-        "are left out of calibration as well: `observers` makes, in the place of a cache, functions that only "
-        "look, so that calibration is `prefill` itself.",
-        hint="A sink is one in every head: which axes does a mask (b, n) lack beside Keys (b, h_kv, n, d_k)? When "
-        "does line 14 look at H^l, before line 13 or after it, and in which block does its result first matter?",
+        task=(
+            "Write Algorithm 1 line by line, with the printed one beside your code. S_sink is a "
+            "mask, and every sequence has sinks of its own. Nothing is kept up to and including "
+            "block l_E, unless `prefill` is given a mask. A quantizer gets all tokens and the mask "
+            "of those to leave out; throw away what it returns for a sink. k may be `AUTO`: then "
+            "`predict_sinks` returns what `predict_sinks_without_k` does, which is given at the "
+            "end of the file. Sinks are left out of calibration, too: `observers` returns, in "
+            "place of a cache, functions that record ranges and change nothing, so that "
+            "calibration is `prefill` itself."
+        ),
+        hint=(
+            "A sink is a sink in every head: which axes of Keys (b, h_kv, n, d_k) does a mask "
+            "(b, n) lack? Does line 14 look at H^l before line 13 or after it, and which is the "
+            "first block in which its result matters?"
+        ),
     ),
     Problem(
         number=5,
@@ -132,16 +165,22 @@ PROBLEMS = (
             Function(KVSINK, "stable_outliers", 7, "Section 3.1, Appendix D"),
             Function(KVSINK, "find_site", 3, "Appendix D"),
         ),
-        write="The paper lists where outliers emerge, not how to find it. Here is a way. In H^l a number is an "
-        "outlier when its magnitude is above `OUTLIER` times the median magnitude of H^l and above `SPARSE` "
-        "times the median of its channel over the tokens. A channel's peak in a block is its largest outlier "
-        "there, or 0; its level is the median of its peaks over all blocks. The channel of the highest level "
-        "emerges in the first block where it is an outlier above a quarter of its level; that is l_E, from 1. "
-        "The channels are all that have a level and are outliers in that block, the largest peak first. "
-        "`check_hidden_state` refuses NaN. Leave the model as it was. `find_site` asks each prompt, and refuses"
-        " prompts that disagree on block or first channel.",
-        hint="Forward hooks on the blocks see every H^l without a change to the model. Take them off again, also "
-        "when the forward pass fails.",
+        task=(
+            "The paper lists where outliers emerge, but not how to find the place. Here is one "
+            "way. A number in H^l is an outlier if its magnitude is above `OUTLIER` times the "
+            "median magnitude of H^l and above `SPARSE` times the median magnitude of its channel "
+            "over the tokens. The peak of a channel in a block is its largest outlier there, or 0. "
+            "The level of a channel is the median of its peaks over all blocks. l_E, counted from "
+            "1, is the first block in which the channel with the highest level has an outlier "
+            "above a quarter of its level. Return all channels that have a level above 0 and an "
+            "outlier in block l_E, the largest peak first. `check_hidden_state` refuses NaN. Leave "
+            "the model as it was. `find_site` asks each prompt, and raises ValueError if the "
+            "prompts disagree about the block or the first channel."
+        ),
+        hint=(
+            "Forward hooks on the blocks see every H^l without a change to the model. Remove them "
+            "at the end, even if the forward pass fails."
+        ),
     ),
     Problem(
         number=6,
@@ -154,34 +193,42 @@ PROBLEMS = (
             Function(KVCACHE, "unpack", 2, "bytes to codes"),
             Function(KVCACHE, "Packed.scores", 5, "Q K^T of Eq. 6, from packed codes"),
         ),
-        write="The docstrings say how bits lie in bytes; `planes` says which widths a number of bits is made of. "
-        "`scores` multiplies a query with Keys that exist as codes only: go through the slices of "
-        "`dequantized`, and never make all of K. Three cases: Keys after RoPE; Keys before it; and a newest "
-        "group of g tokens, still in full precision, whose scores take the place of those from its codes, in "
-        "another slot for each sequence. Outliers, where there are any, add to the scores of all queries at "
-        "once, in (b, h_kv, G, n).",
-        hint="Write the eight codes of the first test on paper, and draw their bytes. For Keys before RoPE: (R q) . "
-        "(R' k) needs a turned Key, but it equals (R'^-1 R q) . k, which turns the query back instead.",
+        task=(
+            "The docstrings say how bits lie in bytes; `planes` says into which widths a number of "
+            "bits is split. `scores` multiplies a query with Keys that exist as codes only: go "
+            "through the slices of `dequantized`, and never make all of K. There are three cases: "
+            "Keys after RoPE; Keys before RoPE; and a newest group of g tokens that is still in "
+            "full precision, in other slots for each sequence, and whose scores replace those of "
+            "its codes. If there are outliers, they add to the scores of all queries at once, in "
+            "the shape (b, h_kv, G, n)."
+        ),
+        hint=(
+            "Write the eight codes of the first test on paper, and draw their bytes. For Keys "
+            "before RoPE: (R q) . (R' k) needs a rotated Key, but it equals (R'^-1 R q) . k, which "
+            "rotates the query back instead."
+        ),
     ),
     Problem(
         number=7,
         title="An experiment",
         paper="Section 4.3 and Section 5.2, Figure 9",
         hours="2 hours, half of it the machine's",
-        by_hand=12,
-        write=text_of("problem7.md"),
-        hint="The lines `KVSink-5 against PFN-5` are paired over windows; `+-` is one standard error. With four "
-        "times as many windows it halves. For prose compare KVSink-1 with PFN-1: in the end they keep the same "
-        "token.",
+        written_points=12,
+        task=text_of("problem7.md"),
+        hint=(
+            "The lines `KVSink-5 against PFN-5` compare window by window; `+-` is one standard "
+            "error. Four times as many windows halve it. On prose, compare KVSink-1 with PFN-1: "
+            "after block l_E they keep the same token."
+        ),
     ),
     Problem(
         number=8,
         title="Open problems",
-        paper="the reference of the one that you choose",
+        paper="the reference of the problem that you choose",
         hours="a day, or a thesis",
-        by_hand=10,
+        written_points=10,
         bonus=True,
-        write=text_of("problem8.md"),
+        task=text_of("problem8.md"),
     ),
 )
 

@@ -1,91 +1,205 @@
 """A KV cache that is really small: codes in as many bits as they have, and the kept tokens beside
 them (Table 4).
 
-Read top to bottom: codes as bytes; how Keys and Values are stored, as numbers or as packed codes;
-KVQuant's outliers; the cache of a block and of a model; what Table 4 counts.
+Read top to bottom: the cache of a model and of one block, with attention over it; the two ways to
+store Keys or Values, in full precision and as packed codes; KVQuant's outliers; codes as bytes;
+what a store asks of a quantizer; the bytes that Table 4 counts.
 
 What this file does not do: kvsink.py says which tokens are kept, quant.py and kvquant.py say how a
-number is quantized, and generate.py fills the cache and reads it. The cache does not grow: room for
-all tokens is made at the start.
+number is quantized, and decode.py fills the cache and decodes with it. The cache does not grow: it
+has room for all tokens from the start.
 
-Shapes: b sequences, n tokens of room, h query heads, h_kv Key/Value heads, G = h / h_kv, d_k
-channels a head. The slot of a token is its position in its sequence, from 0. rows (r, 1) and slots
-(r, m) say where m tokens of r sequences go.
+Shapes: b sequences, n slots, k kept tokens, h query heads, h_kv Key/Value heads, G = h / h_kv, d_k
+channels of a head. The slot of a token is its position in its sequence, counted from 0. To write m
+tokens of each of r sequences, `sequences` (r, 1) holds the indices of the sequences and `slots`
+(r or 1, m) those of the tokens.
 """
 
 import functools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 import kvsink
 from llama import apply_rope, rope_table
-from quant import Quantizer
 
 # --------------------------------------------------------------------------------------------------
-# Codes as bytes
+# The cache
 
 
-def planes(bits):
-    """The widths in which codes are stored: those that divide a byte and add up to `bits`, as 2 + 1
-    do to 3."""
-    return [width for width in (8, 4, 2, 1) if bits & width]
+class KVCache:
+    """The cache of b sequences of up to n tokens each, of which k are kept.
 
-
-def pack(codes, bits):
-    """Codes (..., d) to bytes (..., d bits / 8), uint8; d is a multiple of 8.
-
-    A plane of width w takes d w / 8 bytes. Its byte m holds, the lowest bits first, the codes of
-    channels m, m + d w/8, m + 2 d w/8 and so on: neighbours lie side by side, so one shift unpacks
-    a whole vector of bytes.
+    quantizers   a list of L pairs, as `kvsink.prefill` takes it: what these quantize, the cache
+                 stores in as many bits
+    pre_rope     whether Keys are stored before RoPE. It has no effect on Keys in full precision,
+                 which come out the same either way.
     """
-    parts, codes = [], codes.to(torch.int32)
-    for width in planes(bits):
-        plane = (
-            (codes & (2**width - 1)).unflatten(-1, (8 // width, -1)).unbind(-2)
-        )  # each (..., d w/8)
-        parts.append(sum(codes_i << (width * i) for i, codes_i in enumerate(plane)))
-        codes = codes >> width
-    return torch.cat(parts, dim=-1).to(torch.uint8)
+
+    def __init__(self, model, quantizers, n, *, b=1, k=0, pre_rope=False):
+        config = model.config
+        quantize_K, _ = quantizers[0]
+        is_packed = quantize_K is not kvsink.unquantized
+        self.g = quantize_K.tokens_per_group if is_packed else 1
+        self.n = -(-n // self.g) * self.g  # whole groups of tokens
+        self.k = k
+        self.pre_rope = pre_rope and is_packed
+        self.lengths = [0] * b  # the number of tokens of each sequence so far
+        self.next_slot = torch.zeros(b, 1, dtype=torch.int64, device=model.device)  # the same
+        self.rope = rope_table(config, self.n + 1, model.device)
+        self.replay = None  # on a CUDA device: the graph of decode.py
+        shape = CacheShape(
+            b, self.n, k, config.num_key_value_heads, config.head_dim, model.dtype, model.device
+        )
+        self.blocks = []
+        for pair in quantizers:
+            if is_packed:
+                self.blocks.append(PackedBlockCache(pair, shape, self.pre_rope))
+            else:
+                self.blocks.append(FullPrecisionBlockCache(shape))
+
+    def finish_groups(self):
+        """Quantize the newest group of tokens of each sequence in which it has become full. Call
+        this after a token has been appended."""
+        if self.g == 1:
+            return
+        full = [i for i, length in enumerate(self.lengths) if length % self.g == 0]
+        if full:
+            sequences = torch.tensor(full, device=self.next_slot.device)
+            end = self.next_slot[sequences]
+            for block in self.blocks:
+                block.K.finish_group(sequences[:, None], end, block.kept[sequences])
+
+    @property
+    def has_outliers(self):
+        return any(
+            store.outliers is not None for block in self.blocks for store in (block.K, block.V)
+        )
+
+    def bytes(self):
+        """Return the bytes of all tensors of the blocks. Calibrated codebooks belong to the
+        quantizers."""
+        return sum(tensor.nbytes for block in self.blocks for tensor in block.tensors())
 
 
-def check_head(d_k):
-    if d_k % 8:
-        raise ValueError(f"a head of {d_k} channels: codes are packed by eights")
+@dataclass(frozen=True)
+class CacheShape:
+    """The room that the cache of a block has."""
+
+    b: int
+    n: int
+    k: int
+    h_kv: int
+    d_k: int
+    dtype: torch.dtype  # the model's
+    device: torch.device
 
 
-def slices(packed, bits):
-    """Yields a few neighbouring channels at a time: their slice, and their codes (..., d/4 or d/8),
-    int32.
+class BlockCache:
+    """The Keys and Values of one block, each in a store; and beside them the k kept tokens, in the
+    model's dtype and in the order of their slots. If fewer are kept, as by KVSink up to block l_E,
+    the unused entries have the slot n, one past the end."""
 
-    All it takes is to shift bytes. Code that computes with a slice under torch.compile never has
-    the codes in memory.
-    """
-    d = packed.shape[-1] * 8 // bits
-    step = (
-        d * min(planes(bits)[-1], 2) // 8
-    )  # 2 bits unpack to quarters of the channels, 1 bit to eighths
-    for first in range(0, d, step):
-        codes, plane, shift = 0, 0, 0
-        for width in planes(bits):
-            part, offset = divmod(first, d * width // 8)
-            byte = packed[..., plane + offset : plane + offset + step].to(torch.int32)
-            codes = codes + (((byte >> (width * part)) & (2**width - 1)) << shift)
-            plane, shift = plane + d * width // 8, shift + width
-        yield slice(first, first + step), codes
+    def __init__(self, K, V, shape):
+        self.K = K
+        self.V = V
+        self.n = shape.n
+        self.kept = torch.full((shape.b, shape.k), shape.n, device=shape.device)  # slots
+        kept_shape = (shape.b, shape.h_kv, shape.k, shape.d_k)
+        self.kept_K = torch.zeros(kept_shape, dtype=shape.dtype, device=shape.device)
+        self.kept_V = torch.zeros(kept_shape, dtype=shape.dtype, device=shape.device)
+
+    def storing_quantizers(self, sequences):
+        """Return a pair that takes the place of two quantizers in Algorithm 1 and stores the
+        prompts of these sequences."""
+        return (
+            functools.partial(self.fill, self.K, self.kept_K, sequences),
+            functools.partial(self.fill, self.V, self.kept_V, sequences),
+        )
+
+    def fill(self, store, kept_X, sequences, X, leave_out):
+        """Store the prompts X (r, h_kv, m, d_k), and the tokens of `leave_out` (r, 1, m, 1) as they
+        are. Return X as attention will read it from the store."""
+        is_kept, slots = leave_out[:, 0, :, 0].int().topk(self.kept.shape[1])
+        kept, order = torch.where(is_kept > 0, slots, self.n).sort()
+        self.kept[sequences[:, 0]] = kept
+        slots = slots.gather(1, order)  # of unused entries: of some other token
+        kept_X[sequences[:, 0]] = X.take_along_dim(slots[:, None, :, None], dim=2)
+        return store.fill(sequences, X, leave_out)
+
+    def append(self, K, V, slot):
+        """Eq. 6: store one token of every sequence, K and V (b, h_kv, 1, d_k), in `slot` (b, 1).
+        Call `make_room` before."""
+        sequences = torch.arange(len(K), device=K.device)[:, None]
+        self.K.append(sequences, slot, K)
+        self.V.append(sequences, slot, V)
+
+    def make_room(self):
+        """Make room for the outliers of one more token. Any of its numbers may be one, and compiled
+        code cannot make room."""
+        for store in (self.K, self.V):
+            if store.outliers is not None:
+                store.outliers.make_room(store.outliers.d)
+
+    def tensors(self):
+        return [self.kept, self.kept_K, self.kept_V, *self.K.tensors(), *self.V.tensors()]
 
 
-def unpack(packed, bits):
-    """The inverse of `pack`: codes (..., d), uint8."""
-    d, codes, first, shift = packed.shape[-1] * 8 // bits, 0, 0, 0
-    for width in planes(bits):
-        plane = packed[..., first : first + d * width // 8]
-        parts = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
-        codes = codes | (torch.cat(parts, dim=-1) << shift)
-        first, shift = first + plane.shape[-1], shift + width
-    return codes
+class FullPrecisionBlockCache(BlockCache):
+    pre_rope = False
+
+    def __init__(self, shape):
+        super().__init__(FullPrecisionStore(shape), FullPrecisionStore(shape), shape)
+
+    def attention(self, Q, slot, unseen, rope):
+        """Eq. 3, by PyTorch's own attention; see PackedBlockCache."""
+        b, h, _, d_k = Q.shape
+        K = self.K.X
+        V = self.V.X
+        Q = Q.view(b, -1, h // K.shape[1], d_k)  # the G queries that share a Key, as if tokens
+        A = F.scaled_dot_product_attention(Q, K, V, attn_mask=~unseen[:, None, None, : self.n])
+        return A.reshape(b, 1, h * d_k)
+
+
+class PackedBlockCache(BlockCache):
+    def __init__(self, quantizers, shape, pre_rope):
+        quantize_K, quantize_V = quantizers
+        super().__init__(PackedStore(quantize_K, shape), PackedStore(quantize_V, shape), shape)
+        self.pre_rope = pre_rope
+
+    def attention(self, Q, slot, unseen, rope):
+        """Eq. 3 for one query of each sequence: Q (b, h, 1, d_k), rotated, of the token in `slot`
+        (b, 1) -> (b, 1, h d_k). `unseen` (b, n + 1) marks the slots that it does not see."""
+        b, h, _, d_k = Q.shape
+        n = self.n
+        h_kv = self.K.codes.shape[1]
+        q = Q.float().view(b, h_kv, h // h_kv, d_k) * d_k**-0.5
+        K_kept = self.kept_K
+        if self.pre_rope:
+            K_kept = apply_rope(K_kept, [table[self.kept][:, None] for table in rope])
+        # Kept tokens are read from the tensors beside the codes. Their unused entries have slot n,
+        # which is unseen.
+        unseen_kept = unseen.gather(1, self.kept)[:, None, None]
+        S_kept = (q @ K_kept.float().mT).masked_fill(unseen_kept, -torch.inf)  # (b, h_kv, G, k)
+        unseen_codes = unseen.scatter(1, self.kept, True)[:, None, :n]
+        # Softmax by hand, one query at a time: the scores are written once, and read once for their
+        # maximum.
+        P = []
+        P_kept = []
+        S = self.K.scores(q, [table[:n] for table in rope] if self.pre_rope else None, slot)
+        for S_g, S_kept_g in zip(S, S_kept.unbind(2)):
+            S_g = S_g.masked_fill(unseen_codes, -torch.inf)  # (b, h_kv, n)
+            m = torch.cat((S_g.amax(-1, keepdim=True), S_kept_g), dim=-1).amax(-1, keepdim=True)
+            P.append((S_g - m).exp())
+            P_kept.append((S_kept_g - m).exp())
+        P = torch.stack(P, dim=2)
+        P_kept = torch.stack(P_kept, dim=2)
+        Z = split_tokens(P, 3).sum(4).sum(3) + P_kept.sum(3)  # (b, h_kv, G)
+        A = (self.V.weighted_sum(P) + P_kept @ self.kept_V.float()) / Z[..., None]
+        return A.to(Q.dtype).view(b, 1, h * d_k)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,143 +207,132 @@ def unpack(packed, bits):
 
 
 class FullPrecisionStore:
-    """Full precision: the numbers themselves, (b, h_kv, n, d_k)."""
+    """The numbers themselves, (b, h_kv, n, d_k)."""
 
     outliers = None
 
-    def __init__(self, b, h_kv, n, d_k, dtype, device):
-        self.X = torch.zeros(b, h_kv, n, d_k, dtype=dtype, device=device)
+    def __init__(self, shape):
+        size = (shape.b, shape.h_kv, shape.n, shape.d_k)
+        self.X = torch.zeros(size, dtype=shape.dtype, device=shape.device)
 
-    def fill(self, rows, slots, X, leave_out):
-        self.append(rows, slots, X)
+    def fill(self, sequences, X, leave_out):
+        slots = torch.arange(X.shape[2], device=X.device)[None]
+        self.append(sequences, slots, X)
         return X
 
-    def append(self, rows, slots, X):
-        self.X[rows, :, slots] = X.transpose(1, 2)
+    def append(self, sequences, slots, X):
+        self.X[sequences, :, slots] = X.transpose(1, 2)
+
+    def tensors(self):
+        return [self.X]
 
 
-class Packed:
+class PackedStore:
     """Codes of `bits` bits, and the two parameters that decode them: scale and zero, or KVQuant's
     middle and half width. Dynamic parameters are stored in 16 bits, a pair for every token or for
-    every g tokens; static ones once.
+    every g tokens; static ones are stored once.
 
-    Where g tokens share a scale, it is known when all g are there. Until the next token comes,
-    `residual` holds the newest group in full precision (as in KIVI); then it is full, and gets its
-    codes.
+    If g tokens share a scale, it is known when all g have come. Until the next token comes,
+    `residual` holds the newest group in full precision (as in KIVI); then the group gets its codes.
     """
 
-    def __init__(self, quantizer, b, h_kv, n, d_k, dtype, device):
-        check_head(d_k)
-        rtn, self.d_k = isinstance(quantizer, Quantizer), d_k
-        self.quantizer = replace(quantizer, fp16_params=True) if rtn else quantizer
-        self.static = quantizer.static if rtn else quantizer.lo is not None
-        self.g = (
-            quantizer.group_size
-            if rtn and quantizer.granularity == "channel" and not self.static
-            else 1
-        )
-        # In memory RTN's codes lie with the tokens last, (b, h_kv, bytes, n), whatever their shape
-        # says. So a vector register holds neighbouring tokens, and no width leaves it half empty.
-        # KVQuant's look-up of levels wants its channels last.
-        room = (
-            (b, h_kv, d_k * quantizer.bits // 8, n)
-            if rtn
-            else (b, h_kv, n, d_k * quantizer.bits // 8)
-        )
-        codes = torch.zeros(room, dtype=torch.uint8, device=device)
-        self.codes = codes.mT if rtn else codes  # (b, h_kv, n, bytes)
-        one_group = torch.zeros(1, h_kv, self.g, d_k, device=device)
-        self.residual = one_group.to(dtype).repeat(b, 1, 1, 1) if self.g > 1 else None
+    def __init__(self, quantizer, shape):
+        check_head(shape.d_k)
+        self.quantizer = with_fp16_params(quantizer)
+        self.static = quantizer.static
+        self.g = quantizer.tokens_per_group
+        self.d_k = shape.d_k
+        self.codes = self.empty_codes(shape)
+        one_group = torch.zeros(1, shape.h_kv, self.g, shape.d_k, device=shape.device)
+        self.residual = None
+        if self.g > 1:
+            self.residual = one_group.to(shape.dtype).repeat(shape.b, 1, 1, 1)
         self.parameters = list(self.quantizer.encode(one_group)[1:3])
         if not self.static:
-            shape = (b, self.parameters[0].shape[1], n // self.g, self.parameters[0].shape[3])
+            _, heads, _, groups = self.parameters[0].shape
+            size = (shape.b, heads, shape.n // self.g, groups)
             self.parameters = [
-                torch.zeros(shape, dtype=torch.float16, device=device) for _ in range(2)
+                torch.zeros(size, dtype=torch.float16, device=shape.device) for _ in range(2)
             ]
         self.outliers = None
-        if not rtn and quantizer.sparse:
-            self.outliers = Outliers(b, n, h_kv * d_k, device)
+        if getattr(quantizer, "sparse", False):
+            self.outliers = Outliers(shape.b, shape.n, shape.h_kv * shape.d_k, shape.device)
 
-    def fill(self, rows, slots, X, leave_out):
-        """Stores the tokens of a prompt, X (r, h_kv, m, d_k), from slot 0 on, and returns them as
-        they will be read."""
+    def empty_codes(self, shape):
+        """Return codes (b, h_kv, n, bytes). If they are decoded by arithmetic, the tokens come last
+        in memory, whatever the shape says: a vector register then holds neighbouring tokens, and no
+        width leaves it half empty. A look-up in a codebook wants the channels last."""
+        size = shape.d_k * self.quantizer.bits // 8
+        options = {"dtype": torch.uint8, "device": shape.device}
+        if hasattr(self.quantizer, "levels"):  # the codebook
+            return torch.zeros(shape.b, shape.h_kv, shape.n, size, **options)
+        return torch.zeros(shape.b, shape.h_kv, size, shape.n, **options).mT
+
+    def fill(self, sequences, X, leave_out):
+        """Store prompts X (r, h_kv, m, d_k) from slot 0 on, and return them as they will be
+        read."""
         if self.outliers is not None:
-            self.outliers.counts[rows[:, 0]] = 0  # forgets those of an earlier prompt
-        self.store(rows, slots, X, leave_out)
+            self.outliers.counts[sequences[:, 0]] = 0  # forget those of an earlier prompt
+        m = X.shape[2]
+        slots = torch.arange(m, device=X.device)[None]
+        self.store(sequences, slots, X, leave_out)
         X_ = self.quantizer(X, leave_out)
         if self.residual is None:
             return X_
-        whole = X.shape[2] // self.g * self.g
-        self.residual[rows[:, 0], :, : X.shape[2] - whole] = X[:, :, whole:]
+        whole = m // self.g * self.g
+        self.residual[sequences[:, 0], :, : m - whole] = X[:, :, whole:]
         return torch.cat((X_[:, :, :whole], X[:, :, whole:]), dim=2)
 
-    def append(self, rows, slots, X):
-        """Stores one token of every sequence, X (b, h_kv, 1, d_k)."""
+    def append(self, sequences, slots, X):
+        """Store one token of every sequence, X (b, h_kv, 1, d_k), in `slots` (b, 1)."""
         if self.residual is None:
-            return self.store(rows, slots, X, None)
-        self.residual[rows, :, slots % self.g] = X.transpose(1, 2)
+            self.store(sequences, slots, X, None)
+        else:
+            self.residual[sequences, :, slots % self.g] = X.transpose(1, 2)
 
-    def finish_group(self, rows, end, kept):
-        """Makes codes of the residual of sequences `rows` (r, 1), whose last token is in slot end -
-        1, (r, 1). `kept` (r, k) are the slots of kept tokens."""
+    def finish_group(self, sequences, end, kept):
+        """Make codes of the residual of `sequences` (r, 1), whose last token is in slot end - 1,
+        (r, 1). `kept` (r, k) are the slots of their kept tokens."""
         slots = end - self.g + torch.arange(self.g, device=end.device)  # (r, g)
         leave_out = (slots[..., None] == kept[:, None]).any(-1)[:, None, :, None]
-        self.store(rows, slots, self.residual[rows[:, 0]], leave_out)
+        self.store(sequences, slots, self.residual[sequences[:, 0]], leave_out)
 
-    def store(self, rows, slots, X, leave_out):
+    def store(self, sequences, slots, X, leave_out):
         codes, *parameters = self.quantizer.encode(X.float(), leave_out)
-        self.codes[rows, :, slots] = pack(codes, self.quantizer.bits).transpose(1, 2)
+        self.codes[sequences, :, slots] = pack(codes, self.quantizer.bits).transpose(1, 2)
         if not self.static:
+            groups = slots[:, :: self.g] // self.g
             for stored, numbers in zip(self.parameters, parameters):
-                stored[rows, :, slots[:, :: self.g] // self.g] = numbers.transpose(1, 2).half()
+                stored[sequences, :, groups] = numbers.transpose(1, 2).half()
         if self.outliers is not None:
             is_outlier = parameters[2] if leave_out is None else parameters[2] & ~leave_out
-            self.outliers.append(rows, slots, X, is_outlier)
+            self.outliers.append(sequences, slots, X, is_outlier)
 
-    def dequantized(self):
-        """Yields a few neighbouring channels at a time: their slice, and their numbers (b, h_kv,
-        n/g, g, a few)."""
-        wide = [to_float32(numbers) for numbers in self.parameters]
-        for channels, codes in slices(self.codes, self.quantizer.bits):
-            one, two = (self.of_channels(numbers, channels) for numbers in wide)
-            yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), one, two)
+    # The hot path: `dequantized`, `scores` and `weighted_sum`. These are products and sums, not
+    # matrix products, because torch.compile fuses them with the unpacking: each byte is read once,
+    # for all of its codes and for all G queries that share the head, and the numbers that it
+    # decodes to are never in memory. (Run eager, those of a whole block are.)
 
-    def of_channels(self, numbers, channels):
-        """One of the two parameters for a slice of channels, to broadcast against (b, h_kv, n/g, g,
-        a few)."""
-        width = self.d_k // numbers.shape[-1]  # so many channels share one
-        first, last = channels.start // width, -(-channels.stop // width)
-        numbers = numbers[..., first:last]
-        if width > 1 < last - first:  # the slice has several groups, or parts of them
-            numbers = numbers[..., None].expand(*numbers.shape, width).flatten(-2)
-            numbers = numbers[..., channels.start - first * width : channels.stop - first * width]
-        return numbers[..., None, :]
+    def scores(self, Q, rope, slot):
+        """Return Q K^T of each query (b, h_kv, G, d_k) of the tokens in `slot` (b, 1): a sequence
+        of G tensors (b, h_kv, n), fp32.
 
-    # The next two are the hot path. They are products and sums, not matrix products, because
-    # torch.compile fuses these with the unpacking: each byte is read once, for all of its codes and
-    # for all G queries that share the head, and what it decodes to is never in memory. (Eager, the
-    # Keys or Values of a block are.)
-
-    def scores(self, Q, rope, at):
-        """Q K^T of each query, (b, h_kv, G, d_k) -> G times (b, h_kv, n), fp32, for the token in
-        slot `at` (b, 1). `rope` is given where Keys are stored before RoPE: a query that is turned
-        back by a Key's angle has the same product with it as the query has with the turned Key."""
-        K, Q_n = list(self.dequantized()), Q[:, :, :, None, None]  # (b, h_kv, G, 1, 1, d_k)
+        `rope` is None unless Keys are stored before RoPE: rotating the query back by a Key's angle
+        gives the same product as rotating the Key."""
+        K = list(self.dequantized())
+        Q_n = Q[:, :, :, None, None]  # (b, h_kv, G, 1, 1, d_k)
         if rope is not None:
-            Q_n = apply_rope(Q[:, :, :, None], (rope[0], -rope[1])).unflatten(
-                3, (-1, self.g)
-            )  # (b, h_kv, G, n/g, g, d_k)
-        # Of each query (b, h_kv, n/g, g):
+            Q_n = apply_rope(Q[:, :, :, None], (rope[0], -rope[1]))
+            Q_n = Q_n.unflatten(3, (-1, self.g))  # (b, h_kv, G, n/g, g, d_k)
+        # One tensor (b, h_kv, n/g, g) for each query:
         S = [sum(Q_g[..., channels] * K_ for channels, K_ in K).sum(-1) for Q_g in Q_n.unbind(2)]
-        if self.residual is not None:  # whose codes are not made yet
-            group = torch.arange(S[0].shape[2], device=at.device)
-            newest = (group == at // self.g)[:, None, :, None]
-            slots = at // self.g * self.g + torch.arange(self.g, device=at.device)  # (b, g)
-            residual = (
-                self.residual
-                if rope is None
-                else apply_rope(self.residual, [table[slots][:, None] for table in rope])
-            )
+        if self.residual is not None:  # the newest group has no codes yet
+            group = torch.arange(S[0].shape[2], device=slot.device)
+            newest = (group == slot // self.g)[:, None, :, None]
+            residual = self.residual
+            if rope is not None:
+                slots = slot // self.g * self.g + torch.arange(self.g, device=slot.device)  # (b, g)
+                residual = apply_rope(residual, [table[slots][:, None] for table in rope])
             of_residual = Q @ residual.float().mT  # (b, h_kv, G, g)
             S = [torch.where(newest, of_residual[:, :, i, None], S_g) for i, S_g in enumerate(S)]
         S = [S_g.flatten(2) for S_g in S]
@@ -238,206 +341,275 @@ class Packed:
         return S
 
     def weighted_sum(self, p):
-        """p V, (b, h_kv, G, n) -> (b, h_kv, G, d_k), fp32."""
-        V = [pieces(V_.flatten(2, 3), 2) for _, V_ in self.dequantized()]
-        P = pieces(p, 3)[..., None].unbind(2)  # G times (b, h_kv, n/piece, piece, 1)
-        A = torch.stack(
-            [torch.cat([(p_g * V_).sum(3).sum(2) for V_ in V], dim=-1) for p_g in P], dim=2
-        )
+        """Return p V, (b, h_kv, G, n) -> (b, h_kv, G, d_k), fp32."""
+        V = [split_tokens(V_.flatten(2, 3), 2) for _, V_ in self.dequantized()]
+        P = split_tokens(p, 3)[..., None].unbind(2)  # G times (b, h_kv, n/piece, piece, 1)
+        A = [torch.cat([(p_g * V_).sum(3).sum(2) for V_ in V], dim=-1) for p_g in P]
+        A = torch.stack(A, dim=2)
         return A if self.outliers is None else self.outliers.add_to_sum(A, p, self)
 
+    def dequantized(self):
+        """Yield a few neighbouring channels at a time: their slice, and their numbers (b, h_kv,
+        n/g, g, a few)."""
+        parameters = [to_float32(numbers) for numbers in self.parameters]
+        for channels, codes in slices(self.codes, self.quantizer.bits):
+            first, second = (self.of_channels(numbers, channels) for numbers in parameters)
+            yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), first, second)
 
-def pieces(X, axis):
-    """An axis of tokens cut in pieces, as flash decoding does: on a CPU a sum over more than 4,096
-    numbers is half as fast, and a GPU needs more parallel sums than there are heads."""
+    def of_channels(self, numbers, channels):
+        """Return one of the two parameters for a slice of channels, in a shape that broadcasts
+        against (b, h_kv, n/g, g, a few)."""
+        width = self.d_k // numbers.shape[-1]  # this many channels share one
+        first = channels.start // width
+        last = -(-channels.stop // width)
+        numbers = numbers[..., first:last]
+        if width > 1 < last - first:  # the slice has several groups, or parts of them
+            numbers = numbers[..., None].expand(*numbers.shape, width).flatten(-2)
+            numbers = numbers[..., channels.start - first * width : channels.stop - first * width]
+        return numbers[..., None, :]
+
+    def tensors(self):
+        tensors = [self.codes, *self.parameters]
+        if self.residual is not None:
+            tensors.append(self.residual)
+        if self.outliers is not None:
+            tensors += self.outliers.tensors()
+        return tensors
+
+
+def check_head(d_k):
+    if d_k % 8:
+        raise ValueError(f"a head of {d_k} channels: codes are packed by eights")
+
+
+def split_tokens(X, axis):
+    """Return X with its axis of tokens cut in pieces, as flash decoding does: on a CPU a sum over
+    more than 4,096 numbers is half as fast, and a GPU needs more parallel sums than there are
+    heads."""
     piece = math.gcd(X.shape[axis], 4096)
     return X.unflatten(axis, (-1, piece if piece >= 256 else X.shape[axis]))
 
 
-@torch.library.custom_op("kvsink::to_fp32", mutates_args=())
-def to_fp32(X: torch.Tensor) -> torch.Tensor:
+def to_float32(X):
+    return (
+        to_float32_unfused(X) if X.dtype == torch.float16 and X.device.type == "cpu" else X.float()
+    )
+
+
+@torch.library.custom_op("kvsink::to_float32", mutates_args=())
+def to_float32_unfused(X: torch.Tensor) -> torch.Tensor:
     """An operation that torch.compile leaves alone: fused, the conversion made a loop on a CPU four
     times slower."""
     return X.to(torch.float32, copy=True)
 
 
-to_fp32.register_fake(lambda X: torch.empty_like(X, dtype=torch.float32))
+to_float32_unfused.register_fake(lambda X: torch.empty_like(X, dtype=torch.float32))
 
 
-def to_float32(X):
-    return to_fp32(X) if X.dtype == torch.float16 and X.device.type == "cpu" else X.float()
+# --------------------------------------------------------------------------------------------------
+# KVQuant's outliers
 
 
 class Outliers:
     """KVQuant's sparse part. Each sequence has a list of its outliers in 16 bits, token by token,
-    with the channel of each, counted through all heads (d = h_kv d_k); and each token says how many
-    it has. The code of an outlier is the lowest or the highest. How many there will be is not
-    known, so this part alone of the cache grows, rarely."""
+    with the channel of each, counted through all heads (d = h_kv d_k); `counts` says how many each
+    token has. The code of an outlier is the lowest or the highest. Their number is not known
+    beforehand, so this part of the cache, and no other, grows, though rarely."""
 
     def __init__(self, b, n, d, device):
         self.d = d
         self.counts = torch.zeros(b, n, dtype=torch.int16, device=device)
-        self.channels = torch.zeros(
-            b, 1, dtype=torch.int16, device=device
-        )  # the last entry takes what is no outlier
+        # The last entry of each list takes the numbers that are no outliers.
+        self.channels = torch.zeros(b, 1, dtype=torch.int16, device=device)
         self.values = torch.zeros(b, 1, dtype=torch.float16, device=device)
 
-    def make_room(self, more):
-        """Room for so many more outliers in the fullest sequence. Makes some spare room where it
-        has to make any."""
-        wanted = int(self.counts.sum(1).max()) + more
-        if (missing := wanted + 1 - self.values.shape[1]) > 0:
-            missing += wanted // 128  # so that the list does not grow with every token
-            self.channels, self.values = (
-                F.pad(part, (0, missing)) for part in (self.channels, self.values)
-            )
-        for part in (self.channels, self.values):
-            torch._dynamo.mark_dynamic(
-                part, 1
-            )  # or torch.compile would make code for each length, in each block
+    def make_room(self, count):
+        """Make room for `count` more outliers in the fullest sequence, and for some more than that
+        if the lists have to grow."""
+        needed = int(self.counts.sum(1).max()) + count
+        missing = needed + 1 - self.values.shape[1]
+        if missing > 0:
+            missing += needed // 128  # so that the lists do not grow with every token
+            self.channels = F.pad(self.channels, (0, missing))
+            self.values = F.pad(self.values, (0, missing))
+        for entries in (self.channels, self.values):
+            # Otherwise torch.compile would make code for each length, in each block.
+            torch._dynamo.mark_dynamic(entries, 1)
 
-    def append(self, rows, slots, X, is_outlier):
-        X, is_outlier = (part.transpose(1, 2).flatten(2) for part in (X, is_outlier))  # (r, m, d)
-        used, (_, m, d) = self.counts[rows[:, 0]].sum(1, keepdim=True), X.shape
+    def append(self, sequences, slots, X, is_outlier):
+        """Add the outliers of X (r, h_kv, m, d_k), those that the mask `is_outlier` marks."""
+        X = X.transpose(1, 2).flatten(2)  # (r, m, d)
+        is_outlier = is_outlier.transpose(1, 2).flatten(2)
+        _, m, d = X.shape
+        used = self.counts[sequences[:, 0]].sum(1, keepdim=True)
         if not torch.compiler.is_compiling():
             self.make_room(int(is_outlier.sum((1, 2)).max()))
-        self.counts[rows, slots] = is_outlier.sum(-1).to(torch.int16)
+        self.counts[sequences, slots] = is_outlier.sum(-1).to(torch.int16)
         is_outlier = is_outlier.flatten(1)
-        place = torch.where(is_outlier, used + is_outlier.cumsum(1) - 1, self.values.shape[1] - 1)
-        self.values[rows, place] = X.flatten(1).half()
-        self.channels[rows, place] = (
-            torch.arange(d, device=X.device).repeat(m).to(torch.int16).expand_as(place)
-        )
+        last = self.values.shape[1] - 1
+        entry = torch.where(is_outlier, used + is_outlier.cumsum(1) - 1, last)
+        self.values[sequences, entry] = X.flatten(1).half()
+        channels = torch.arange(d, device=X.device).repeat(m).to(torch.int16)
+        self.channels[sequences, entry] = channels.expand_as(entry)
 
     def entries(self, store):
-        """Row, token, head and channel of every entry (b, e), and by how much its code decodes to
-        the wrong number."""
+        """Return sequence, token, head and channel of every entry (b, e), and its error: by how
+        much it exceeds the number that its code decodes to."""
         b, h_kv, n, _ = store.codes.shape
-        d_k, device, ends = store.d_k, self.values.device, self.counts.cumsum(1)
+        d_k = store.d_k
+        device = self.values.device
+        ends = self.counts.cumsum(1)
         entry = torch.arange(self.values.shape[1], device=device).expand(b, -1).contiguous()
-        rows, token = (
-            torch.arange(b, device=device)[:, None],
-            torch.searchsorted(ends, entry, right=True),
-        )
-        filled, token = token < n, token.clamp(max=n - 1)
-        head, channel = self.channels.long() // d_k, self.channels.long() % d_k
+        sequence = torch.arange(b, device=device)[:, None]
+        token = torch.searchsorted(ends, entry, right=True)
+        is_used = token < n
+        token = token.clamp(max=n - 1)
+        head = self.channels.long() // d_k
+        channel = self.channels.long() % d_k
         middle, half = (
-            x.float().expand(b, h_kv, n, d_k)[rows, head, token, channel] for x in store.parameters
+            x.float().expand(b, h_kv, n, d_k)[sequence, head, token, channel]
+            for x in store.parameters
         )
-        value, levels = self.values.float(), store.quantizer.levels
-        off = value - torch.where(value < middle, levels[0], levels[-1]) * half - middle
-        return rows, token, head, channel, torch.where(filled, off, 0.0)
+        value = self.values.float()
+        levels = store.quantizer.levels
+        error = value - torch.where(value < middle, levels[0], levels[-1]) * half - middle
+        return sequence, token, head, channel, torch.where(is_used, error, 0.0)
 
     def add_to_scores(self, S, Q, rope, store):
-        rows, token, head, channel, off = self.entries(store)
-        Q, d_k = Q.transpose(2, 3), Q.shape[3]
-        q = Q[rows, head, channel]  # (b, e, G)
-        if rope is not None:  # turned back, as in `scores`, in one channel
+        """Correct the scores S (b, h_kv, G, n) of queries Q (b, h_kv, G, d_k)."""
+        sequence, token, head, channel, error = self.entries(store)
+        d_k = Q.shape[3]
+        Q = Q.transpose(2, 3)
+        q = Q[sequence, head, channel]  # (b, e, G)
+        if rope is not None:  # rotated back, as in `scores`, in one channel
             cos, sin = (table[token, channel, None] for table in rope)
             sign = torch.where(channel < d_k // 2, 1.0, -1.0)[..., None]
-            q = q * cos + sign * Q[rows, head, (channel + d_k // 2) % d_k] * sin
-        S = S.transpose(2, 3).index_put((rows, head, token), off[..., None] * q, accumulate=True)
+            q = q * cos + sign * Q[sequence, head, (channel + d_k // 2) % d_k] * sin
+        index = (sequence, head, token)
+        S = S.transpose(2, 3).index_put(index, error[..., None] * q, accumulate=True)
         return S.transpose(2, 3)
 
     def add_to_sum(self, A, p, store):
-        rows, token, head, channel, off = self.entries(store)
-        p = p.transpose(2, 3)[rows, head, token]  # (b, e, G)
-        A = A.transpose(2, 3).index_put((rows, head, channel), off[..., None] * p, accumulate=True)
+        """Correct the sums A (b, h_kv, G, d_k) with weights p (b, h_kv, G, n)."""
+        sequence, token, head, channel, error = self.entries(store)
+        p = p.transpose(2, 3)[sequence, head, token]  # (b, e, G)
+        index = (sequence, head, channel)
+        A = A.transpose(2, 3).index_put(index, error[..., None] * p, accumulate=True)
         return A.transpose(2, 3)
+
+    def tensors(self):
+        return [self.counts, self.channels, self.values]
 
 
 # --------------------------------------------------------------------------------------------------
-# The cache
+# Codes as bytes
 
 
-class BlockCache:
-    """The Keys and Values of one block; and beside them k tokens kept in the model's dtype, in the
-    order of their slots. Where fewer are kept, as by KVSink up to block l_E, the unused slots hold
-    n, one past the end. Only packed Keys are stored before RoPE: for Keys in full precision it
-    makes no difference."""
-
-    def __init__(self, quantizers, config, n, b, k, pre_rope, dtype, device):
-        shape = (b, config.num_key_value_heads, n, config.head_dim, dtype, device)
-        self.K, self.V = (
-            FullPrecisionStore(*shape) if q is kvsink.unquantized else Packed(q, *shape)
-            for q in quantizers
-        )
-        self.n, self.pre_rope = n, pre_rope and isinstance(self.K, Packed)
-        self.kept = torch.full((b, k), n, device=device)
-        side = (b, config.num_key_value_heads, k, config.head_dim)
-        self.kept_K, self.kept_V = (torch.zeros(side, dtype=dtype, device=device) for _ in "KV")
-
-    def fill(self, store, side, rows, X, leave_out):
-        """Stores X with its codes, and beside them the tokens of `leave_out` as they are. With all
-        but the last two arguments given, it takes the place of a quantizer in Algorithm 1."""
-        is_kept, at = leave_out[:, 0, :, 0].int().topk(self.kept.shape[1])
-        slots, order = torch.where(is_kept > 0, at, self.n).sort()
-        self.kept[rows[:, 0]] = slots
-        side[rows[:, 0]] = X.take_along_dim(at.gather(1, order)[:, None, :, None], dim=2)
-        return store.fill(rows, torch.arange(X.shape[2], device=X.device)[None], X, leave_out)
-
-    def storing_quantizers(self, rows):
-        """The pair that quantizes Keys and Values into these rows."""
-        sides = (self.K, self.kept_K), (self.V, self.kept_V)
-        return tuple(functools.partial(self.fill, store, side, rows) for store, side in sides)
-
-    def make_room(self):
-        """To be called before a token is appended: every one of its numbers may be an outlier, and
-        compiled code cannot make room."""
-        for store in (self.K, self.V):
-            if store.outliers is not None:
-                store.outliers.make_room(store.outliers.d)
+def planes(bits):
+    """Return the widths in which codes are stored: those that divide a byte and add up to `bits`,
+    as 2 + 1 do to 3."""
+    return [width for width in (8, 4, 2, 1) if bits & width]
 
 
-class KVCache:
-    """The cache of b sequences of up to n tokens, of which k are kept.
+def pack(codes, bits):
+    """Return codes (..., d) as bytes (..., d bits / 8), uint8; d is a multiple of 8.
 
-    quantizers   a list of L pairs, as `kvsink.prefill` takes it: what it quantizes, this stores in as many bits
-    pre_rope     whether Keys are stored before RoPE
+    A plane of width w takes d w / 8 bytes. Its byte m holds, the lowest bits first, the codes of
+    channels m, m + d w/8, m + 2 d w/8 and so on: neighbours lie side by side, so one shift unpacks
+    a whole vector of bytes.
+    """
+    codes = codes.to(torch.int32)
+    parts = []
+    for width in planes(bits):
+        # Each tensor of the plane is (..., d w/8).
+        plane = (codes & (2**width - 1)).unflatten(-1, (8 // width, -1)).unbind(-2)
+        parts.append(sum(codes_i << (width * i) for i, codes_i in enumerate(plane)))
+        codes = codes >> width
+    return torch.cat(parts, dim=-1).to(torch.uint8)
+
+
+def slices(packed, bits):
+    """Yield a few neighbouring channels at a time: their slice, and their codes (..., d/4 or d/8),
+    int32.
+
+    It only shifts bytes. Code that computes with a slice under torch.compile never has the codes in
+    memory.
+    """
+    d = packed.shape[-1] * 8 // bits
+    # 2 bits unpack to quarters of the channels, 1 bit to eighths.
+    step = d * min(planes(bits)[-1], 2) // 8
+    for first in range(0, d, step):
+        codes = 0
+        plane = 0  # where the plane begins
+        shift = 0
+        for width in planes(bits):
+            part, offset = divmod(first, d * width // 8)
+            byte = packed[..., plane + offset : plane + offset + step].to(torch.int32)
+            codes = codes + (((byte >> (width * part)) & (2**width - 1)) << shift)
+            plane = plane + d * width // 8
+            shift = shift + width
+        yield slice(first, first + step), codes
+
+
+def unpack(packed, bits):
+    """Return the codes (..., d), uint8, of bytes that `pack` made."""
+    d = packed.shape[-1] * 8 // bits
+    codes = 0
+    first = 0
+    shift = 0
+    for width in planes(bits):
+        plane = packed[..., first : first + d * width // 8]
+        parts = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
+        codes = codes | (torch.cat(parts, dim=-1) << shift)
+        first = first + plane.shape[-1]
+        shift = shift + width
+    return codes
+
+
+# --------------------------------------------------------------------------------------------------
+# What a PackedStore asks of a quantizer
+
+
+class StoredQuantizer(Protocol):
+    """A quantizer whose codes a PackedStore can hold, such as quant.Quantizer and
+    kvquant.NonUniformQuantizer.
+
+    Three more attributes are optional:
+
+    fp16_params   a dataclass's field: whether parameters are rounded to fp16, in which they are
+                  stored, before codes are made with them. Without the field they always are.
+    levels        the codebook, a tensor (2^bits,). Without it, codes are decoded by arithmetic.
+    sparse        whether outliers are stored apart from their codes. This needs `levels`.
     """
 
-    def __init__(self, model, quantizers, n, b=1, k=0, pre_rope=False):
-        K, _ = quantizers[0]
-        if isinstance(K, Quantizer) and K.granularity == "channel" and not K.static:
-            n = -(-n // K.group_size) * K.group_size  # whole groups of tokens
-        dtype, device = model.embedding.weight.dtype, model.embedding.weight.device
-        self.n, self.k, self.lengths = n, k, [0] * b
-        self.replay = None  # on a CUDA device: generate.decode's graph
-        self.at = torch.zeros(
-            b, 1, dtype=torch.int64, device=device
-        )  # the slot of each sequence's next token
-        self.rope = rope_table(model.config, n + 1, device)
-        self.blocks = [
-            BlockCache(pair, model.config, n, b, k, pre_rope, dtype, device) for pair in quantizers
-        ]
+    bits: int
+    static: bool  # the parameters are the same for all tokens
+    tokens_per_group: int  # this many tokens share a pair of parameters; 1 if they are static
 
-    def finish_groups(self):
-        """To be called after a token was appended: of sequences whose newest group of tokens is
-        full, it gets codes."""
-        g = getattr(self.blocks[0].K, "g", 1)
-        if full := [i for i, length in enumerate(self.lengths) if g > 1 and length % g == 0]:
-            rows = torch.tensor(full, device=self.at.device)
-            for block in self.blocks:
-                block.K.finish_group(rows[:, None], self.at[rows], block.kept[rows])
+    def encode(self, X, leave_out=None):
+        """Return codes (..., n, d) of X (..., n, d), fp32, and two parameters; then, if `sparse`, a
+        mask of the outliers. A parameter is (..., n, d/w) if w channels of a token share it, (...,
+        n/g, d) if g tokens do. If static, n is 1. `leave_out` masks numbers that must not count."""
 
-    def bytes(self):
-        """The bytes of all tensors of its blocks. Calibrated ranges and codebooks belong to the
-        quantizers."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(self.blocks))
+    def decode(self, codes, first, second):
+        """Return the numbers, fp32, of codes and of parameters that broadcast against them."""
+
+    def __call__(self, X, leave_out=None):
+        """Encode X and decode it again, outliers as they are stored, in the dtype of X."""
 
 
-def tensors_of(thing):
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif isinstance(thing, list):
-        for part in thing:
-            yield from tensors_of(part)
-    elif isinstance(thing, (BlockCache, Packed, FullPrecisionStore, Outliers)):
-        yield from tensors_of(list(vars(thing).values()))
+def with_fp16_params(quantizer):
+    """Return a quantizer that rounds its parameters to fp16, in which they are stored, before it
+    makes codes with them."""
+    return replace(quantizer, fp16_params=True) if hasattr(quantizer, "fp16_params") else quantizer
+
+
+# --------------------------------------------------------------------------------------------------
+# Table 4
 
 
 def cache_bytes(config, n, bits, k=0):
-    """Table 4: bytes of a cache of n tokens at a width, with k of them in 16 bits besides; scales
-    are not counted."""
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    """Return what Table 4 counts: the bytes of a cache of n tokens at a width, and of k of them in
+    16 bits besides, but none of scales."""
+    numbers = 2 * config.num_hidden_layers * config.d_kv
     return numbers * n * bits / 8 + numbers * k * 2

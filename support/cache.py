@@ -107,7 +107,7 @@ def remove_leftovers(path):
                 other.unlink()
     if leftovers:
         count = f"{len(leftovers)} in all, {format_bytes(size)}"
-        log(f"removed leftovers of interrupted runs from {path.parent}: {count}")
+        log(f"removed leftovers of interrupted runs in {path.parent}: {count}")
 
 
 @contextmanager

@@ -72,8 +72,8 @@ MODELS = {  # the paper's models -> their repositories on the hub
 
 
 def model_directory(name):
-    """Return the directory of a model: `name` is a directory, one of MODELS, a hub id, or
-    DEFAULT_MODEL. What is not on this machine is fetched. Raises OSError or ValueError, which say
+    """Return the directory of a model, and fetch it if it is not on this machine. `name` is a
+    directory, one of MODELS, a hub id, or DEFAULT_MODEL. Raises OSError or ValueError, which say
     what to do."""
     path = expand_home(name)
     if name and path.is_dir():
@@ -86,8 +86,8 @@ def model_directory(name):
 
 
 def fingerprint(directory):
-    """Return a key of a checkpoint, which changes with its path, with the name, size or time of its
-    weights and tokenizer, and with the content of its config.json."""
+    """Return a key that identifies a checkpoint. It changes with the path, with the name, size or
+    mtime of a weight or tokenizer file, and with the content of config.json."""
     files = []
     for path in sorted({*weight_files(directory), *directory.glob("tokenizer*")}):
         stat = path.stat()
@@ -117,7 +117,7 @@ C4_SHARDS = {
 
 
 def documents(name, split="test"):
-    """Return the documents of a text, a list of str: `name` is one of TEXTS or the path of a UTF-8
+    """Return the documents of a text, a list of str. `name` is one of TEXTS or the path of a UTF-8
     file.
 
     `split` is "test" (to evaluate on) or "train" (to calibrate on); both splits of a file are the
@@ -233,7 +233,7 @@ def fetch_snapshot(repository):
         index = None
         if "model.safetensors" not in sizes:
             index = hf_hub_download(repository, INDEX)
-    LlamaConfig.from_pretrained(folder)  # an unsupported model is refused before its weights come
+    LlamaConfig.from_pretrained(folder)  # raises before the weights of another model are fetched
     weights = shard_names(index) if index else ["model.safetensors"]
     small = [
         name for name in sizes if any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES)
@@ -259,7 +259,7 @@ def shard_names(index):
 
 def dataset_file(repository, commit, name):
     """Return the path of one file of a data set at a commit. If it is not in huggingface_hub's
-    cache, it is fetched, and compared with the SHA-256 that the hub declares."""
+    cache, fetch it and compare it with the SHA-256 that the hub declares."""
     path = try_to_load_from_cache(repository, name, revision=commit, repo_type="dataset")
     if isinstance(path, str):
         return Path(path)

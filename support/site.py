@@ -1,4 +1,4 @@
-"""The site of a model, after whose block and in whose channel KVSink predicts the sinks.
+"""The site of a model: the block after which, and the channel in which, KVSink predicts the sinks.
 
 What this file does not do: Table 3 and the finder are kvsink.py's. A user who gives --layer and
 --channel needs neither (cli.py's `chosen_site`).
@@ -34,8 +34,8 @@ def site_of(model, tokenizer, name, directory):
 
 
 def listed_site(name, layers, hidden_size):
-    """Return Table 3's Site for a model's name, or None if it is not listed or has another shape,
-    so that another model of that name does not get it."""
+    """Return Table 3's Site for the name of a model, or None if the table does not list it, or
+    lists a model of another shape under that name."""
     row = TABLE_3.get(name)
     if row and (row.layers, row.hidden_size) == (layers, hidden_size):
         return table_site(name)

@@ -30,7 +30,7 @@ class Tokenizer:
 
     bos        the id that goes before every text, or None if there is none (SmolLM2)
     eot        the id that ends a document, put between packed ones, or None if the files name none
-    stop_ids   the set of all ids at which the model stops speaking
+    stop_ids   the set of all ids at which generation stops
     """
 
     def __init__(self, path, backend):
@@ -302,8 +302,8 @@ def check_ranks(ranks):
 
 
 def check_model(raw, text):
-    """Raise ValueError if the tokenizer.json `raw`, which was read from `text`, would never come to
-    an end or give other ids each time."""
+    """Raise ValueError if a tokenizer.json has a pattern that matches everywhere, or merges at
+    random. `raw` is its content, which was read from `text`."""
     if re.search(r'"(Regex|String)"\s*:\s*""', text):
         raise ValueError("it has an empty pattern")
     if raw["model"].get("dropout"):

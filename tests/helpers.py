@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kvsink
-from kvsink import Site
+from kvsink import Rule, Site
 from llama import Llama, LlamaConfig, checkpoint_names
 from support import hub
 
@@ -224,20 +224,20 @@ def two_sequences():
 SITE = Site(EMERGENCE, CHANNEL)
 
 
-def calibrate(model, windows, caches, keep="none", N=0, pre_rope=False):
-    """Algorithm 1 with observers on windows (1, n) each: the static `caches` are calibrated for one
-    rule."""
+def calibrate(model, windows, caches, rule=None, step=None):
+    """Calibrate the static `caches` for one rule: Algorithm 1 with observers on windows (1, n)."""
+    rule = rule or Rule()
     for tokens in windows:
         H = model.embedding(tokens)
-        rule = kvsink.preservation(keep, N, SITE, H)
-        kvsink.prefill(model, H, kvsink.observers(caches), pre_rope=pre_rope, **rule)
+        kvsink.prefill(model, H, kvsink.observers(caches), step=step, **rule.arguments(H))
 
 
-def cache_of(model, scheme, bits, tokens, keep="none", N=0, pre_rope=False):
-    """The planted model's cache in groups of 8, calibrated on tokens (1, n) where it is static."""
+def cache_of(model, scheme, bits, tokens, rule=None, step=None):
+    """Return the planted model's cache in groups of 8. If it is static, it is calibrated on tokens
+    (1, n)."""
     cache = kvsink.rtn_cache(model, scheme, bits, 8)
     if kvsink.SCHEMES[scheme].static:
-        calibrate(model, [tokens], [cache], keep, N, pre_rope)
+        calibrate(model, [tokens], [cache], rule, step)
     return cache
 
 

@@ -1,5 +1,5 @@
-"""The subjects of the tests of paper/activations.py, table1.py, table3.py and figures.py: two models
-on texts with sinks."""
+"""Two models on texts with sinks, which the tests of paper/activations.py, table1.py, table3.py and
+figures.py share."""
 
 import functools
 from dataclasses import replace

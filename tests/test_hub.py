@@ -174,7 +174,7 @@ def test_the_next_run_that_holds_the_lock_removes_what_killed_runs_left(tmp_path
     with cache.lock(path):
         assert files_under(tmp_path) == sorted(others)
     assert re.fullmatch(
-        r"removed leftovers of interrupted runs from \S+: 1 in all, 1.0 MiB\n",
+        r"removed leftovers of interrupted runs in \S+: 1 in all, 1.0 MiB\n",
         capsys.readouterr().err,
     )
 

@@ -7,17 +7,24 @@ import torch
 import kvsink
 from llama import Llama, LlamaConfig, checkpoint_names
 from paper import shapes
-from support import cli, hub
+from support import hub, machine
 from tests.helpers import PLANTED
 
 
 @pytest.mark.parametrize("name, billions", [
-    ("llama2-7b", 6.74), ("llama2-13b", 13.02), ("llama2-70b", 68.98), ("llama2-7b-chat", 6.74), ("mistral-7b", 7.24),
-    ("llama3-8b", 8.03), ("llama3.1-8b-instruct", 8.03), ("llama3.2-1b", 1.24), ("llama3.2-3b", 3.21),
+    ("llama2-7b", 6.74),
+    ("llama2-13b", 13.02),
+    ("llama2-70b", 68.98),
+    ("llama2-7b-chat", 6.74),
+    ("mistral-7b", 7.24),
+    ("llama3-8b", 8.03),
+    ("llama3.1-8b-instruct", 8.03),
+    ("llama3.2-1b", 1.24),
+    ("llama3.2-3b", 3.21),
 ])  # fmt: skip
 def test_the_papers_models_at_their_true_shape(name, billions):
-    """Known numbers of parameters; every tensor of a checkpoint has its place; Table 3's depth and
-    width; and a forward pass, in shapes."""
+    """They have the known numbers of parameters, a place for every tensor of a checkpoint, the
+    depth and width of Table 3, and a forward pass, in shapes."""
     config = shapes.shape(name)
     with torch.device("meta"):
         model = Llama(config)
@@ -34,11 +41,10 @@ def test_the_papers_models_at_their_true_shape(name, billions):
 
 
 def test_a_random_model(monkeypatch):
-    model = shapes.random_model(
-        LlamaConfig.from_dict({**PLANTED, "tie_word_embeddings": True}), "cpu", torch.float32
-    )
+    config = LlamaConfig.from_dict({**PLANTED, "tie_word_embeddings": True})
+    model = shapes.random_model(config, "cpu", torch.float32)
     assert model.W_vocab.weight is model.embedding.weight and model.LN_final.weight.eq(1).all()
     assert model.blocks[0].W_q.weight.std() == pytest.approx(0.02, rel=0.2)
-    monkeypatch.setattr(cli, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="weights take.*are free.*--shape"):
         shapes.random_model(LlamaConfig.from_dict(PLANTED), "cpu", torch.float32)

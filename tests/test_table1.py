@@ -1,4 +1,4 @@
-"""paper/table1.py: the table as printed, its numbers by NumPy, and what the command writes."""
+"""paper/table1.py: the table as printed, its numbers by NumPy, and the command."""
 
 import json
 from dataclasses import replace
@@ -10,6 +10,8 @@ import torch
 from paper import command, table1
 from paper.activations import KINDS
 from support import text
+from support.evaluate import load_model
+from support.machine import Machine
 from tests.helpers import (
     DIGITS,
     PLANTED,
@@ -21,11 +23,11 @@ from tests.helpers import (
 )
 from tests.subjects import (
     PLACES,
+    calibration_tensor,
     drawable,  # noqa: F401
     evidence,  # noqa: F401
     keys_and_values,
     planted_subject,
-    seen_in_calibration,
     static_numpy,
 )
 
@@ -41,18 +43,15 @@ PRINTED = {  # column by column: 4, 3, 2 bits; the kinds one after the other
 
 def test_the_papers_table_1_is_as_printed():
     for ranges, columns in PRINTED.items():
-        printed = np.array([line.split() for line in columns.splitlines()], float).reshape(
-            3, -1, 3
-        )  # kind, part, bits
-        for bits, at in ((4, 0), (3, 1), (2, 2)):
-            assert np.array_equal(table1.PAPER_TABLE_1[ranges, bits], printed[:, :, at]), (
-                ranges,
-                bits,
-            )
+        printed = np.array([line.split() for line in columns.splitlines()], float)
+        printed = printed.reshape(3, -1, 3)  # kind, part, bits
+        for i, bits in enumerate((4, 3, 2)):
+            table = table1.PAPER_TABLE_1[ranges, bits]
+            assert np.array_equal(table, printed[:, :, i]), (ranges, bits)
     assert len(table1.PAPER_TABLE_1) == 6
 
 
-def test_what_the_paper_quotes_from_its_table_1():
+def test_the_papers_text_quotes_its_table_1():
     """Section 4.1: 81.1 % and 68.2 % less (static, 4 bits), 16.3 % to 29.2 % more, 42.7 % less."""
     table = table1.PAPER_TABLE_1
     less = [1 - without / overall for overall, without in table["static", 4]]
@@ -73,8 +72,8 @@ def test_groups_that_hold_a_sink(granularity):
 
 
 def dynamic_numpy(X, bits, granularity):
-    """Equations 10-13 for X (heads, 40, 8): a group is a token of 8 channels, or 16 tokens of a
-    channel."""
+    """Apply Equations 10-13 to X (heads, 40, 8): a group is a token of 8 channels, or 16 tokens of
+    a channel."""
     X_ = np.empty_like(X)
     for h, i, c in np.ndindex(X.shape):
         start = i // 16 * 16
@@ -85,50 +84,54 @@ def dynamic_numpy(X, bits, granularity):
     return X_
 
 
+def numpy_errors(row, l, window):
+    """Return part -> squared errors in one block of one window, for a row of Table 1."""
+    tensor, granularity = KINDS[row["kind"]]
+    bits = row["bits"]
+    sinks = np.isin(np.arange(40), PLACES[window])
+    X = keys_and_values(window)[l][tensor]
+
+    def static_errors(kept):
+        calibration = calibration_tensor(l, tensor, kept)
+        return (static_numpy(X, bits, calibration, granularity) - X) ** 2
+
+    if row["ranges"] == "static":
+        return {
+            "overall": static_errors(kept=False),
+            "without_sinks": static_errors(kept=True)[:, ~sinks],
+        }
+    dynamic = (dynamic_numpy(X, bits, granularity) - X) ** 2
+    mixed = sinks
+    if granularity == "channel":
+        groups = np.split(sinks, [16, 32])
+        mixed = np.concatenate([np.full(len(group), group.any()) for group in groups])
+    return {
+        "overall": dynamic,
+        "without_sinks": dynamic[:, ~mixed],
+        "with_sinks": dynamic[:, mixed],
+    }
+
+
 def test_table_1_against_numpy():
-    """Every figure as sums of squares in float64 over blocks 3 to 6 of both windows."""
+    """Every number comes from sums of squares in float64 over blocks 3 to 6 of both windows."""
     for row in table1.table_1(planted_subject()):
-        tensor, granularity = KINDS[row["kind"]]
-        errors = {"overall": [], "without_sinks": [], "with_sinks": []}
-        for window in (0, 1):
-            sinks = np.isin(np.arange(40), PLACES[window])
-            for l in (3, 4, 5, 6):
-                X = keys_and_values(window)[l][tensor]
-                if row["ranges"] == "dynamic":
-                    error, with_sink = (dynamic_numpy(X, row["bits"], granularity) - X) ** 2, sinks
-                    if granularity == "channel":
-                        with_sink = np.concatenate(
-                            [np.full(len(g), g.any()) for g in np.split(sinks, [16, 32])]
-                        )
-                    errors["with_sinks"].append(error[:, with_sink])
-                    errors["without_sinks"].append(error[:, ~with_sink])
-                    errors["overall"].append(error)
-                    continue
-                for part in ("overall", "without_sinks"):
-                    seen = seen_in_calibration(l, tensor, kept=part == "without_sinks")
-                    error = (static_numpy(X, row["bits"], seen, granularity) - X) ** 2
-                    errors[part].append(error if part == "overall" else error[:, ~sinks])
+        blocks = [numpy_errors(row, l, window) for window in (0, 1) for l in (3, 4, 5, 6)]
         for part in row["paper"]:
-            expected = 100 * np.concatenate([e.flatten() for e in errors[part]]).mean()
-            assert row[part] == pytest.approx(expected, rel=1e-3), (
-                row,
-                part,
-            )  # fp32 may round an edge the other way
+            errors = np.concatenate([block[part].flatten() for block in blocks])
+            # fp32 may round an edge the other way
+            assert row[part] == pytest.approx(100 * errors.mean(), rel=1e-3), (row, part)
 
 
-def test_a_part_that_is_not_there_is_none(capsys):
-    """A text in whose windows no group holds a sink."""
+def test_a_part_without_tokens_is_none(capsys):
+    """In the windows of this text, no group holds a sink."""
     subject = replace(planted_subject(), windows=[ordinary_tokens(40, 7)[None]])
     rows = table1.table_1(subject)
     for row in rows:
         assert row.get("with_sinks") is None and row["overall"] > 0
         assert row["overall"] == row["without_sinks"] or row["ranges"] == "static"
     table1.print_table_1(subject, rows)
-    line = next(
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("  dynamic  4 bits")
-    )
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("  dynamic  4 bits"))
     assert line.split()[3:] == [*[f"{rows[0]['overall']:.2f}"] * 2, "-", "1.30", "1.38", "0.07"]
 
 
@@ -136,27 +139,20 @@ def test_a_part_that_is_not_there_is_none(capsys):
 # The command
 
 
-def test_what_the_command_prints_and_writes(drawable, tmp_path, capsys):  # noqa: F811
+def test_the_command_prints_and_writes_the_table(drawable, tmp_path, capsys):  # noqa: F811
     assert table1.main(drawable) == 0
-    printed, (file,) = capsys.readouterr(), (tmp_path / "out").iterdir()
+    printed = capsys.readouterr()
+    (file,) = (tmp_path / "out").iterdir()
     table = json.loads(file.read_text())
     assert file.name == "table1-model-prompt1.json" and not printed.err
-    assert (
-        table["blocks"] == [3, 4, 5, 6] and len(table["rows"]) == 18 and table["text"] == "prompt 1"
-    )
+    assert table["blocks"] == [3, 4, 5, 6] and len(table["rows"]) == 18
+    assert table["text"] == "prompt 1"
     assert (table["model"], table["windows"], table["group_size"]) == ("model", 1, 16)
-    assert table["rows"][3] == {
-        **table["rows"][3],
-        "kind": "per-token Keys",
-        "ranges": "static",
-        "bits": 4,
-    }
-    assert table["rows"][3]["paper"] == {"overall": 86.73, "without_sinks": 16.39}
-    lines = [
-        line.split()[3:]
-        for line in printed.out.splitlines()
-        if line.startswith(("  static ", "  dynamic "))
-    ]
+    row = table["rows"][3]
+    assert (row["kind"], row["ranges"], row["bits"]) == ("per-token Keys", "static", 4)
+    assert row["paper"] == {"overall": 86.73, "without_sinks": 16.39}
+    lines = printed.out.splitlines()
+    lines = [line.split()[3:] for line in lines if line.startswith(("  static ", "  dynamic "))]
     for cells, row in zip(lines, table["rows"], strict=True):
         parts = ["overall", "without_sinks", "with_sinks"]
         expected = [side.get(part) for side in (row, row["paper"]) for part in parts]
@@ -176,7 +172,7 @@ def test_what_the_command_prints_and_writes(drawable, tmp_path, capsys):  # noqa
     (["--layer", "3"], ["--layer 3", "--help"]),
     (["--no-compile"], ["--no-compile"]),  # nothing here is compiled
 ])  # fmt: skip
-def test_a_table_1_that_cannot_be(change, words, drawable, capsys, tmp_path):  # noqa: F811
+def test_table_1_refuses_wrong_options(change, words, drawable, capsys, tmp_path):  # noqa: F811
     refuse([*drawable, *change], ["paper.table1: ", *words], capsys, table1)
     assert not (tmp_path / "out").exists()
 
@@ -185,21 +181,28 @@ def test_calibration_follows_the_prompt(drawable, tiny, monkeypatch):  # noqa: F
     """Packed articles are calibrated on packed articles, prompts on WikiText-2, both on the
     training split; the default model always on packed articles. No window is longer than the
     model's context, here 512."""
-    asked = []
+    calls = []
+
+    def windows(tokenizer, name, split, seq_len, count, seed):
+        calls.append((name, split, seq_len, count, seed))
+        return torch.zeros(count, seq_len).long()
+
     monkeypatch.undo()
-    monkeypatch.setattr(
-        text, "windows", lambda *how: asked.append(how[1:]) or torch.zeros(how[4], how[3]).long()
-    )
-    machine = command.cli.Machine("cpu", "float32", False)
-    loaded = command.load(tiny[1], machine)
+    monkeypatch.setattr(text, "windows", windows)
+    loaded = load_model(tiny[1], Machine())
     for model, prompt in ((tiny[1], "1"), (tiny[1], "packed"), ("smollm2-135m", "2")):
-        command.calibration_windows(command.What(model, prompt, None, machine), loaded)
-    wikitext, packed = ("wikitext2", "train", 512, 16, 0), ("wiki-sample", "train", 512, 4, 0)
-    assert asked == [wikitext, packed, packed]
+        command.calibration_windows(command.AnalysisConfig(model, Machine(), prompt), loaded)
+    wikitext = ("wikitext2", "train", 512, 16, 0)
+    packed = ("wiki-sample", "train", 512, 4, 0)
+    assert calls == [wikitext, packed, packed]
 
 
-# noqa: F811
-def test_a_tokenizer_of_another_model_calibrates_nothing(capsys, tmp_path, drawable, monkeypatch):
+def test_a_tokenizer_of_another_model_calibrates_nothing(
+    capsys,
+    tmp_path,
+    drawable,  # noqa: F811
+    monkeypatch,
+):
     """A text whose ids fit is not enough: the calibration windows are checked too."""
     monkeypatch.setattr(command, "calibration_windows", lambda *_: torch.full((2, 64), 300))
     refuse(drawable, ["gives id 300", "the model has 300"], capsys, table1)
@@ -214,9 +217,11 @@ def test_a_tokenizer_of_another_model_calibrates_nothing(capsys, tmp_path, drawa
 
 
 def test_quantization_errors_of_the_default_model(evidence):  # noqa: F811
-    """Table 1: as LLaMA2-7B's where ranges are dynamic, and not where they are static."""
+    """Its errors compare as LLaMA2-7B's if ranges are dynamic, and do not if they are static."""
     for row in table1.table_1(replace(evidence, windows=evidence.windows[:1])):
-        overall, without, paper = row["overall"], row["without_sinks"], row["paper"]
+        overall = row["overall"]
+        without = row["without_sinks"]
+        paper = row["paper"]
         if row["ranges"] == "static":
             assert abs(1 - without / overall) < 0.05 < 1 - paper["without_sinks"] / paper["overall"]
         elif row["kind"] == "per-channel Keys":

@@ -16,58 +16,83 @@ from tests.helpers import (
 )
 
 
-def test_windows_in_order_packed_and_at_random(tmp_path, monkeypatch):
-    """The protocols, on a tokenizer that gives each character's code and begins with 1."""
-    ids = "".join(chr(c) for c in range(100, 150))
+class Characters:
+    """A tokenizer that gives the code of each character, and begins a text with 1."""
 
-    class Characters:
-        bos, eot = 1, 2
+    bos = 1
+    eot = 2
 
-        def encode(self, text, bos=True):
-            return [1] * bos + [ord(c) for c in text]
+    def encode(self, text, bos=True):
+        return [1] * bos + [ord(c) for c in text]
 
-    def take(name, split, documents, n, count=None, seed=0):
+
+@pytest.fixture
+def take(monkeypatch):
+    """`text.windows` on documents that are given instead of fetched."""
+
+    def windows_of(name, split, documents, n, count=None, seed=0):
         monkeypatch.setattr(hub, "documents", lambda *_: documents)
         return text.windows(Characters(), name, split, n, count, seed).tolist()
 
-    whole = [1, *range(100, 150)]
-    assert take("some.txt", "test", [ids], 20) == [whole[:20], whole[20:40]]  # the rest is dropped
-    assert take("some.txt", "test", [ids], 17) == [
-        whole[:17],
-        whole[17:34],
-        whole[34:],
-    ]  # the last one fits exactly
-    assert take("wikitext2", "test", [ids], 20, count=1) == [whole[:20]]
-    assert take("wiki-sample", "test", ["ab", "c", "defg"], 5) == [
-        [1, 97, 98, 2, 99],
-        [2, 100, 101, 102, 103],
-    ]
-    assert take("wiki-sample", "train", ["ab", "c", "defg"], 5, 1) == [[1, 97, 98, 2, 99]]
-    draw = random.Random(3)
-    starts = [draw.randint(0, 31) for _ in range(4)]
-    assert take("wikitext2", "train", [ids], 20, 4, seed=3) == [whole[s : s + 20] for s in starts]
-    # GPTQ's loop: a document at random until one is long enough, then an offset at random.
-    documents, draw, expected = ["short", ids, ids[::-1], "tiny"], random.Random(0), []
+    return windows_of
+
+
+DOCUMENT = "".join(chr(c) for c in range(100, 150))
+IDS = [1, *range(100, 150)]
+
+
+def test_windows_in_order(take):
+    # What is left over at the end is dropped.
+    assert take("some.txt", "test", [DOCUMENT], 20) == [IDS[:20], IDS[20:40]]
+    # The last window fits exactly.
+    assert take("some.txt", "test", [DOCUMENT], 17) == [IDS[:17], IDS[17:34], IDS[34:]]
+    assert take("wikitext2", "test", [DOCUMENT], 20, count=1) == [IDS[:20]]
+    with pytest.raises(ValueError, match="fewer than one window"):
+        take("some.txt", "test", [DOCUMENT], 52)
+
+
+def test_packed_windows(take):
+    documents = ["ab", "c", "defg"]
+    first = [1, 97, 98, 2, 99]
+    second = [2, 100, 101, 102, 103]
+    assert take("wiki-sample", "test", documents, 5) == [first, second]
+    assert take("wiki-sample", "train", documents, 5, 1) == [first]
+
+
+def test_windows_at_random(take):
+    rng = random.Random(3)
+    starts = [rng.randint(0, 31) for _ in range(4)]
+    expected = [IDS[start : start + 20] for start in starts]
+    assert take("wikitext2", "train", [DOCUMENT], 20, 4, seed=3) == expected
+
+
+def test_windows_of_random_documents(take):
+    """As in GPTQ's loop: random documents until one is long enough, then a random offset."""
+    documents = ["short", DOCUMENT, DOCUMENT[::-1], "tiny"]
+    rng = random.Random(0)
+    expected = []
     for _ in range(6):
-        while len(document := [1, *map(ord, documents[draw.randint(0, 3)])]) < 20:
-            pass
-        start = draw.randint(0, len(document) - 20 - 1)
-        expected.append(document[start : start + 20])
+        ids = []
+        while len(ids) < 20:
+            ids = [1, *map(ord, documents[rng.randint(0, 3)])]
+        start = rng.randint(0, len(ids) - 20 - 1)
+        expected.append(ids[start : start + 20])
     assert take("c4", "test", documents, 20, 6) == expected
     assert len(take("c4", "test", documents, 51)) == 256
     with pytest.raises(ValueError, match="no document has 52 tokens"):
         take("c4", "test", documents, 52)
-    with pytest.raises(ValueError, match="fewer than one window"):
-        take("some.txt", "test", [ids], 52)
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", ["empty"]), (b" \n\n", ["empty"]), (b"caf\xe9 and so on", ["byte 3", "UTF-8"]), (b"short", ["fewer than one window"]),
+    (b"", ["empty"]),
+    (b" \n\n", ["empty"]),
+    (b"caf\xe9 and so on", ["byte 3", "UTF-8"]),
+    (b"short", ["fewer than one window"]),
 ])  # fmt: skip
 def test_bad_texts(content, words, tiny, capsys, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_bytes(content)
-    refuse([*tiny, "--scheme", "token-dynamic", "--data", str(text)], words, capsys, eval_ppl)
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    refuse([*tiny, "--scheme", "token-dynamic", "--data", str(path)], words, capsys, eval_ppl)
 
 
 def test_a_tokenizer_of_another_model(tiny, capsys, tmp_path):
@@ -77,9 +102,5 @@ def test_a_tokenizer_of_another_model(tiny, capsys, tmp_path):
 
 
 def test_more_calibration_than_there_is(tiny, capsys, sample_calibration):
-    refuse(
-        [*tiny, "--scheme", "token-static", "--calib-windows", "1000"],
-        ["--calib-windows 1000", "only"],
-        capsys,
-        eval_ppl,
-    )
+    options = [*tiny, "--scheme", "token-static", "--calib-windows", "1000"]
+    refuse(options, ["--calib-windows 1000", "only"], capsys, eval_ppl)

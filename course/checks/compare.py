@@ -1,24 +1,27 @@
-"""What a test says when two things differ. Each test is two halves: a scenario (scenarios.py) runs
-the assigned function and returns plain values; the test compares these with numbers worked by hand,
-or with a property."""
+"""Comparisons, and what a test says if two things differ.
+
+A test has two halves. A scenario (scenarios.py) calls the assigned function and returns plain
+values; the test compares these with numbers worked out by hand, or with a property.
+"""
 
 import numpy as np
 
 
-def close(actual, expected, what, rtol=1e-5, atol=1e-6):
-    """Asserts that `actual` is an array of the expected shape and numbers."""
+def close(actual, expected, name, rtol=1e-5, atol=1e-6):
+    """Assert that `actual` is an array of the expected shape and numbers."""
     expected = np.asarray(expected)
-    assert isinstance(actual, np.ndarray), f"{what}: not a tensor"
-    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
+    assert isinstance(actual, np.ndarray), f"{name}: not a tensor"
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
     good = np.isclose(actual.astype(np.float64), expected.astype(np.float64), rtol, atol)
     if not good.all():
-        at = tuple(int(i) for i in np.argwhere(~good)[0])
+        place = tuple(int(i) for i in np.argwhere(~good)[0])
         raise AssertionError(
-            f"{what}: at {list(at)} it is {actual[at]:.6g}, not {expected[at]:.6g}"
+            f"{name}: at {list(place)} it is {actual[place]:.6g}, not {expected[place]:.6g}"
         )
 
 
-def same(actual, expected, what):
-    """Asserts that two plain values are equal; arrays count as lists."""
-    actual, expected = (x.tolist() if isinstance(x, np.ndarray) else x for x in (actual, expected))
-    assert actual == expected, f"{what}: {str(actual)[:100]}, not {str(expected)[:100]}"
+def same(actual, expected, name):
+    """Assert that two plain values are equal; arrays count as lists."""
+    actual = actual.tolist() if isinstance(actual, np.ndarray) else actual
+    expected = expected.tolist() if isinstance(expected, np.ndarray) else expected
+    assert actual == expected, f"{name}: {str(actual)[:100]}, not {str(expected)[:100]}"

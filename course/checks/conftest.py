@@ -1,4 +1,5 @@
-"""Here a scenario is simply called. (The lecturer's grader runs it in a process of its own.)"""
+"""Tests call scenarios by `run`. Here it simply calls them; the lecturer's grader has one that lets
+a process of its own call them."""
 
 import pytest
 import torch

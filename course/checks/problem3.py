@@ -5,8 +5,13 @@ import numpy as np
 from .compare import close, same
 from .scenarios import attended, mask, rope, rotated
 
-LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 64}  # fmt: skip
+LLAMA31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def drawn(seed, *shape):
@@ -14,8 +19,8 @@ def drawn(seed, *shape):
 
 
 def test_rope_table_by_hand(run):
-    """Heads of 4 channels, theta 100: pair 0 turns by 1 a token, pair 1 by 1/10. Channel i is
-    paired with i + 2."""
+    """Heads have 4 channels and theta is 100: pair 0 turns by 1 per token, pair 1 by 1/10. Channel
+    i is paired with i + 2."""
     cos, sin = run(rope, {"head_dim": 4, "rope_theta": 100.0}, 3)
     angle = np.float64([[0, 0, 0, 0], [1, 0.1, 1, 0.1], [2, 0.2, 2, 0.2]])
     close(cos, np.cos(angle), "cos")
@@ -24,48 +29,42 @@ def test_rope_table_by_hand(run):
 
 def test_rope_table_linear(run):
     """A factor of 4 makes every pair turn four times more slowly."""
-    config = {
-        "head_dim": 4,
-        "rope_theta": 100.0,
-        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
-    }
-    close(run(rope, config, 3)[0][2], np.cos([0.5, 0.05, 0.5, 0.05]), "cos")
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    cos, _ = run(rope, {"head_dim": 4, "rope_theta": 100.0, "rope_scaling": scaling}, 3)
+    close(cos[2], np.cos([0.5, 0.05, 0.5, 0.05]), "cos")
 
 
 def test_rope_table_llama3(run):
-    """Pair 0 turns ten times in the 64 tokens of training, which is fast; pair 1 a thousandth of
-    that, which is slow."""
+    """Pair 0 makes ten turns in the original context of 64 tokens, which is fast; pair 1 makes a
+    thousandth of that, which is slow."""
     cos, _ = run(rope, {"head_dim": 4, "rope_theta": 1e6, "rope_scaling": LLAMA31}, 5)
     close(cos[4], np.cos([4, 4e-3 / 8, 4, 4e-3 / 8]), "cos")
 
 
 def test_apply_rope_by_hand(run):
-    """A quarter of a turn: channels (1, 2, 3, 4) are the pairs (1, 3) and (2, 4), and become (-3,
-    1) and (-4, 2)."""
+    """A quarter of a turn: channels (1, 2, 3, 4) are the pairs (1, 3) and (2, 4), which become
+    (-3, 1) and (-4, 2)."""
     X = np.float32([1, 2, 3, 4]).reshape(1, 1, 1, 4)
-    out, _ = run(rotated, X, np.zeros((1, 4), np.float32), np.ones((1, 4), np.float32))
-    close(out.ravel(), [-3, -4, 1, 2], "rotated")
+    X, _ = run(rotated, X, np.zeros((1, 4), np.float32), np.ones((1, 4), np.float32))
+    close(X.ravel(), [-3, -4, 1, 2], "rotated")
 
 
 def test_apply_rope_keeps_lengths_and_differences(run):
-    """A turn changes no length; and the product of a query and a Key depends on how far apart they
-    are."""
+    """Rotation changes no length, and the product of a query and a Key depends on how far apart
+    they are."""
     angle = np.outer(np.arange(10), [1, 0.1, 1, 0.1]).astype(np.float32)
-    X = np.repeat(drawn(0, 1, 2, 1, 4), 10, axis=2)  # the same at each position
-    out, _ = run(rotated, X, np.cos(angle), np.sin(angle))
-    close((out**2).sum(-1), (X**2).sum(-1), "lengths", rtol=1e-4)
-    products = out[0, 0] @ out[0, 0].T
+    before = np.repeat(drawn(0, 1, 2, 1, 4), 10, axis=2)  # the same at each position
+    after, _ = run(rotated, before, np.cos(angle), np.sin(angle))
+    close((after**2).sum(-1), (before**2).sum(-1), "lengths", rtol=1e-4)
+    products = after[0, 0] @ after[0, 0].T
     close(products[2:, 2:], products[:-2, :-2], "products", rtol=1e-3, atol=1e-4)
 
 
 def test_apply_rope_keeps_the_dtype(run):
-    """bf16 goes in and comes out."""
+    """A tensor in bf16 comes back in bf16."""
     ones = np.ones((1, 4), np.float32)
-    same(
-        run(rotated, np.ones((1, 1, 1, 4), np.float32), ones, ones, "bfloat16")[1],
-        "torch.bfloat16",
-        "dtype",
-    )
+    _, dtype = run(rotated, np.ones((1, 1, 1, 4), np.float32), ones, ones, "bfloat16")
+    same(dtype, "torch.bfloat16", "dtype")
 
 
 def test_causal_mask_by_hand(run):
@@ -75,7 +74,7 @@ def test_causal_mask_by_hand(run):
 
 
 def test_attention_of_equal_keys(run):
-    """All Keys 0: each token gets the mean of the Values that it sees."""
+    """If all Keys are 0, each token gets the mean of the Values that it sees."""
     V = drawn(1, 1, 2, 5, 4)
     A = run(attended, drawn(2, 1, 2, 5, 4), np.zeros_like(V), V, None)
     means = V.cumsum(2) / np.arange(1, 6)[:, None]
@@ -83,26 +82,26 @@ def test_attention_of_equal_keys(run):
 
 
 def test_attention_by_hand(run):
-    """d_k = 4: query 1 has products 2 and 0 with the Keys, scores 1 and 0."""
-    Q, K = np.zeros((1, 1, 2, 4), np.float32), np.zeros((1, 1, 2, 4), np.float32)
-    Q[0, 0, 1, 0], K[0, 0, 0, 0] = 1, 2
+    """d_k is 4: query 1 has the products 2 and 0 with the Keys, so the scores 1 and 0."""
+    Q = np.zeros((1, 1, 2, 4), np.float32)
+    K = np.zeros((1, 1, 2, 4), np.float32)
+    Q[0, 0, 1, 0] = 1
+    K[0, 0, 0, 0] = 2
     V = np.float32([[1, 0, 0, 0], [0, 1, 0, 0]]).reshape(1, 1, 2, 4)
     e = np.e
     close(run(attended, Q, K, V, None)[0], [[1, 0, 0, 0], [e / (e + 1), 1 / (e + 1), 0, 0]], "A")
 
 
 def test_attention_shares_keys_among_queries(run):
-    """Four query heads, two Key heads: queries 0 and 1 have Key 0, queries 2 and 3 have Key 1."""
+    """Of four query heads, 0 and 1 have Key head 0, and 2 and 3 have Key head 1."""
     V = np.float32([10, 20]).reshape(1, 2, 1, 1)
-    close(
-        run(attended, drawn(3, 1, 4, 1, 1), drawn(4, 1, 2, 1, 1), V, None),
-        [[[10, 10, 20, 20]]],
-        "A",
-    )
+    A = run(attended, drawn(3, 1, 4, 1, 1), drawn(4, 1, 2, 1, 1), V, None)
+    close(A, [[[10, 10, 20, 20]]], "A")
 
 
 def test_attention_in_a_window(run):
-    """Equal Keys and a window of 2: the mean of a Value and the one before it."""
+    """If all Keys are equal and the window is 2, a token gets the mean of its Value and the one
+    before."""
     V = drawn(5, 1, 1, 6, 4)
     A = run(attended, drawn(6, 1, 1, 6, 4), np.zeros_like(V), V, 2)
     close(A[0, 0], V[0, 0, 0], "A of token 0")

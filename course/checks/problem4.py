@@ -1,5 +1,5 @@
 """Problem 4, Algorithm 1: a block whose parts can be followed by hand, and a model whose blocks add
-what is written down. Nothing here needs your solutions of other problems."""
+given numbers. Nothing here needs your solutions of other problems."""
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from .scenarios import (
     observed,
     observers_refused,
     predicted,
+    prediction_refused,
     prefill_refused,
     prefill_rule,
     through_block,
@@ -19,52 +20,8 @@ SECOND = np.array([[False, True]])  # the second token is a sink
 ZERO = np.zeros((2, 4, 3), np.float32)  # H^0 of two sequences of four tokens
 
 
-def test_decoder_block_by_hand(run):
-    """scenarios.py says what the parts do. X is 1 and 2; K is 10.5 and 20.5, V 100 and 200; the
-    first token is quantized: -10.5 and -100. So A is -110.5 and 220.5, H' is -221 and 442, and 4 H'
-    + 7 is the output."""
-    seen = run(through_block, TWO, SECOND, False)
-    close(seen["attention"][0].ravel(), [1.5, 2.5], "Q")
-    close(seen["attention"][1].ravel(), [-10.5, 20.5], "K after quantization")
-    close(seen["attention"][2].ravel(), [-100, 200], "V after quantization")
-    close(seen["H"].ravel(), [-877, 1775], "H")
-
-
-def test_decoder_block_tells_the_quantizers_what_to_leave_out(run):
-    """They get all Keys and Values, Keys after RoPE, and True where a token is a sink."""
-    seen = run(through_block, TWO, SECOND, False)
-    close(seen["quantize_K"][0].ravel(), [10.5, 20.5], "K before quantization")
-    close(seen["quantize_V"][0].ravel(), [100, 200], "V before quantization")
-    same(
-        [seen[name][1].ravel().tolist() for name in ("quantize_K", "quantize_V")],
-        [[False, True]] * 2,
-        "leave_out",
-    )
-
-
-def test_decoder_block_before_rope(run):
-    """With pre_rope the quantizer sees 10 and 20, and attention -10 + 0.5 and 20 + 0.5."""
-    seen = run(through_block, TWO, SECOND, True)
-    close(seen["quantize_K"][0].ravel(), [10, 20], "K before quantization")
-    close(seen["attention"][1].ravel(), [-9.5, 20.5], "K after quantization and RoPE")
-
-
-def test_decoder_block_keeps_the_window(run):
-    """Attention gets the block's sliding window."""
-    same(run(through_block, TWO, SECOND, False)["attention"][3], 4, "sliding_window")
-
-
-def test_predict_sinks_by_hand(run):
-    """|H| in channel 1 is 1, 9, 3, 5 and 7, 0, 2, 8: two of each sequence."""
-    H = np.zeros((2, 4, 3), np.float32)
-    H[0, :, 1], H[1, :, 1], H[:, 2, 0] = [1, -9, 3, 5], [-7, 0, 2, -8], 100
-    close(
-        run(predicted, H, 1, 2), [[False, True, False, True], [True, False, False, True]], "S_sink"
-    )
-
-
 def test_prefill_takes_each_block_in_turn(run):
-    """Blocks 1 to 3, each with its own pair of quantizers and the table of RoPE; H^3 is the sum of
+    """Blocks 1 to 3 each get their own pair of quantizers and the table of RoPE; H^3 is the sum of
     what they add."""
     steps = np.arange(3 * 24, dtype=np.float32).reshape(3, 2, 4, 3)
     seen = run(prefill_rule, ZERO, steps, {})
@@ -72,36 +29,81 @@ def test_prefill_takes_each_block_in_turn(run):
     same(seen["cache"], [["K1", "V1"], ["K2", "V2"], ["K3", "V3"]], "quantizers")
     same(seen["rope"], ["config, 4 tokens"] * 3, "rope")
     close(seen["H"], steps.sum(0), "H^L")
-    assert not seen["kept"].any(), "nothing is to be kept"
+    assert not seen["kept"].any(), "nothing should be kept"
 
 
 def test_prefill_predicts_after_block_l_E(run):
-    """l_E = 2 of 4: nothing is left out in blocks 1 and 2, and the largest token of channel 1 in
-    blocks 3 and 4."""
+    """l_E = 2 of 4: nothing is kept in blocks 1 and 2, and the largest token of channel 1 in blocks
+    3 and 4."""
     steps = np.zeros((4, 2, 4, 3), np.float32)
-    steps[1, 0, 2, 1], steps[1, 1, 3, 1] = -50, 40
+    steps[1, 0, 2, 1] = -50
+    steps[1, 1, 3, 1] = 40
     seen = run(prefill_rule, ZERO, steps, {"l_E": 2, "c": 1, "k": 1})
+    nothing = [[False] * 4] * 2
     sinks = [[False, False, True, False], [False, False, False, True]]
-    same(
-        [mask.tolist() for mask in seen["S_sink"]],
-        [[[False] * 4] * 2] * 2 + [sinks] * 2,
-        "S_sink, block by block",
-    )
+    masks = [mask.tolist() for mask in seen["S_sink"]]
+    same(masks, [nothing, nothing, sinks, sinks], "S_sink, block by block")
     same(seen["kept"], sinks, "S_sink")
 
 
-def test_prefill_keeps_what_it_is_given(run):
+def test_prefill_keeps_the_mask_it_is_given(run):
     """PFN: the mask given at the start holds in all blocks."""
     mask = np.array([[True, False, False, False]] * 2)
     seen = run(prefill_rule, ZERO, np.zeros((3, 2, 4, 3), np.float32), {"S_sink": mask})
-    same([mask.tolist() for mask in seen["S_sink"]], [mask.tolist()] * 3, "S_sink, block by block")
+    masks = [mask.tolist() for mask in seen["S_sink"]]
+    same(masks, [mask.tolist()] * 3, "S_sink, block by block")
 
 
 def test_prefill_refuses_more_than_there_are(run):
     """Five of four tokens: ValueError."""
-    assert run(
-        prefill_refused, ZERO, np.zeros((1, 2, 4, 3), np.float32), {"l_E": 1, "c": 0, "k": 5}
-    ), "no ValueError"
+    steps = np.zeros((1, 2, 4, 3), np.float32)
+    assert run(prefill_refused, ZERO, steps, {"l_E": 1, "c": 0, "k": 5}), "no ValueError"
+
+
+def test_decoder_block_by_hand(run):
+    """scenarios.py says what the parts do. X is 1 and 2, K is 10.5 and 20.5, V is 100 and 200. The
+    first token is quantized to -10.5 and -100. So A is -110.5 and 220.5, H' is -221 and 442, and
+    the output is 4 H' + 7."""
+    seen = run(through_block, TWO, SECOND)
+    close(seen["attention"][0].ravel(), [1.5, 2.5], "Q")
+    close(seen["attention"][1].ravel(), [-10.5, 20.5], "K after quantization")
+    close(seen["attention"][2].ravel(), [-100, 200], "V after quantization")
+    close(seen["H"].ravel(), [-877, 1775], "H")
+
+
+def test_decoder_block_tells_the_quantizers_which_tokens_to_leave_out(run):
+    """They get all Keys, after RoPE, and all Values, and a mask that is True for a sink."""
+    seen = run(through_block, TWO, SECOND)
+    close(seen["quantize_K"][0].ravel(), [10.5, 20.5], "K before quantization")
+    close(seen["quantize_V"][0].ravel(), [100, 200], "V before quantization")
+    masks = [seen[name][1].ravel().tolist() for name in ("quantize_K", "quantize_V")]
+    same(masks, [[False, True]] * 2, "leave_out")
+
+
+def test_decoder_block_keeps_the_window(run):
+    """Attention gets the block's sliding window."""
+    same(run(through_block, TWO, SECOND)["attention"][3], 4, "sliding_window")
+
+
+def test_predict_sinks_by_hand(run):
+    """|H| in channel 1 is 1, 9, 3, 5 and 7, 0, 2, 8: two tokens of each sequence."""
+    H = np.zeros((2, 4, 3), np.float32)
+    H[0, :, 1] = [1, -9, 3, 5]
+    H[1, :, 1] = [-7, 0, 2, -8]
+    H[:, 2, 0] = 100
+    expected = [[False, True, False, True], [True, False, False, True]]
+    close(run(predicted, H, 1, 2), expected, "S_sink")
+
+
+def test_predict_sinks_without_k(run):
+    """k = "auto": the tokens that reach a tenth of the largest, 9."""
+    H = np.float32([1, -9, 0.5, 2]).reshape(1, 4, 1)
+    close(run(predicted, H, 0, "auto"), [[True, True, False, True]], "S_sink")
+
+
+def test_predict_sinks_refuses_more_than_there_are(run):
+    """Five of four tokens: ValueError."""
+    assert run(prediction_refused, ZERO, 0, 5), "no ValueError"
 
 
 def test_pfn_by_hand(run):
@@ -109,10 +111,11 @@ def test_pfn_by_hand(run):
     close(run(first, ZERO, 3), [[True, True, True, False]] * 2, "mask")
 
 
-def test_observers_look_and_do_not_touch(run):
-    """One cache, two blocks: Keys and Values come back, and each quantizer's `calibrate` got its
-    own and the mask."""
-    X, mask = np.float32([1, 2]).reshape(1, 1, 2, 1), np.array([False, True]).reshape(1, 1, 2, 1)
+def test_observers_change_nothing(run):
+    """One cache of two blocks: Keys and Values come back unchanged, and `calibrate` of each
+    quantizer got its own and the mask."""
+    X = np.float32([1, 2]).reshape(1, 1, 2, 1)
+    mask = np.array([False, True]).reshape(1, 1, 2, 1)
     seen, returned = run(observed, 1, 2, X, mask)
     for l in (1, 2):
         for i, (name, sign) in enumerate((("K", 1), ("V", -1))):
@@ -122,8 +125,7 @@ def test_observers_look_and_do_not_touch(run):
 
 
 def test_observers_name_the_block_of_a_nan(run):
-    """NotFinite in block 2."""
+    """NaN in block 2 raises NotFinite, which names it."""
     error = run(observers_refused, 3, 2)
-    assert error and error[0] == "NotFinite" and "block 2" in error[1], (
-        f"{error}: not NotFinite of block 2"
-    )
+    good = error and error[0] == "NotFinite" and "block 2" in error[1]
+    assert good, f"{error}: not NotFinite of block 2"

@@ -1,5 +1,5 @@
-"""What the tests do with your functions: each scenario takes plain values, makes tensors of them,
-calls one assigned function, and returns plain values. No test and no answer is here."""
+"""What the tests do with your functions. A scenario takes plain values, makes tensors of them, calls
+one assigned function, and returns plain values. No test and no answer is here."""
 
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -18,7 +18,7 @@ def tensor(x):
 
 
 def plain(x):
-    """Tensors as arrays, in whatever lies around them; half precision as float32."""
+    """Return a value with all of its tensors as arrays, half precision as float32."""
     if isinstance(x, torch.Tensor):
         return (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).numpy()
     if isinstance(x, dict):
@@ -26,8 +26,9 @@ def plain(x):
     return [plain(part) for part in x] if isinstance(x, (list, tuple)) else x
 
 
-def refused(function, *arguments):
-    """The name and text of the ValueError that a call raises; None where it raises none."""
+def value_error(function, *arguments):
+    """Return the name and the text of the ValueError that a call raises, or None if it raises
+    none."""
     try:
         function(*arguments)
     except ValueError as error:
@@ -39,57 +40,66 @@ def refused(function, *arguments):
 
 
 def equation(name, *arguments):
-    """scale, zero, quantize or dequantize of arrays."""
+    """Call scale, zero, quantize or dequantize with arrays."""
     return plain(getattr(quant, name)(*map(tensor, arguments)))
 
 
 def groups(X, granularity, group_size, fill):
+    """Return the grouped X, and the axes of a group counted from the last."""
     Xg, axes = quant.grouped(tensor(X), granularity, group_size, fill)
     return plain([Xg, sorted(axis % Xg.ndim - Xg.ndim for axis in axes)])
 
 
 def groups_refused(X, granularity, group_size):
-    return refused(quant.grouped, tensor(X), granularity, group_size)
+    return value_error(quant.grouped, tensor(X), granularity, group_size)
 
 
-def ranges(X, granularity, group_size, how):
-    """`how` are clipped_range's other arguments, by name."""
-    how = {name: tuple(x) if name == "axes" else tensor(x) for name, x in how.items()}
-    return plain(quant.clipped_range(tensor(X), granularity, group_size, **how))
+def ranges(X, granularity, group_size, options):
+    """Call clipped_range; `options` are its other arguments, by name."""
+    options = {name: tensor(x) for name, x in options.items()}
+    if "axes" in options:
+        options["axes"] = tuple(options["axes"])
+    return plain(quant.clipped_range(tensor(X), granularity, group_size, **options))
 
 
-def calibrated(granularity, group_size, how, seen, dtype="float32"):
-    """lo and hi of a static quantizer that has seen pairs of X and leave_out; and their dtype."""
-    quantizer = quant.Quantizer(4, granularity, group_size, static=True, **how)
-    for X, leave_out in seen:
+def calibrated(granularity, group_size, options, batches, dtype="float32"):
+    """Return lo and hi of a static quantizer that is calibrated on `batches`, pairs of X and
+    leave_out, and the dtype of lo."""
+    quantizer = quant.Quantizer(4, granularity, group_size, static=True, **options)
+    for X, leave_out in batches:
         quantizer.calibrate(tensor(X).to(getattr(torch, dtype)), tensor(leave_out))
     return plain([quantizer.lo, quantizer.hi, str(quantizer.lo.dtype)])
 
 
 def calibration_refused(X):
-    return refused(quant.Quantizer(4, "token", static=True).calibrate, tensor(X))
+    return value_error(quant.Quantizer(4, "token", static=True).calibrate, tensor(X))
 
 
 # --------------------------------------------------------------------------------------------------
 # Problem 3: llama.py
 
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def rope(config, n):
-    """The table for a config.json that has these keys more."""
-    return plain(
-        llama.rope_table(llama.LlamaConfig.from_dict({**SHAPE, **config}), n, torch.device("cpu"))
-    )
+    """Return RoPE's table for n tokens; `config` has further keys of config.json."""
+    config = llama.LlamaConfig.from_dict({**CONFIG, **config})
+    return plain(llama.rope_table(config, n, torch.device("cpu")))
 
 
 def rotated(X, cos, sin, dtype="float32"):
-    """What comes back, and its dtype."""
-    out = llama.apply_rope(tensor(X).to(getattr(torch, dtype)), (tensor(cos), tensor(sin)))
-    return plain([out, str(out.dtype)])
+    """Return what apply_rope makes of X, and its dtype."""
+    X = tensor(X).to(getattr(torch, dtype))
+    X = llama.apply_rope(X, (tensor(cos), tensor(sin)))
+    return plain([X, str(X.dtype)])
 
 
 def mask(n, window):
@@ -104,12 +114,15 @@ def attended(Q, K, V, window):
 # Problem 4: kvsink.py, with parts so simple that one can follow them by hand
 
 
-def through_block(H, S_sink, pre_rope):
-    """decoder_block with h = h_kv = H's third axis / 2 heads of 2 channels, or one head where there
-    is one channel. Its parts: LN_mhsa adds 1; Q is X, K is 10 X, V is 100 X; RoPE adds 0.5; to
-    quantize is to change the sign; attention is K + V; W_o doubles; LN_ffn triples; the FFN adds 7.
-    Returns what each part was given."""
-    seen, d_k = {}, min(2, H.shape[2])
+def through_block(H, S_sink):
+    """Run decoder_block on a block of simple parts, and return what each part was given.
+
+    LN_mhsa adds 1. Q is X, K is 10 X, V is 100 X, in heads of two channels (or one head, if H has
+    one channel). RoPE adds 0.5. To quantize is to change the sign. Attention is K + V. W_o doubles.
+    LN_ffn triples. The FFN adds 7.
+    """
+    seen = {}
+    d_k = min(2, H.shape[2])
 
     def heads(X):
         return X.unflatten(-1, (-1, d_k)).transpose(1, 2)
@@ -134,11 +147,9 @@ def through_block(H, S_sink, pre_rope):
         sliding_window=4,
     )
     parts = {"attention": attention, "apply_rope": lambda X, rope: X + rope}
+    quantizers = (quantizer("quantize_K"), quantizer("quantize_V"))
     with patch.multiple(kvsink, **parts), patch.multiple(llama, **parts):
-        quantizers = quantizer("quantize_K"), quantizer("quantize_V")
-        seen["H"] = kvsink.decoder_block(
-            block, tensor(H), tensor(S_sink), *quantizers, 0.5, pre_rope
-        )
+        seen["H"] = kvsink.decoder_block(block, tensor(H), tensor(S_sink), *quantizers, 0.5)
     return plain(seen)
 
 
@@ -146,33 +157,37 @@ def predicted(H, c, k):
     return plain(kvsink.predict_sinks(tensor(H), c, k))
 
 
-def algorithm_1(H, steps, S_sink=None, **rule):
-    """prefill of a model whose block l adds steps[l - 1] to H. Returns what the step was given in
-    each block."""
-    seen = {"block": [], "S_sink": [], "cache": [], "rope": [], "pre_rope": []}
+def prediction_refused(H, c, k):
+    return value_error(kvsink.predict_sinks, tensor(H), c, k)
 
-    def step(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope=False):
-        given = (block, S_sink.clone(), [quantize_K, quantize_V], rope, pre_rope)
-        for name, what in zip(seen, given):
-            seen[name].append(what)
+
+def algorithm_1(H, steps, S_sink=None, **rule):
+    """Run prefill on a model whose block l adds steps[l - 1] to H. Return H^L, the tokens kept
+    after the last block, and what the step was given in each block."""
+    seen = {"block": [], "S_sink": [], "cache": [], "rope": []}
+
+    def step(block, H, S_sink, quantize_K, quantize_V, rope):
+        seen["block"].append(block)
+        seen["S_sink"].append(S_sink.clone())
+        seen["cache"].append([quantize_K, quantize_V])
+        seen["rope"].append(rope)
         return H + tensor(steps[block - 1])
 
-    L = len(steps)
-    model = SimpleNamespace(config="config", blocks=list(range(1, L + 1)))
+    model = SimpleNamespace(config="config", blocks=list(range(1, len(steps) + 1)))
     cache = [(f"K{l}", f"V{l}") for l in model.blocks]
+    options = {"S_sink": tensor(S_sink), "step": step, **rule}
     with patch.object(kvsink, "rope_table", lambda config, n, device: f"{config}, {n} tokens"):
-        H, S_sink = kvsink.prefill(
-            model, tensor(H), cache, S_sink=tensor(S_sink), step=step, **rule
-        )
+        H, S_sink = kvsink.prefill(model, tensor(H), cache, **options)
     return plain({**seen, "H": H, "kept": S_sink})
 
 
 def prefill_rule(H, steps, rule):
+    """Call algorithm_1; `rule` has l_E, c, k and S_sink, by name."""
     return algorithm_1(H, steps, **rule)
 
 
 def prefill_refused(H, steps, rule):
-    return refused(lambda: algorithm_1(H, steps, **rule))
+    return value_error(lambda: algorithm_1(H, steps, **rule))
 
 
 def first(H, N):
@@ -180,10 +195,10 @@ def first(H, N):
 
 
 def observed(caches, L, X, leave_out, broken=None):
-    """Of `caches` caches with L blocks: what calibrate of each quantizer was given when block l's
-    Keys are l X and its Values -l X, and what the observers returned. The quantizers of block
-    `broken` refuse theirs."""
-    seen, returned = {}, []
+    """Call observers for this number of caches, each of L blocks, with Keys l X and Values -l X in
+    block l. Return what `calibrate` of each quantizer was given, and what the observers returned.
+    The quantizers of block `broken` raise NotFinite."""
+    seen = {}
 
     def quantizer(name, l):
         def calibrate(X, leave_out=None):
@@ -193,20 +208,23 @@ def observed(caches, L, X, leave_out, broken=None):
 
         return SimpleNamespace(calibrate=calibrate)
 
+    X = tensor(X)
+    leave_out = tensor(leave_out)
     blocks = range(1, L + 1)
     made = {
         i: [(quantizer(f"{i} {l} K", l), quantizer(f"{i} {l} V", l)) for l in blocks]
         for i in range(caches)
     }
     pairs = kvsink.observers(made.values())
-    for l, (K, V) in zip(blocks, pairs, strict=True):
-        returned.append([K(l * tensor(X), tensor(leave_out)), V(-l * tensor(X), tensor(leave_out))])
+    returned = [
+        [K(l * X, leave_out), V(-l * X, leave_out)] for l, (K, V) in zip(blocks, pairs, strict=True)
+    ]
     return plain([seen, returned])
 
 
 def observers_refused(L, broken):
     X = np.ones((1, 1, 2, 2), np.float32)
-    return refused(observed, 1, L, X, np.zeros((1, 1, 2, 1), bool), broken)
+    return value_error(observed, 1, L, X, np.zeros((1, 1, 2, 1), bool), broken)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,11 +232,12 @@ def observers_refused(L, broken):
 
 
 class Scripted(nn.Module):
-    """A model whose hidden states are written down: H^1 to H^L, each (n, d)."""
+    """A model whose hidden states H^1 to H^L, each (n, d), are given."""
 
     def __init__(self, states):
         super().__init__()
-        self.blocks, self.states = nn.ModuleList(nn.Identity() for _ in states), states
+        self.blocks = nn.ModuleList(nn.Identity() for _ in states)
+        self.states = states
 
     def forward(self, tokens):
         for block, H in zip(self.blocks, self.states):
@@ -226,27 +245,32 @@ class Scripted(nn.Module):
 
 
 def outliers(states):
-    """l_E, channels and magnitudes; or the error; and how many hooks are left."""
-    model, tokens = Scripted(tensor(states)), torch.zeros(1, states.shape[1], dtype=torch.int64)
+    """Return l_E, channels and magnitudes; the error, or None; and how many hooks are left on the
+    model."""
+    model = Scripted(tensor(states))
+    tokens = torch.zeros(1, states.shape[1], dtype=torch.int64)
     found = []
-    error = refused(lambda: found.extend(plain(tuple(kvsink.stable_outliers(model, tokens)))))
+    error = value_error(lambda: found.extend(plain(tuple(kvsink.stable_outliers(model, tokens)))))
     return [found, error, sum(len(block._forward_hooks) for block in model.blocks)]
 
 
 def site(found):
-    """find_site where each prompt shows what `found` says; or the error; and the tokens that were
-    looked at."""
-    seen, replies, out = [], iter(found), []
+    """Call find_site with one prompt for each item of `found`, which says what that prompt shows.
+    Return the site; the error, or None; and the tokens that stable_outliers was given."""
+    seen = []
+    replies = iter(found)
+    out = []
 
     def stable_outliers(model, tokens):
         seen.append(tokens.tolist())
         l_E, channels, magnitudes = next(replies)
         return kvsink.Outliers(l_E, tuple(channels), tuple(magnitudes))
 
-    model = SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
+    embedding = SimpleNamespace(weight=torch.zeros(1))
+    model = SimpleNamespace(embedding=embedding, device=torch.device("cpu"), dtype=torch.float32)
+    prompts = [[i, i + 1, i + 2] for i in range(len(found))]
     with patch.object(kvsink, "stable_outliers", stable_outliers):
-        prompts = [[i, i + 1, i + 2] for i in range(len(found))]
-        error = refused(lambda: out.extend(plain(tuple(kvsink.find_site(model, prompts)))))
+        error = value_error(lambda: out.extend(plain(tuple(kvsink.find_site(model, prompts)))))
     return [out, error, seen]
 
 
@@ -267,41 +291,39 @@ def unpacked(codes, bits):
 
 
 def sliced(codes, bits):
-    """Start, stop, codes and dtype of each slice."""
+    """Return start, stop, codes and dtype of each slice."""
     from paper import kvcache
 
-    return plain(
-        [
-            [at.start, at.stop, part, str(part.dtype)]
-            for at, part in kvcache.slices(tensor(codes), bits)
-        ]
-    )
+    slices = kvcache.slices(tensor(codes), bits)
+    return plain([[at.start, at.stop, part, str(part.dtype)] for at, part in slices])
 
 
 class Sparse:
-    """In the place of KVQuant's outliers: adds 1000 to each score."""
+    """Outliers in place of KVQuant's: they add 1000 to each score."""
 
     @staticmethod
     def add_to_scores(S, Q, rope, store):
         return S + 1000
 
 
-def scored(codes, bits, s, z, Q, at, residual=None, rope=None, sparse=False):
-    """Scores (b, h_kv, G, n) from packed codes; `at` (b, 1) is the slot of each sequence's next
-    token; `residual` (b, h_kv, g, d_k) are the Keys of the newest group."""
+def scored(stored, Q, at, rope=None):
+    """Return the scores (b, h_kv, G, n) of queries Q against stored Keys; `at` (b, 1) is the slot
+    of each sequence's next token. `stored` has codes, bits, scale and zero and, if there are any,
+    the Keys of the newest group (b, h_kv, g, d_k) as `residual`, and `sparse` outliers."""
     from paper import kvcache
 
     def decode(codes, s, z):
         return s.float() * (codes - z.float())
 
+    residual = tensor(stored.get("residual"))
     store = object.__new__(kvcache.Packed)
-    store.quantizer = SimpleNamespace(bits=bits, decode=decode)
-    store.codes, store.parameters = tensor(codes), [tensor(s), tensor(z)]
-    store.d_k, store.g = Q.shape[-1], 1 if residual is None else residual.shape[2]
-    store.static, store.residual, store.outliers = (
-        False,
-        tensor(residual),
-        Sparse() if sparse else None,
-    )
+    store.quantizer = SimpleNamespace(bits=stored["bits"], decode=decode)
+    store.codes = tensor(stored["codes"])
+    store.parameters = [tensor(stored["scale"]), tensor(stored["zero"])]
+    store.static = False
+    store.d_k = Q.shape[-1]
+    store.g = 1 if residual is None else residual.shape[2]
+    store.residual = residual
+    store.outliers = Sparse() if stored.get("sparse") else None
     S = store.scores(tensor(Q), rope and tuple(map(tensor, rope)), tensor(at))
     return plain(torch.stack(list(S), dim=2))

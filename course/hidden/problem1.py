@@ -12,7 +12,7 @@ def drawn(seed, *shape):
 
 
 def test_scale_against_numpy(run):
-    """All widths, groups on any side of 0."""
+    """All widths, and groups on either side of 0."""
     lo = drawn(1, 3, 5, 1) * 10
     hi = lo + np.abs(drawn(2, 3, 5, 1))
     for bits in range(1, 9):
@@ -21,52 +21,44 @@ def test_scale_against_numpy(run):
 
 
 def test_scale_of_constants_large_and_small(run):
-    """Their scale is |x|, and 1 for 0, in whatever width."""
+    """The scale of a constant is |x|, or 1 for 0, in every width."""
     x = numbers(-60000, 1e-30, 0, -0.123456)
     for bits in (1, 4, 8):
-        close(
-            run(equation, "scale", x, x, bits),
-            [60000, 1e-30, 1, 0.123456],
-            "scale",
-            rtol=1e-6,
-            atol=0,
-        )
+        s = run(equation, "scale", x, x, bits)
+        close(s, [60000, 1e-30, 1, 0.123456], "scale", rtol=1e-6, atol=0)
 
 
 def test_zero_against_numpy(run):
-    """Whole numbers on either side of 0, as large as they come."""
-    lo, s = drawn(3, 200) * 100, np.abs(drawn(4, 200)) + 0.1
+    """Whole numbers on either side of 0, however large."""
+    lo = drawn(3, 200) * 100
+    s = np.abs(drawn(4, 200)) + 0.1
     close(run(equation, "zero", lo, s), -np.round(lo / s), "zero")
 
 
 def test_zero_halves(run):
-    """Rounded to even."""
+    """Halves are rounded to even."""
     close(run(equation, "zero", numbers(-0.5, -1.5, -2.5, 2.5), numbers(1)), [0, 2, 2, -2], "zero")
 
 
 def test_quantize_against_numpy(run):
-    """Each token with its own scale and zero, in all widths."""
-    X, s = drawn(5, 2, 6, 16) * 3, np.abs(drawn(6, 2, 6, 1)) + 0.05
+    """Each token has its own scale and zero, in all widths."""
+    X = drawn(5, 2, 6, 16) * 3
+    s = np.abs(drawn(6, 2, 6, 1)) + 0.05
     z = np.round(drawn(7, 2, 6, 1) * 10)
     for bits in range(1, 9):
-        same(
-            run(equation, "quantize", X, s, z, bits),
-            np.clip(np.round(X / s) + z, 0, 2**bits - 1),
-            f"{bits} bits",
-        )
+        expected = np.clip(np.round(X / s) + z, 0, 2**bits - 1)
+        same(run(equation, "quantize", X, s, z, bits), expected, f"{bits} bits")
 
 
 def test_quantize_halves_with_a_zero(run):
-    """Eq. 10 rounds before it adds zero: with an odd zero the order matters."""
-    same(
-        run(equation, "quantize", numbers(0.5, 1.5, 2.5), numbers(1), numbers(1), 3),
-        [1, 3, 3],
-        "codes",
-    )
+    """Eq. 10 rounds before it adds zero: if zero is odd, the order matters."""
+    codes = run(equation, "quantize", numbers(0.5, 1.5, 2.5), numbers(1), numbers(1), 3)
+    same(codes, [1, 3, 3], "codes")
 
 
 def test_dequantize_against_numpy(run):
-    """All 256 codes, zeros on both sides."""
+    """All 256 codes, and zeros on both sides."""
     codes = np.arange(256, dtype=np.uint8).reshape(2, 128)
-    s, z = numbers(0.3, 2)[:, None], numbers(300, -40)[:, None]
+    s = numbers(0.3, 2)[:, None]
+    z = numbers(300, -40)[:, None]
     close(run(equation, "dequantize", codes, s, z), s * (codes.astype(np.float64) - z), "X'")

@@ -1,4 +1,4 @@
-"""Problem 2 with other shapes, group by group in loops; and the arguments that are easy to
+"""Problem 2 with other shapes, group by group in loops, and the arguments that are easy to
 forget."""
 
 import numpy as np
@@ -6,13 +6,12 @@ import numpy as np
 from course.checks.compare import close, same
 from course.checks.scenarios import calibrated, calibration_refused, groups, groups_refused, ranges
 
-BOTH = (
-    np.random.RandomState(21).randn(2, 3, 7, 8).astype(np.float32) + 5
-)  # two sequences, three heads, all above 0
+# Two sequences and three heads, all numbers above 0.
+BOTH = np.random.RandomState(21).randn(2, 3, 7, 8).astype(np.float32) + 5
 
 
 def members(n, d, granularity, g):
-    """Rows and columns of every group, in the order in which they lie."""
+    """Return rows and columns of every group, in the order in which the groups lie."""
     if granularity == "token":
         return [(slice(i, i + 1), slice(j, j + g)) for i in range(n) for j in range(0, d, g)]
     columns = [slice(j, j + 1) for j in range(d)] if granularity == "channel" else [slice(None)]
@@ -20,52 +19,46 @@ def members(n, d, granularity, g):
 
 
 def test_grouped_with_other_sizes(run):
-    """Groups as wide as X or wider, and none; a fill that is not 0 and does not touch what is
-    there."""
+    """Groups as wide as X, wider, or without a size; a `fill` that is not 0 and changes no number
+    of X."""
     close(run(groups, BOTH, "token", 128, 0.0)[0], BOTH[..., None, :], "token, 128")
     close(run(groups, BOTH, "token", None, 0.0)[0], BOTH[..., None, :], "token, None")
     close(run(groups, BOTH, "channel", 128, 9.0)[0], BOTH[:, :, None], "channel, 128")
     for granularity in ("channel", "tensor"):
         Xg, _ = run(groups, BOTH, granularity, 5, np.inf)
         same(list(Xg.shape), [2, 3, 2, 5, 8], "shape")
-        close(Xg.reshape(2, 3, 10, 8)[:, :, :7], BOTH, "the tokens")
-        assert (Xg.reshape(2, 3, 10, 8)[:, :, 7:] == np.inf).all(), (
-            "the missing tokens are not `fill`"
-        )
+        tokens = Xg.reshape(2, 3, 10, 8)
+        close(tokens[:, :, :7], BOTH, "the tokens")
+        assert (tokens[:, :, 7:] == np.inf).all(), "the missing tokens are not `fill`"
 
 
 def test_grouped_refuses_no_more_than_it_must(run):
-    """Channels have to divide; tokens need not; an unknown granularity is refused."""
+    """A group size must divide the channels but not the tokens; an unknown granularity is
+    refused."""
     assert run(groups_refused, BOTH, "token", 5), "no ValueError for 5 of 8 channels"
     assert run(groups_refused, BOTH, "row", 4), "no ValueError for an unknown granularity"
     same(run(groups_refused, BOTH, "channel", 5), None, "7 tokens in groups of 5")
 
 
 def test_clipped_range_against_loops(run):
-    """All granularities, a last group of two tokens that is all above 0, a mask by sequence."""
-    left_out = np.random.RandomState(3).rand(2, 1, 7, 1) < 0.3
+    """All granularities; a last group of two tokens, all above 0; a mask for each sequence."""
+    leave_out = np.random.RandomState(3).rand(2, 1, 7, 1) < 0.3
     for granularity, g in (("token", 4), ("channel", 5), ("tensor", 5)):
-        for mask in (None, left_out):
-            how = {} if mask is None else {"leave_out": mask}
-            lo, hi = run(ranges, BOTH, granularity, g, how)
-            hidden = np.broadcast_to(False if mask is None else mask, BOTH.shape)
-            at = members(7, 8, granularity, g)
-            low = [
-                [np.where(hidden[b, h], np.inf, BOTH[b, h])[i].min() for i in at]
-                for b in (0, 1)
-                for h in range(3)
-            ]
-            high = [
-                [np.where(hidden[b, h], -np.inf, BOTH[b, h])[i].max() for i in at]
-                for b in (0, 1)
-                for h in range(3)
-            ]
-            close(lo.reshape(6, -1), low, f"{granularity}: lo")
-            close(hi.reshape(6, -1), high, f"{granularity}: hi")
+        for mask in (None, leave_out):
+            lo, hi = run(ranges, BOTH, granularity, g, {} if mask is None else {"leave_out": mask})
+            hidden = np.broadcast_to(False if mask is None else mask, BOTH.shape).reshape(6, 7, 8)
+            X = BOTH.reshape(6, 7, 8)
+            low = np.where(hidden, np.inf, X)
+            high = np.where(hidden, -np.inf, X)
+            places = members(7, 8, granularity, g)
+            expected = [[head[place].min() for place in places] for head in low]
+            close(lo.reshape(6, -1), expected, f"{granularity}: lo")
+            expected = [[head[place].max() for place in places] for head in high]
+            close(hi.reshape(6, -1), expected, f"{granularity}: hi")
 
 
 def test_clipped_range_over_further_axes(run):
-    """Static: sequences (axis 0) and tokens (axis -3) share a range; heads do not."""
+    """Static ranges: sequences (axis 0) and tokens (axis -3) share one; heads do not."""
     lo, hi = run(ranges, BOTH, "token", 4, {"axes": [0, -3]})
     X = BOTH.reshape(2, 3, 7, 2, 4)
     close(lo, X.min((0, 2, 4), keepdims=True), "lo")
@@ -73,46 +66,47 @@ def test_clipped_range_over_further_axes(run):
 
 
 def test_clipped_range_by_quantile(run):
-    """The quantiles at 1 - 0.9 and 0.9; what is missing or left out does not count; a group of
-    nothing stays so."""
-    left_out = np.arange(7).reshape(1, 1, 7, 1) < 2
-    lo, hi = run(ranges, BOTH, "channel", 4, {"quantile": 0.9, "leave_out": left_out})
+    """The quantiles at 1 - 0.9 and 0.9: what is missing or left out does not count, and an empty
+    group still has inf and -inf."""
+    leave_out = np.arange(7).reshape(1, 1, 7, 1) < 2
+    lo, hi = run(ranges, BOTH, "channel", 4, {"quantile": 0.9, "leave_out": leave_out})
     close(lo[:, :, 0, 0], np.quantile(BOTH[:, :, 2:4], 0.1, axis=2), "lo")
     close(hi[:, :, 1, 0], np.quantile(BOTH[:, :, 4:], 0.9, axis=2), "hi of the short group")
-    lo, hi = run(ranges, BOTH, "tensor", None, {"quantile": 0.9, "leave_out": left_out | True})
+    lo, hi = run(ranges, BOTH, "tensor", None, {"quantile": 0.9, "leave_out": leave_out | True})
     assert (lo == np.inf).all() and (hi == -np.inf).all(), "a group of nothing is not inf, -inf"
 
 
 def test_clipped_range_by_ratio_of_nothing(run):
-    """A group of nothing has no middle, and still is inf, -inf."""
-    lo, hi = run(
-        ranges, BOTH, "tensor", None, {"ratio": 0.5, "leave_out": np.ones((1, 1, 7, 1), bool)}
-    )
+    """An empty group has no middle, and still has inf and -inf."""
+    options = {"ratio": 0.5, "leave_out": np.ones((1, 1, 7, 1), bool)}
+    lo, hi = run(ranges, BOTH, "tensor", None, options)
     assert (lo == np.inf).all() and (hi == -np.inf).all(), "a group of nothing is not inf, -inf"
 
 
 def test_calibrate_against_loops(run):
-    """Two batches of other lengths with masks: one range a head and group of channels, or a head
-    and channel."""
-    draw, seen, parts = np.random.RandomState(5), [], []
+    """Two batches of other lengths, with masks: one range for each head and group of channels, or
+    for each head and channel."""
+    draw = np.random.RandomState(5)
+    batches = []
+    parts = []
     for n in (5, 12):
-        X, sinks = draw.randn(2, 3, n, 8).astype(np.float32) * 10, draw.rand(2, n) < 0.3
-        seen.append((X, sinks[:, None, :, None]))
+        X = draw.randn(2, 3, n, 8).astype(np.float32) * 10
+        sinks = draw.rand(2, n) < 0.3
+        batches.append((X, sinks[:, None, :, None]))
         parts += [X[b][:, ~sinks[b]] for b in (0, 1)]
     every = np.concatenate(parts, 1)  # (3, tokens, 8)
     for granularity, width in (("token", 4), ("channel", 1), ("tensor", 8)):
-        lo, hi, _ = run(calibrated, granularity, 4, {}, seen)
+        lo, hi, _ = run(calibrated, granularity, 4, {}, batches)
         X = every.reshape(3, -1, 8 // width, width)
         close(lo.reshape(3, -1), X.min((1, 3)), f"{granularity}: lo")
         close(hi.reshape(3, -1), X.max((1, 3)), f"{granularity}: hi")
 
 
-def test_calibrate_passes_on_what_it_was_told(run):
-    """quantile and ratio of the quantizer; a first tensor that is all left out."""
+def test_calibrate_uses_quantile_and_ratio(run):
+    """The quantizer's quantile and ratio count; the first tensor may be left out entirely."""
     nothing = (np.ones((1, 1, 1, 3), np.float32), np.ones((1, 1, 1, 1), bool))
-    lo, hi, _ = run(
-        calibrated, "token", None, {"ratio": 0.5}, [nothing, (np.float32([[[[-2, 0, 6]]]]), None)]
-    )
+    batches = [nothing, (np.float32([[[[-2, 0, 6]]]]), None)]
+    lo, hi, _ = run(calibrated, "token", None, {"ratio": 0.5}, batches)
     same([lo.ravel().tolist(), hi.ravel().tolist()], [[0], [4]], "range")
     X = np.random.RandomState(6).randn(1, 1, 50, 4).astype(np.float32)
     _, hi, _ = run(calibrated, "channel", None, {"quantile": 0.9}, [(X, None)])
@@ -121,14 +115,13 @@ def test_calibrate_passes_on_what_it_was_told(run):
 
 def test_calibrate_in_fp32(run):
     """Ranges of fp16 tensors are kept in fp32."""
-    _, hi, dtype = run(
-        calibrated, "channel", None, {}, [(np.float32([[[[1.5], [6.25]]]]), None)], "float16"
-    )
+    batches = [(np.float32([[[[1.5], [6.25]]]]), None)]
+    _, hi, dtype = run(calibrated, "channel", None, {}, batches, "float16")
     same([hi.ravel().tolist(), dtype], [[6.25], "torch.float32"], "hi")
 
 
 def test_calibrate_names_the_error(run):
-    """NotFinite for inf as for NaN."""
+    """inf raises NotFinite, as NaN does."""
     for bad in (np.nan, np.inf, -np.inf):
-        found = run(calibration_refused, np.float32([[[[0, bad]]]]))
-        assert found and found[0] == "NotFinite", f"{bad}: {found}, not NotFinite"
+        error = run(calibration_refused, np.float32([[[[0, bad]]]]))
+        assert error and error[0] == "NotFinite", f"{bad}: {error}, not NotFinite"

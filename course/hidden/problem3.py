@@ -12,9 +12,11 @@ def frequencies(d_k, theta, scaling):
     if scaling.get("rope_type") == "linear":
         return f / scaling["factor"]
     if scaling.get("rope_type") == "llama3":
-        turns, low, high = scaling["original_max_position_embeddings"] * f / (2 * np.pi), 1.0, 4.0
-        mixed = np.clip((turns - low) / (high - low), 0, 1)
-        return f * (mixed + (1 - mixed) / scaling["factor"])
+        turns = scaling["original_max_position_embeddings"] * f / (2 * np.pi)
+        low = 1.0
+        high = 4.0
+        mix = np.clip((turns - low) / (high - low), 0, 1)
+        return f * (mix + (1 - mix) / scaling["factor"])
     return f
 
 
@@ -31,53 +33,46 @@ def test_rope_table_against_numpy(run):
 
 
 def test_apply_rope_against_complex_numbers(run):
-    """Channels i and i + d_k/2 are one complex number, times exp(1j angle)."""
-    X, angle = drawn(11, 2, 3, 40, 8), np.outer(np.arange(40), [1, 0.3, 0.1, 0.02])
-    turned = (X[..., :4] + 1j * X[..., 4:]) * np.exp(1j * angle)
+    """Channels i and i + d_k/2 are one complex number, which is multiplied by exp(1j angle)."""
+    X = drawn(11, 2, 3, 40, 8)
+    angle = np.outer(np.arange(40), [1, 0.3, 0.1, 0.02])
+    expected = (X[..., :4] + 1j * X[..., 4:]) * np.exp(1j * angle)
+    expected = np.concatenate([expected.real, expected.imag], -1)
     table = np.tile(angle, 2)
-    out, _ = run(rotated, X, np.cos(table).astype(np.float32), np.sin(table).astype(np.float32))
-    close(out, np.concatenate([turned.real, turned.imag], -1), "rotated", atol=2e-5)
+    X, _ = run(rotated, X, np.cos(table).astype(np.float32), np.sin(table).astype(np.float32))
+    close(X, expected, "rotated", atol=2e-5)
 
 
 def test_apply_rope_in_fp32(run):
-    """Half precision is turned in fp32 and rounded once."""
-    X, angle = (
-        drawn(12, 1, 1, 500, 8).astype(np.float16).astype(np.float32),
-        np.outer(np.arange(500), [1, 0.3, 0.1, 0.02]),
-    )
-    table = [f(np.tile(angle, 2)).astype(np.float32) for f in (np.cos, np.sin)]
+    """Half precision is rotated in fp32 and rounded once."""
+    X = drawn(12, 1, 1, 500, 8).astype(np.float16).astype(np.float32)
+    angle = np.tile(np.outer(np.arange(500), [1, 0.3, 0.1, 0.02]), 2)
+    table = [np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)]
     exact, _ = run(rotated, X, *table)
-    out, dtype = run(rotated, X, *table, "float16")
-    same(
-        [dtype, out.tolist()],
-        ["torch.float16", exact.astype(np.float16).astype(np.float32).tolist()],
-        "rotated",
-    )
+    rounded, dtype = run(rotated, X, *table, "float16")
+    same(dtype, "torch.float16", "dtype")
+    same(rounded, exact.astype(np.float16).astype(np.float32), "rotated")
 
 
 def test_causal_mask_of_all_sizes(run):
-    """Windows below, at and above n; a window of 1 sees the token itself."""
+    """Windows below, at and above n; with a window of 1, a token sees itself only."""
     for n in (1, 5, 9):
         for window in (None, 1, 3, n, n + 4):
             age = np.subtract.outer(np.arange(n), np.arange(n))
-            close(
-                run(mask, n, window), (age >= 0) & (age < (window or n)), f"n {n}, window {window}"
-            )
+            expected = (age >= 0) & (age < (window or n))
+            close(run(mask, n, window), expected, f"n {n}, window {window}")
 
 
 def test_attention_against_loops(run):
     """Six query heads on three Key heads, with windows and without, in two sequences."""
-    Q, K, V = drawn(13, 2, 6, 11, 8), drawn(14, 2, 3, 11, 8), drawn(15, 2, 3, 11, 8)
+    Q = drawn(13, 2, 6, 11, 8)
+    K = drawn(14, 2, 3, 11, 8)
+    V = drawn(15, 2, 3, 11, 8)
     for window in (None, 1, 4, 11, 30):
-        expected = np.zeros((2, 11, 6, 8))
+        A = np.zeros((2, 11, 6, 8))
         for b, h, t in np.ndindex(2, 6, 11):
             seen = slice(max(0, t - (window or 11) + 1), t + 1)
             p = np.exp(K[b, h // 2, seen].astype(np.float64) @ Q[b, h, t] / np.sqrt(8))
-            expected[b, t, h] = p / p.sum() @ V[b, h // 2, seen]
-        close(
-            run(attended, Q, K, V, window),
-            expected.reshape(2, 11, 48),
-            f"A, window {window}",
-            rtol=1e-4,
-            atol=1e-5,
-        )
+            A[b, t, h] = p / p.sum() @ V[b, h // 2, seen]
+        actual = run(attended, Q, K, V, window)
+        close(actual, A.reshape(2, 11, 48), f"A, window {window}", rtol=1e-4, atol=1e-5)

@@ -1,0 +1,390 @@
+"""KVSinkCache: a quantized cache for models of the transformers package, which keeps the sinks in
+full precision.
+
+    cache = KVSinkCache(model, bits=4)
+    model.generate(**inputs, past_key_values=cache)
+    print(cache.sinks(), cache.bytes())
+
+Read top to bottom: the cache; its hooks; a layer of it; checks of the arguments. beyond/README.md
+says for which models it works.
+
+What this file does not do: kvsink.py predicts sinks, quant.py quantizes, growing.py stores, and
+sites.py finds l_E and c.
+
+transformers runs the model. It gives Keys and Values to a cache, but no hidden state. So the cache
+puts two hooks on the model: one on the decoder, which sees the tokens that come, and one on block
+l_E, which sees channel c.
+
+Shapes: b sequences, n tokens so far (padding too), m tokens of this forward pass, h_kv Key/Value
+heads, d_k channels per head.
+"""
+
+import inspect
+import math
+import weakref
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+import kvsink
+from beyond.growing import GrowingStore
+from beyond.sites import DecoderView, head_dim, site_of
+from kvsink import AUTO, NOWHERE, predict_sinks
+from paper.kvcache import check_head
+from support.rows import KEEPS, rule_of
+
+try:
+    import transformers
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+except ImportError:
+    raise ImportError("KVSinkCache needs transformers: pip install transformers==5.23.0") from None
+if not transformers.__version__.startswith("5.23."):
+    raise ImportError(
+        f"KVSinkCache was tested with transformers 5.23, not with {transformers.__version__}"
+    )
+
+# --------------------------------------------------------------------------------------------------
+# The cache
+
+UP_TO = "S_sink up to l_E"
+AFTER = "S_sink after l_E"
+
+
+class KVSinkCache(Cache):
+    """A cache for `model(..., past_key_values=)` and `model.generate`. Its defaults are the best
+    setting that this project has measured.
+
+    bits        1 to 8
+    scheme      one of kvsink.SCHEMES; a static one needs `calibrate` first
+    group_size  how many channels of a Value, and how many tokens of a channel of Keys, share a
+                scale and a zero (default: the largest power of 2 that divides a head, at most 128)
+    keep        "none", "pfn", "kvsink" or "pfn+kvsink", as in eval_ppl.py
+    sinks       how many tokens to keep, or "auto": as many as stand out, at most 20
+    predict     a function in the place of Algorithm 1, lines 15-16, from H^{l_E} (b, n, d) to a
+                mask (b, n). For example, RotateKV looks at all channels:
+                lambda H: predict_sinks(H.abs().amax(-1, keepdim=True), c=0, k=min(20, H.shape[1]))
+    site        kvsink.Site(l_E, c) (default: Table 3's, else the one that the finder finds)
+    tokenizer   for the finder (default: the model's own)
+
+    Sinks are predicted in prompts. A prompt is the first forward pass, and every later one of two
+    or more tokens. If a prompt comes in chunks, the cache keeps a running top-k: a token of a new
+    chunk has to be among the largest of all tokens so far, and a token that was kept stays.
+    `predict` sees one chunk at a time. Raises ValueError if the model cannot be served or an
+    argument is wrong.
+    """
+
+    # fmt: off
+    def __init__(self, model, bits=4, scheme="channel-dynamic", *, group_size=None,
+                 keep="pfn+kvsink", sinks=AUTO, predict=None, site=None, tokenizer=None):
+        # fmt: on
+        check_options(scheme, keep, sinks)
+        self.decoder = decoder_of(model)
+        self.group_size = choose_group_size(group_size, head_dim(self.decoder.config))
+        self.predict = predict
+        self.rule = rule_of(keep, sinks)
+        check_site(site, self.decoder)
+        if self.rule.predicts:
+            self.rule = self.rule.at(site or site_of(self.decoder, tokenizer))
+        elif predict:
+            raise ValueError(f"predict= has no effect with keep={keep!r} and sinks={sinks!r}")
+        # The tensors (b, n) that all layers share, with one number per token so far:
+        #   attended    the token is not padding
+        #   in_prompt   it came in a prompt, and so may be a sink
+        #   UP_TO       it is kept in the blocks up to l_E
+        #   AFTER       it is kept in the blocks after l_E
+        #   X           its number in channel c of H^{l_E}
+        self.tokens = {}
+        super().__init__(layers=self.make_layers(scheme, bits))
+        self.quantized_layers = [layer for layer in self.layers if isinstance(layer, KVSinkLayer)]
+        if not self.quantized_layers:
+            raise ValueError(
+                "every layer has a sliding window or no Keys: there is nothing to quantize"
+            )
+        self.close = self.register_hooks()
+
+    def make_layers(self, scheme, bits):
+        """Return one layer per block. Layers with a sliding window, and other kinds that are not
+        plain ones, stay transformers' own."""
+        layers = DynamicCache(config=self.decoder.config).layers
+        quantizers = kvsink.rtn_cache(DecoderView(self.decoder), scheme, bits, self.group_size)
+        for l, pair in enumerate(quantizers, start=1):
+            if type(layers[l - 1]) is DynamicLayer:
+                pair = [replace(quantizer, fp16_params=True) for quantizer in pair]
+                S_sink = UP_TO if l <= self.rule.site.l_E else AFTER
+                layers[l - 1] = KVSinkLayer(pair, self.tokens, S_sink)
+        return layers
+
+    # Algorithm 1, before the first block and after block l_E
+
+    def before_forward(self, arguments):
+        """Note which tokens come in this forward pass, and which of them are kept up to block l_E.
+        The first N of PFN are counted without padding."""
+        input_ids = arguments.get("input_ids")
+        inputs = arguments["inputs_embeds"] if input_ids is None else input_ids
+        b, m = inputs.shape[:2]
+        past = self.quantized_layers[0].length
+        mask = padding_mask(arguments.get("attention_mask"))
+        if mask is None:
+            attended = torch.ones(b, m, dtype=torch.bool, device=inputs.device)
+        elif mask.shape == (b, past + m):
+            attended = mask[:, past:].bool()
+        else:
+            shape = tuple(mask.shape)
+            raise ValueError(
+                f"attention_mask {shape} has to cover all {past + m} tokens of {b} sequences"
+            )
+        self.append("attended", attended)
+        self.append("in_prompt", attended & (m > 1 or past == 0))
+        in_prompt = self.tokens["in_prompt"]
+        self.tokens[UP_TO] = in_prompt & (in_prompt.cumsum(1) <= self.rule.first)
+        if self.rule.site == NOWHERE:
+            self.tokens[AFTER] = self.tokens[UP_TO]
+
+    def after_emergence(self, arguments, H):
+        """Algorithm 1, lines 15-16, after block l_E, over the prompts so far. Padding and decoded
+        tokens count as 0."""
+        H = H[0] if isinstance(H, tuple) else H  # (b, m, d)
+        m = H.shape[1]
+        in_prompt = self.tokens["in_prompt"][:, -m:]
+        H = H.masked_fill(~in_prompt.to(H.device)[..., None], 0)
+        self.append("X", H[:, :, self.rule.site.c].to(in_prompt.device))
+        X = self.tokens["X"][..., None]  # (b, n, 1)
+        n = X.shape[1]
+        if m == 1 < n:  # a decoded token is never a sink, so no top-k is needed
+            S_sink = torch.zeros_like(in_prompt)
+        elif self.predict:
+            S_sink = self.predict(H).to(in_prompt.device)
+        else:
+            k = self.rule.k
+            S_sink = predict_sinks(X, 0, k if k == AUTO else min(k, n))
+        self.append(AFTER, S_sink[:, -m:] & in_prompt)
+
+    def append(self, name, new):
+        if name in self.tokens:
+            new = torch.cat((self.tokens[name], new), dim=1)
+        self.tokens[name] = new
+
+    @torch.no_grad()
+    def calibrate(self, windows):
+        """Calibrate a static scheme in full precision, as kvsink.observers do, on windows of token
+        ids (W, n)."""
+        self.reset()
+        try:
+            for window in windows.split(1):
+                for layer in self.quantized_layers:
+                    layer.observing = True
+                self.decoder(input_ids=window, past_key_values=self)
+                self.reset()
+        finally:
+            self.reset()
+
+    # What is stored
+
+    def sinks(self):
+        """Return, for each sequence, the positions that are kept after block l_E. Padding has no
+        position."""
+        if not self.tokens:
+            return []
+        positions = self.tokens["attended"].cumsum(1) - 1
+        return [p[kept].tolist() for p, kept in zip(positions, self.tokens[AFTER])]
+
+    def bytes(self):
+        """Return the bytes that the quantized layers store, and the bytes that the same numbers
+        take in 16 bits."""
+        stores = [store for layer in self.quantized_layers for store in layer.stores]
+        stored = sum(store.bytes() for store in stores)
+        return stored, sum(store.bytes_in_16_bits() for store in stores)
+
+    # What transformers asks of a cache
+
+    def reset(self):
+        super().reset()
+        self.tokens.clear()
+
+    def crop(self, tokens_to_remove):
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): the number of tokens to remove has to be negative"
+            )
+        others = [layer for layer in self.layers if layer not in self.quantized_layers]
+        for layer in (*others, *self.quantized_layers):  # the others first, which may refuse
+            layer.crop(tokens_to_remove)
+        for name, numbers in self.tokens.items():
+            self.tokens[name] = numbers[:, : self.quantized_layers[0].length]
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        for name, numbers in self.tokens.items():
+            self.tokens[name] = numbers[beam_idx.to(numbers.device)]
+
+    def batch_repeat_interleave(self, repeats):
+        b = len(self.tokens["attended"])
+        self.reorder_cache(torch.arange(b).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices):
+        b = len(self.tokens["attended"])
+        self.reorder_cache(torch.arange(b)[indices.cpu()])
+
+    def activate_past_recording(self):
+        raise ValueError(
+            "no assisted decoding with a KVSinkCache, which would take the drafts for prompts"
+        )
+
+    def __deepcopy__(self, memo):
+        raise TypeError("a KVSinkCache cannot be copied, because it has hooks: make another one")
+
+    # Its hooks
+
+    def register_hooks(self):
+        """Put the hooks on the model. Return a function that removes them, which also runs when
+        the cache is garbage-collected."""
+        cache = weakref.ref(self)
+        before_forward = partial(call_if_used, cache, "before_forward")
+        hooks = [self.decoder.register_forward_pre_hook(before_forward, with_kwargs=True)]
+        if self.rule.site != NOWHERE:
+            block = self.decoder.layers[self.rule.site.l_E - 1]
+            after_emergence = partial(call_if_used, cache, "after_emergence")
+            hooks.append(block.register_forward_hook(after_emergence, with_kwargs=True))
+
+        def remove_hooks():
+            for hook in hooks:
+                hook.remove()
+
+        return weakref.finalize(self, remove_hooks)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def call_if_used(cache, method, module, args, kwargs, *output):
+    """A hook: call this method of the cache if the forward pass of `module` uses the cache. `cache`
+    is a weak reference, so that its hooks do not keep it alive."""
+    # The cache may be passed positionally or under another keyword.
+    arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments | kwargs
+    if cache() is not None and any(value is cache() for value in arguments.values()):
+        getattr(cache(), method)(arguments, *output)
+
+
+def padding_mask(attention_mask):
+    """Return the mask (b, n) of an attention_mask, which may be None, a dict with one mask for each
+    kind of layer, or have four dimensions."""
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention")
+    if attention_mask is None or attention_mask.dim() != 4:
+        return attention_mask
+    # Four dimensions hold what each query sees, and the last query of a sequence sees all its
+    # tokens: True, or 0, which is added to the score.
+    last_query = attention_mask[:, 0, -1]
+    return last_query if last_query.dtype == torch.bool else last_query == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# A layer of it
+
+
+class KVSinkLayer(DynamicLayer):
+    """The quantized Keys and Values of one block. `tokens` is KVSinkCache.tokens, and `S_sink` the
+    name of the mask in it that says which tokens this block keeps."""
+
+    # Cropping is not lossless: the range of a group still reflects the removed tokens.
+    is_croppable = False
+
+    def __init__(self, quantizers, tokens, S_sink):
+        super().__init__()
+        self.quantizers = quantizers  # of the Keys, of the Values
+        self.tokens = tokens
+        self.S_sink = S_sink
+        self.reset()
+
+    def reset(self):
+        self.length = 0
+        self.stores = []  # of the Keys, of the Values
+        self.observing = False  # True while a static scheme is calibrated
+
+    def update(self, K, V, *args, **kwargs):
+        """Store the new K and V (b, h_kv, m, d_k), and return all of them (b, h_kv, n, d_k). Raises
+        ValueError if the cache's hooks have not seen these tokens."""
+        m = K.shape[2]
+        is_prompt = self.length == 0 or m > 1
+        self.length += m
+        S_sink = self.tokens.get(self.S_sink)
+        if S_sink is None or S_sink.shape != (len(K), self.length):
+            raise ValueError(
+                "this KVSinkCache is closed, or belongs to another model, or a forward pass was "
+                "interrupted: reset() it"
+            )
+        S_sink = S_sink.to(K.device)
+        attended = self.tokens["attended"].to(K.device)
+        if self.observing:
+            for quantizer, X in zip(self.quantizers, (K, V)):
+                quantizer.calibrate(X, S_sink[:, None, :, None])
+            return K, V
+        if not self.stores:
+            self.stores = [GrowingStore(*pair) for pair in zip(self.quantizers, (K, V))]
+        with torch.autocast(K.device.type, enabled=False):
+            return [
+                store.update(X, S_sink, attended, is_prompt)
+                for store, X in zip(self.stores, (K, V))
+            ]
+
+    def get_seq_length(self):
+        return self.length
+
+    def crop(self, tokens_to_remove):
+        self.length = max(self.length + tokens_to_remove, 0)
+        for store in self.stores:
+            store.crop(self.length)
+
+    def reorder_cache(self, beam_idx):
+        for store in self.stores:
+            store.reorder(beam_idx)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checks of the arguments
+
+
+def decoder_of(model):
+    """Return the part of a model whose `layers` are its blocks. Raises ValueError if there is
+    none."""
+    decoder = model if hasattr(model, "layers") else model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        name = type(decoder).__name__
+        raise ValueError(f"{name} has no `layers`: KVSinkCache cannot find its blocks")
+    return decoder
+
+
+def choose_group_size(group_size, d_k):
+    """Return the group size, at most a head. Raises ValueError if it does not divide a head of d_k
+    channels, or if such a head cannot be packed."""
+    check_head(d_k)
+    group_size = min(group_size or math.gcd(128, d_k), d_k)
+    if d_k % group_size:
+        raise ValueError(f"group_size={group_size} does not divide a head of {d_k} channels")
+    return group_size
+
+
+def check_options(scheme, keep, sinks):
+    if scheme not in kvsink.SCHEMES:
+        raise ValueError(f"scheme={scheme!r} is none of {', '.join(kvsink.SCHEMES)}")
+    if keep not in KEEPS:
+        raise ValueError(f"keep={keep!r} is none of {', '.join(KEEPS)}")
+    is_number = type(sinks) is int and sinks >= 0
+    if not (is_number or sinks == AUTO):
+        raise ValueError(f"sinks={sinks!r} is neither a number of tokens nor {AUTO!r}")
+    if (keep, sinks) == ("pfn", AUTO):
+        raise ValueError(f"sinks={AUTO!r} needs a `keep` that predicts sinks, and 'pfn' does not")
+
+
+def check_site(site, decoder):
+    if site is None:
+        return
+    L = len(decoder.layers)
+    d = decoder.config.hidden_size
+    if not (1 <= site.l_E <= L and 0 <= site.c < d):
+        limits = f"blocks 1 to {L} and channels 0 to {d - 1}"
+        raise ValueError(f"{site}: this model has {limits}")
