@@ -55,13 +55,20 @@ from tests.helpers import (
 # below: of sequence and token (0, 3), (0, 50), (1, 70), (1, 99) those of the vocabulary's 0, 41 and
 # 96.
 GOLDEN = {
-    "llama2-mha": [-0.54516, -0.4232, -0.52108, 0.33692, 0.52123, 0.43235, -0.76152, 0.04591, -0.3704, -0.74062, -0.73239, -1.294],
-    "llama2-gqa": [0.12231, 0.50431, 0.62561, -0.43123, -0.54595, 0.0589, 0.04128, -2.00896, -0.43138, 0.59327, -0.33802, 0.50021],
-    "llama3": [0.15639, -0.60385, 0.31031, 0.52411, -1.02354, 0.77473, 0.86473, 0.09561, -0.36945, 1.20313, 0.50739, -1.35994],
-    "llama3.1": [0.12904, 0.49626, 0.63109, -0.53639, -0.72211, 0.22603, 0.07068, -2.45648, -0.78793, 0.3275, -0.86388, 0.30683],
-    "llama3.2-tied": [0.28845, -0.18586, 0.57973, -0.40443, 0.90222, 0.47161, -0.86342, -0.06388, 0.58952, -1.23296, 0.70068, 0.0361],
-    "linear": [-0.64514, -0.43968, -0.50094, 0.2294, 0.36005, 0.33909, -0.84517, 0.14226, -0.35059, -0.90029, -0.72504, -1.22333],
-    "mistral": [0.12231, 0.50431, 0.62561, 0.73236, -0.18087, -0.136, 1.00822, -0.09213, 0.77551, -0.41028, -1.28478, -0.48398],
+    "llama2-mha": [-0.54516, -0.4232, -0.52108, 0.33692, 0.52123, 0.43235, -0.76152, 0.04591,
+        -0.3704, -0.74062, -0.73239, -1.294],
+    "llama2-gqa": [0.12231, 0.50431, 0.62561, -0.43123, -0.54595, 0.0589, 0.04128, -2.00896,
+        -0.43138, 0.59327, -0.33802, 0.50021],
+    "llama3": [0.15639, -0.60385, 0.31031, 0.52411, -1.02354, 0.77473, 0.86473, 0.09561, -0.36945,
+        1.20313, 0.50739, -1.35994],
+    "llama3.1": [0.12904, 0.49626, 0.63109, -0.53639, -0.72211, 0.22603, 0.07068, -2.45648,
+        -0.78793, 0.3275, -0.86388, 0.30683],
+    "llama3.2-tied": [0.28845, -0.18586, 0.57973, -0.40443, 0.90222, 0.47161, -0.86342, -0.06388,
+        0.58952, -1.23296, 0.70068, 0.0361],
+    "linear": [-0.64514, -0.43968, -0.50094, 0.2294, 0.36005, 0.33909, -0.84517, 0.14226, -0.35059,
+        -0.90029, -0.72504, -1.22333],
+    "mistral": [0.12231, 0.50431, 0.62561, 0.73236, -0.18087, -0.136, 1.00822, -0.09213, 0.77551,
+        -0.41028, -1.28478, -0.48398],
 }  # fmt: skip
 GOLDEN_TOKENS = torch.tensor(np.random.RandomState(1).randint(0, 97, (2, 100)))
 
@@ -383,8 +390,10 @@ INPUTS = {
     "normal": lambda draw, shape: draw.randn(*shape),
     "positive": lambda draw, shape: 5 + draw.rand(*shape),
     "negative": lambda draw, shape: -3 - 100 * draw.rand(*shape),
-    "one constant channel": lambda draw, shape: np.where(np.arange(shape[-1]) == 3, 2.5, draw.randn(*shape)),
-    "a sink": lambda draw, shape: draw.randn(*shape) * np.where(np.arange(shape[-2]) == 1, 1000, 1)[:, None],
+    "one constant channel": lambda draw,
+    shape: np.where(np.arange(shape[-1]) == 3, 2.5, draw.randn(*shape)),
+    "a sink": lambda draw,
+    shape: draw.randn(*shape) * np.where(np.arange(shape[-2]) == 1, 1000, 1)[:, None],
 }  # fmt: skip
 
 
@@ -434,8 +443,10 @@ def test_nan_and_inf_come_back_as_nan_and_do_not_calibrate(bad, static):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ((0, "token"), "0 bits"), ((9, "token"), "9 bits"), ((4, "row"), "row"), ((4, "token", 3), "does not divide"),
-    ((4, "token", None, True), "calibrate"), ((4, "token", 0), "group size 0"), ((4, "channel", -4), "group size -4"),
+    ((0, "token"), "0 bits"), ((9, "token"), "9 bits"), ((4, "row"), "row"),
+    ((4, "token", 3), "does not divide"),
+    ((4, "token", None, True), "calibrate"), ((4, "token", 0), "group size 0"),
+    ((4, "channel", -4), "group size -4"),
 ])  # fmt: skip
 def test_quantizers_that_cannot_be(arguments, words):
     with pytest.raises(ValueError, match=words):
@@ -1101,7 +1112,7 @@ def test_compiled_and_eager_runs_agree(tiny, tmp_path, sample_calibration):
 
 @pytest.mark.parametrize("scheme", ["full", "channel-static"])
 def test_the_loop_for_other_tables_is_the_loop_of_eval_ppl(tiny, sample_calibration, scheme):
-    """evaluate.measure_row, which Table 2 and beyond/front.py use, against eval_ppl.evaluate_rows."""
+    """evaluate.measure_row, which Table 2 and beyond/front.py use, against eval_ppl.py's loop."""
     options = "--scheme channel-static --bits 3 --keep kvsink --sinks 3 --limit 2"
     (run,) = evaluate.load_runs(configs_of(" ".join([*tiny, options])))
     results = {result["scheme"]: result for result in eval_ppl.evaluate_rows(run, [])}

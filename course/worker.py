@@ -217,13 +217,38 @@ def landlock(folder):
 def guard(folder):
     """Let Python's audit hooks forbid this process what `landlock` does, and also to start and end
     processes and to open sockets."""
-    # The hook has its own references, because a student's function may replace those in `os`.
-    realpath = os.path.realpath
-    isdir = os.path.isdir
+    may_read, may_write = path_checks(folder)
+    isdir = os.path.isdir  # a student's function may replace it in `os`
+
+    def may_open(path, mode, flags):
+        writes = set(mode or "") & set("wax+") or (flags or 0) & WRITING
+        is_folder = type(path) is not int and isdir(path)
+        return may_write(path) if writes or is_folder else may_read(path)
+
+    def hook(event, arguments):
+        if event == "open":
+            allowed = may_open(*arguments)
+        elif event in ("os.listdir", "os.scandir"):
+            allowed = may_read(arguments[0] or ".")
+        elif event in FILE_CHANGES:
+            paths = [x for x in arguments if type(x) not in (int, float, tuple, type(None))]
+            allowed = all(may_write(path) for path in paths)
+        else:
+            allowed = not event.startswith(FORBIDDEN)
+        if not allowed:
+            raise PermissionError(f"{event} {arguments[:1]} is not allowed while grading")
+
+    sys.addaudithook(hook)
+
+
+def path_checks(folder):
+    """Return two functions of a path: whether the process may read it, and whether it may write
+    it."""
+    realpath = os.path.realpath  # a student's function may replace these two in `os`
     fsdecode = os.fsdecode
     writable = (realpath(folder) + os.sep,)
     readable = writable + tuple(path + os.sep for path in package_folders(folder))
-    # Packages that lie in the repository, as a virtual environment may.
+    # Packages may lie in the repository, in a virtual environment.
     packages_inside = tuple(path for path in readable if path.startswith(REPOSITORY))
 
     def within(path, roots):
@@ -236,25 +261,10 @@ def guard(folder):
             return True
         return within(path, readable) and not within(path, REPOSITORY)
 
-    def may_open(path, mode, flags):
-        writes = set(mode or "") & set("wax+") or (flags or 0) & WRITING
-        is_folder = type(path) is not int and isdir(path)
-        return within(path, writable) if writes or is_folder else may_read(path)
+    def may_write(path):
+        return within(path, writable)
 
-    def hook(event, arguments):
-        if event == "open":
-            allowed = may_open(*arguments)
-        elif event in ("os.listdir", "os.scandir"):
-            allowed = may_read(arguments[0] or ".")
-        elif event in FILE_CHANGES:
-            paths = [x for x in arguments if type(x) not in (int, float, tuple, type(None))]
-            allowed = all(within(path, writable) for path in paths)
-        else:
-            allowed = not event.startswith(FORBIDDEN)
-        if not allowed:
-            raise PermissionError(f"{event} {arguments[:1]} is not allowed while grading")
-
-    sys.addaudithook(hook)
+    return may_read, may_write
 
 
 # --------------------------------------------------------------------------------------------------

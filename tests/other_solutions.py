@@ -1,6 +1,5 @@
-"""The assigned functions written in another way, as a student may: longer, slower, and as right.
-File -> its text; a method stands in its class. Each has to earn the points of its function.
-Lecturers only: the handout does not have it."""
+"""The assigned functions written in another way, as a student may: longer and slower, but right.
+Each must earn the points of its function. The handout does not have this file."""
 
 QUANT = """
 import numpy as np
@@ -48,7 +47,9 @@ def end_of(X, leave_out, granularity, group_size, axes, worst, best):
         Xg = best(Xg, axis, True)
     return Xg
 
-def clipped_range(X, granularity, group_size=None, axes=(), leave_out=None, quantile=1.0, ratio=1.0):
+def clipped_range(
+    X, granularity, group_size=None, axes=(), leave_out=None, quantile=1.0, ratio=1.0
+):
     if quantile < 1:
         Y = X.clone() if leave_out is None else X.masked_fill(leave_out, float("nan"))
         Yg, own = grouped(Y, granularity, group_size, float("nan"))
@@ -56,7 +57,8 @@ def clipped_range(X, granularity, group_size=None, axes=(), leave_out=None, quan
         lo[lo.isnan()], hi[hi.isnan()] = float("inf"), float("-inf")
     else:
         how = leave_out, granularity, group_size, axes
-        lo, hi = end_of(X, *how, float("inf"), torch.amin), end_of(X, *how, float("-inf"), torch.amax)
+        lo = end_of(X, *how, float("inf"), torch.amin)
+        hi = end_of(X, *how, float("-inf"), torch.amax)
     if ratio != 1:
         some = lo <= hi
         middle, half = (lo + hi)[some] / 2, (hi - lo)[some] / 2 * ratio
@@ -68,8 +70,10 @@ class Quantizer:
         if not bool(torch.isfinite(X).all()):
             raise NotFinite("NaN")
         sequences = list(range(X.ndim - 3))
-        lo, hi = clipped_range(X.to(torch.float32), self.granularity, self.group_size, tuple(sequences) + (-3,),
-                               leave_out=leave_out, quantile=self.quantile, ratio=self.ratio)
+        axes = tuple(sequences) + (-3,)
+        options = dict(leave_out=leave_out, quantile=self.quantile, ratio=self.ratio)
+        X = X.to(torch.float32)
+        lo, hi = clipped_range(X, self.granularity, self.group_size, axes, **options)
         if self.lo is not None:
             lo, hi = self.wider(lo, hi)
         self.lo, self.hi = lo, hi
@@ -97,7 +101,8 @@ def rope_table(config, n, device):
                 mix = (turns - low) / (high - low)
                 f = mix * f + (1 - mix) * f / config.rope_factor
         table.append(f)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * torch.tensor(table + table, dtype=torch.float64)
+    angle = torch.arange(n, dtype=torch.float64)[:, None]
+    angle = angle * torch.tensor(table + table, dtype=torch.float64)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 def apply_rope(X, rope):
@@ -125,42 +130,45 @@ def attention(Q, K, V, sliding_window=None):
 KVSINK = """
 import torch
 
-def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope, pre_rope=False):
-    Q, K, V = block.QKV(block.LN_mhsa(H))
-    keep = S_sink.unsqueeze(1).unsqueeze(3)
-    Q = apply_rope(Q, rope)
-    if not pre_rope:
-        K = apply_rope(K, rope)
-    K_, V_ = quantize_K(K, keep).clone(), quantize_V(V, leave_out=keep).clone()
-    whole = keep.expand_as(K)
-    K_[whole], V_[whole] = K[whole], V[whole]
-    if pre_rope:
-        K_ = apply_rope(K_, rope)
-    H = H + block.W_o(attention(Q, K_, V_, sliding_window=block.sliding_window))
-    return H + block.FFN(block.LN_ffn(H))
-
-def predict_sinks(H, c, k):
-    S_sink = torch.zeros(H.shape[:2], dtype=torch.bool)
-    for b in range(len(H)):
-        order = torch.argsort(H[b, :, c].abs(), descending=True)
-        S_sink[b, order[:k]] = True
-    return S_sink
-
-def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, pre_rope=False, step=decoder_block):
+def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, step=None):
     n = H.shape[1]
     if k != AUTO and k > n:
         raise ValueError("too many")
     if S_sink is None:
         S_sink = torch.zeros(H.shape[:2], dtype=torch.bool)
+    if step is None:
+        step = decoder_block
     rope = rope_table(model.config, n, H.device)
     for l in range(1, len(model.blocks) + 1):
         K, V = cache[l - 1]
-        H = step(model.blocks[l - 1], H, S_sink, K, V, rope, pre_rope=pre_rope)
+        H = step(model.blocks[l - 1], H, S_sink, K, V, rope)
         if l == l_E and k == AUTO:
-            S_sink = predict_auto(H, c)
+            S_sink = predict_sinks_without_k(H, c)
         elif l == l_E:
             S_sink = predict_sinks(H, c, k)
     return H, S_sink
+
+def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope):
+    Q, K, V = block.QKV(block.LN_mhsa(H))
+    keep = S_sink.unsqueeze(1).unsqueeze(3)
+    Q, K = apply_rope(Q, rope), apply_rope(K, rope)
+    K_, V_ = quantize_K(K, keep).clone(), quantize_V(V, leave_out=keep).clone()
+    whole = keep.expand_as(K)
+    K_[whole], V_[whole] = K[whole], V[whole]
+    H = H + block.W_o(attention(Q, K_, V_, sliding_window=block.sliding_window))
+    return H + block.FFN(block.LN_ffn(H))
+
+def predict_sinks(H, c, k):
+    n = H.shape[1]
+    if isinstance(k, str):
+        return predict_sinks_without_k(H, c)
+    if not 0 <= k <= n:
+        raise ValueError("too many")
+    S_sink = torch.zeros(H.shape[:2], dtype=torch.bool)
+    for b in range(len(H)):
+        order = torch.argsort(H[b, :, c].abs(), descending=True)
+        S_sink[b, order[:k]] = True
+    return S_sink
 
 def pfn(H, N):
     S_sink = torch.zeros(H.shape[0], H.shape[1], dtype=torch.bool, device=H.device)
@@ -183,7 +191,8 @@ def observers(caches):
 def stable_outliers(model, tokens):
     states, hooks = [], []
     for block in model.blocks:
-        hooks.append(block.register_forward_hook(lambda module, inputs, output: states.append(output[0].clone())))
+        look = lambda module, inputs, output: states.append(output[0].clone())
+        hooks.append(block.register_forward_hook(look))
     model(tokens)
     for hook in hooks:
         hook.remove()
@@ -199,7 +208,8 @@ def stable_outliers(model, tokens):
         raise ValueError("none")
     c = int(level.argmax())
     l = next(l for l in range(len(peaks)) if peaks[l, c] > level[c] / 4)
-    found = [(float(peaks[l, j]), j) for j in range(peaks.shape[1]) if peaks[l, j] > 0 and level[j] > 0]
+    channels = [j for j in range(peaks.shape[1]) if peaks[l, j] > 0 and level[j] > 0]
+    found = [(float(peaks[l, j]), j) for j in channels]
     found.sort(reverse=True)
     return Outliers(l + 1, tuple(j for _, j in found), tuple(x for x, _ in found))
 
@@ -235,7 +245,8 @@ def slices(packed, bits):
 
 def unpack(packed, bits):
     d = packed.shape[-1] * 8 // bits
-    codes, begin, below = torch.zeros(*packed.shape[:-1], d, dtype=torch.long), 0, 0
+    codes = torch.zeros(*packed.shape[:-1], d, dtype=torch.long)
+    begin, below = 0, 0
     for w in planes(bits):
         at = d * w // 8
         for i in range(8 // w):
@@ -261,4 +272,5 @@ class Packed:
         return tuple(S[:, :, i] for i in range(G))
 """
 
+# File -> its text; a method stands in its class.
 OTHER = {"quant.py": QUANT, "llama.py": LLAMA, "kvsink.py": KVSINK, "paper/kvcache.py": KVCACHE}

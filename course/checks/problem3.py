@@ -93,7 +93,7 @@ def test_attention_by_hand(run):
 
 
 def test_attention_shares_keys_among_queries(run):
-    """Of four query heads, 0 and 1 have Key head 0, and 2 and 3 have Key head 1."""
+    """Query heads 0 and 1 of four have Key head 0, query heads 2 and 3 have Key head 1."""
     V = np.float32([10, 20]).reshape(1, 2, 1, 1)
     A = run(attended, drawn(3, 1, 4, 1, 1), drawn(4, 1, 2, 1, 1), V, None)
     close(A, [[[10, 10, 20, 20]]], "A")

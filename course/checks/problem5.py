@@ -12,7 +12,7 @@ def states():
 
 
 def test_stable_outliers_by_hand(run):
-    """From block 2 on, token 3 has 120 in channel 2 and token 5 has -340 in channel 4: the larger
+    """Token 3 has 120 in channel 2, and token 5 has -340 in channel 4, from block 2 on: the larger
     comes first."""
     H = states()
     H[1:, 3, 2] = 120

@@ -1,4 +1,4 @@
-"""Problem 6, a cache that is really small: bytes written down."""
+"""Problem 6, a cache that is really small: bytes that are written down."""
 
 import numpy as np
 
@@ -6,13 +6,13 @@ from .compare import close, same
 from .scenarios import packed, scored, sliced, unpacked
 
 CODES = np.uint8([0, 1, 2, 3, 3, 2, 1, 0])
-TWO_BITS = np.uint8(
-    [0b01_11_10_00, 0b00_10_11_01]
-)  # channels 0, 2, 4, 6 and 1, 3, 5, 7, the lowest bits first
-FOUR_BITS = np.uint8([0x30, 0x21, 0x12, 0x03])  # channels 0 and 4, 1 and 5, 2 and 6, 3 and 7
-THREE_BITS = np.uint8(
-    [*TWO_BITS, 0b10000001]
-)  # CODES + 4 in channels 0 and 7: a plane of 2 bits, and one of 1
+# Channels 0, 2, 4, 6 and channels 1, 3, 5, 7, the lowest bits first.
+TWO_BITS = np.uint8([0b01_11_10_00, 0b00_10_11_01])
+# Channels 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+FOUR_BITS = np.uint8([0x30, 0x21, 0x12, 0x03])
+# CODES + 4 in channels 0 and 7: a plane of 2 bits, and one of 1.
+THREE_BIT_CODES = CODES + np.uint8([4, 0, 0, 0, 0, 0, 0, 4])
+THREE_BITS = np.uint8([*TWO_BITS, 0b10000001])
 
 
 def test_pack_by_hand(run):
@@ -23,7 +23,7 @@ def test_pack_by_hand(run):
 
 def test_pack_in_planes(run):
     """Three bits: the lower two of all channels, then the upper one."""
-    same(run(packed, CODES + np.uint8([4, 0, 0, 0, 0, 0, 0, 4]), 3), THREE_BITS, "3 bits")
+    same(run(packed, THREE_BIT_CODES, 3), THREE_BITS, "3 bits")
 
 
 def test_slices_by_hand(run):
@@ -37,40 +37,53 @@ def test_slices_by_hand(run):
 def test_unpack_by_hand(run):
     """The codes come back, as uint8."""
     same(run(unpacked, TWO_BITS, 2), CODES, "2 bits")
-    same(run(unpacked, THREE_BITS, 3), CODES + np.uint8([4, 0, 0, 0, 0, 0, 0, 4]), "3 bits")
+    same(run(unpacked, THREE_BITS, 3), THREE_BIT_CODES, "3 bits")
     same(run(unpacked, FOUR_BITS, 4).dtype.name, "uint8", "dtype")
 
 
 def test_scores_by_hand(run):
-    """One head of 8 channels, three tokens, 8 bits, so that bytes are codes. Keys are s (codes -
-    z)."""
-    codes = np.arange(24, dtype=np.uint8).reshape(1, 1, 3, 8)
-    s, z = np.float32([1, 2, 0.5]).reshape(1, 1, 3, 1), np.float32([0, 8, 20]).reshape(1, 1, 3, 1)
-    Q = np.float32([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]).reshape(
-        1, 1, 2, 8
-    )  # two queries share the head
-    S = run(scored, codes, 8, s, z, Q, np.int64([[3]]))
+    """One head of 8 channels and three tokens, in 8 bits, so that bytes are codes. Keys are
+    s (codes - z). Two queries share the head."""
+    stored = {
+        "codes": np.arange(24, dtype=np.uint8).reshape(1, 1, 3, 8),
+        "bits": 8,
+        "scale": np.float32([1, 2, 0.5]).reshape(1, 1, 3, 1),
+        "zero": np.float32([0, 8, 20]).reshape(1, 1, 3, 1),
+    }
+    Q = np.zeros((1, 1, 2, 8), np.float32)
+    Q[0, 0, 0, 0] = 1
+    Q[0, 0, 1, 7] = 1
+    S = run(scored, stored, Q, np.int64([[3]]))
     close(S[0, 0], [[0, 0, -2], [7, 14, 1.5]], "scores")
 
 
 def test_scores_of_the_newest_group(run):
-    """Groups of two tokens with a scale for each channel. The next token goes to slot 3: tokens 2
-    and 3 are in the residual."""
-    codes = np.ones((1, 1, 4, 8), np.uint8)
-    s, z = np.ones((1, 1, 2, 8), np.float32), np.zeros((1, 1, 2, 8), np.float32)
-    residual = np.float32([5] * 8 + [6] * 8).reshape(1, 1, 2, 8)
-    S = run(scored, codes, 8, s, z, np.ones((1, 1, 1, 8), np.float32), np.int64([[3]]), residual)
+    """Two tokens share a scale for each channel. The next token goes to slot 3, so tokens 2 and 3
+    are in the residual."""
+    stored = {
+        "codes": np.ones((1, 1, 4, 8), np.uint8),
+        "bits": 8,
+        "scale": np.ones((1, 1, 2, 8), np.float32),
+        "zero": np.zeros((1, 1, 2, 8), np.float32),
+        "residual": np.float32([5] * 8 + [6] * 8).reshape(1, 1, 2, 8),
+    }
+    S = run(scored, stored, np.ones((1, 1, 1, 8), np.float32), np.int64([[3]]))
     close(S[0, 0], [[8, 8, 40, 48]], "scores")
 
 
 def test_scores_of_keys_before_rope(run):
-    """Token 1's angle is a quarter of a turn. Turned, its Key (1, 0, 0, 0, 0, 0, 0, 0) is 1 in
+    """Token 1's angle is a quarter of a turn: rotated, its Key (1, 0, 0, 0, 0, 0, 0, 0) is 1 in
     channel 4. (This uses `apply_rope`.)"""
     codes = np.zeros((1, 1, 2, 8), np.uint8)
     codes[..., 0] = 1
-    s, z = np.ones((1, 1, 2, 1), np.float32), np.zeros((1, 1, 2, 1), np.float32)
-    cos, sin = np.float32([[1] * 8, [0] * 8]), np.float32([[0] * 8, [1] * 8])
+    stored = {
+        "codes": codes,
+        "bits": 8,
+        "scale": np.ones((1, 1, 2, 1), np.float32),
+        "zero": np.zeros((1, 1, 2, 1), np.float32),
+    }
+    cos = np.float32([[1] * 8, [0] * 8])
+    sin = np.float32([[0] * 8, [1] * 8])
     Q = np.float32([3, 0, 0, 0, 2, 0, 0, 0]).reshape(1, 1, 1, 8)
-    close(
-        run(scored, codes, 8, s, z, Q, np.int64([[2]]), None, [cos, sin])[0, 0], [[3, 2]], "scores"
-    )
+    S = run(scored, stored, Q, np.int64([[2]]), [cos, sin])
+    close(S[0, 0], [[3, 2]], "scores")

@@ -1,5 +1,5 @@
-"""What the tests do with your functions. A scenario takes plain values, makes tensors of them, calls
-one assigned function, and returns plain values. No test and no answer is here."""
+"""Scenarios: what the tests do with your functions. A scenario takes plain values, makes tensors of
+them, calls one assigned function, and returns plain values. No test and no answer is here."""
 
 from types import SimpleNamespace
 from unittest.mock import patch

@@ -34,8 +34,8 @@ def test_stable_outliers_by_their_level(run):
 
 
 def test_stable_outliers_at_the_edges(run):
-    """From block 1 to the last; magnitudes just above a hundred; below a quarter of the level a
-    channel has not emerged."""
+    """Outliers from the first block to the last, with magnitudes just above a hundred; a channel
+    has not emerged while it is below a quarter of its level."""
     H = np.ones((5, 7, 8), np.float32)
     H[:, 0, 7] = 101
     same(run(outliers, H)[0][:2], [1, [7]], "block and channels")
