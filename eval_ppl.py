@@ -33,11 +33,11 @@ def evaluate_rows(run, old_results):
     ppl_fp = None
     for row, result in evaluate.rows_with_results(run, old_results):
         if result is None:
-            start = time.perf_counter()
             cache = evaluate.quantizers(run, row)  # a pair of quantizers for each block
             rule = row.rule.at(run.site)  # which tokens are kept
             losses = []  # the negative log-likelihood of each window
             kept = []  # the number of tokens kept in each window
+            start = time.perf_counter()
             # A batch is one window; with --stream it is all of them. H is its H^0 (b, n, d).
             for windows, H, step in evaluate.row_batches(run, row):
                 H, S_sink = kvsink.prefill(run.model, H, cache, step=step, **rule.arguments(H))

@@ -96,7 +96,7 @@ def overview():
 
 def section(problem):
     number = problem.number
-    points = f"{problem.points} points" + (" (bonus)" if problem.bonus else "")
+    points = f"{problem.points} bonus points" if problem.bonus else f"{problem.points} points"
     title = f"## Problem {number}: {problem.title} ({points}, about {problem.hours})"
     lines = [title, "", f"**Read:** {problem.paper}.", ""]
     if problem.functions:
@@ -119,9 +119,6 @@ def wrapped(text):
 
 # --------------------------------------------------------------------------------------------------
 # The check that nothing gives a solution away
-
-# Statements of solutions that other code has, too, and that give nothing away.
-COMMON_STATEMENTS = {"device = model.embedding.weight.device"}
 
 
 def leaks(texts):
@@ -152,7 +149,7 @@ def solution_parts(function):
         if isinstance(node, ast.Return) and node.value:
             inner = [part for part in ast.walk(node.value) if isinstance(part, ast.expr)]
             parts |= {ast.unparse(part) for part in inner}
-    return {part for part in parts if len(part) > 32} - COMMON_STATEMENTS or {max(parts, key=len)}
+    return {part for part in parts if len(part) > 32} or {max(parts, key=len)}
 
 
 def one_line(text):

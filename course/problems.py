@@ -51,7 +51,7 @@ FILES = (LLAMA, QUANT, KVSINK, KVCACHE)
 # File -> functions that are not assigned but cut as well, because they would give a solution away,
 # each with what its stub says.
 WITHHELD = {
-    KVSINK: {"decoder_block_pre_rope": "Not in the handout: it is much like decoder_block"},
+    KVSINK: {"decoder_block_pre_rope": "--rope pre is not in the handout, to give nothing away"},
 }
 
 PROBLEMS = (
@@ -191,7 +191,7 @@ PROBLEMS = (
             Function(KVCACHE, "pack", 4, "codes to bytes, Appendix F"),
             Function(KVCACHE, "slices", 3, "bytes to codes, a few channels at a time"),
             Function(KVCACHE, "unpack", 2, "bytes to codes"),
-            Function(KVCACHE, "Packed.scores", 5, "Q K^T of Eq. 6, from packed codes"),
+            Function(KVCACHE, "PackedStore.scores", 5, "Q K^T of Eq. 6, from packed codes"),
         ),
         task=(
             "The docstrings say how bits lie in bytes; `planes` says into which widths a number of "

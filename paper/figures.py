@@ -74,14 +74,14 @@ def figure_1(subject):
         H = acts.H.abs().cpu() if acts.l == l_E else None  # one block's: all would not fit
         return acts.H[:, c].abs().cpu(), H
 
-    columns = list(zip(*subject.map_blocks(reduce)))
+    H_c, H = zip(*subject.map_blocks(reduce))
     figure = new_figure(subject, "Figure 1: attention sinks and stable outliers", 11, 3.9)
     axis = figure.add_subplot(1, 3, 1)
     title = f"(a) attention scores, {name_of_block(subject)},\nmean over heads"
     P = subject.scores(subject.activations).mean(0)
     figure.colorbar(draw_scores(axis, P, subject.S, title), ax=axis, shrink=0.7)
-    draw_emergence(figure.add_subplot(1, 3, 2, projection="3d"), columns[1][l_E - 1], subject)
-    draw_channel(figure.add_subplot(1, 3, 3), torch.stack(columns[0]), subject)
+    draw_emergence(figure.add_subplot(1, 3, 2, projection="3d"), H[l_E - 1], subject)
+    draw_channel(figure.add_subplot(1, 3, 3), torch.stack(H_c), subject)
     return figure
 
 

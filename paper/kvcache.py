@@ -18,7 +18,7 @@ tokens of each of r sequences, `sequences` (r, 1) holds the indices of the seque
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -540,7 +540,7 @@ def slices(packed, bits):
     step = d * min(planes(bits)[-1], 2) // 8
     for first in range(0, d, step):
         codes = 0
-        plane = 0  # where the plane begins
+        plane = 0  # its first byte
         shift = 0
         for width in planes(bits):
             part, offset = divmod(first, d * width // 8)
@@ -570,6 +570,7 @@ def unpack(packed, bits):
 # What a PackedStore asks of a quantizer
 
 
+@runtime_checkable
 class StoredQuantizer(Protocol):
     """A quantizer whose codes a PackedStore can hold, such as quant.Quantizer and
     kvquant.NonUniformQuantizer.

@@ -1,46 +1,87 @@
 """Table 4: what KVSink adds to prefill time and to memory; and what a packed cache costs and saves
 when decoding.
 
-    python -m paper.table4                          the embedded default model
-    python -m paper.table4 --shape llama2-7b        a paper's model with random weights: no download, for a bare GPU
-    python -m paper.table4 --vs transformers        beside the `transformers` package, its quantized caches too
+    python -m paper.table4                      the embedded default model
+    python -m paper.table4 --shape llama2-7b    a paper's model with random weights: no download
+    python -m paper.table4 --vs transformers    beside the `transformers` package and its caches
 
-Read top to bottom: how time is taken; Table 4; its cost against n; decoding; the comparison with
-another implementation; the command.
+Read top to bottom: what is measured, and how long a call takes; Table 4; its cost against n;
+decoding; the comparison with another implementation; the command.
 
-What this file does not do: it measures no quality, which is eval_ppl.py's business. A time is the
-median of repeats, with the fastest and the slowest, and warming up is not counted. What is compared
-alternates: the two prefills, the k, the two implementations. Only caches of several widths follow
-one another, because together they might not fit.
+What this file does not do: it measures no quality, eval_ppl.py does. A time is the median of
+repeats, with the fastest and the slowest, after one round of warm-up. What is compared alternates:
+the two prefills, the values of k, the two implementations. Only caches of several widths follow one
+another, because together they might not fit.
 """
 
 import functools
 import json
+import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import kvsink
-from eval_ppl import negative_log_likelihood
+from kvsink import Rule, Site
 from llama import Llama, LlamaConfig
-from paper import generate
-from paper.kvcache import BlockCache, FullPrecisionStore, KVCache, cache_bytes
+from paper import decode
+from paper.kvcache import FullPrecisionStore, KVCache, cache_bytes
 from paper.shapes import SHAPES, random_model, shape
-from support import cli, hub
-from support.cache import save
+from support import cli, evaluate, hub
+from support.cache import format_bytes, save
+from support.evaluate import negative_log_likelihood
+from support.machine import Machine, free_memory, pick_machine
 
 # --------------------------------------------------------------------------------------------------
-# Time
+# What is measured
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """The model of a benchmark, what is measured of it, and how often."""
+
+    model: str
+    is_shape: bool  # random weights in the shape of the model, which is one of the paper's
+    parts: tuple[str, ...]
+    seq_len: int  # tokens of the prefill
+    n: tuple[int, ...]  # tokens in the cache when decoding
+    bits: tuple[int, ...]
+    scheme: str
+    repeats: int
+    machine: Machine
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A BenchmarkConfig with its model, loaded, and the functions that take time, compiled if the
+    machine has a compiler."""
+
+    config: BenchmarkConfig
+    model: Llama
+    directory: Path | None  # None: random weights
+    step: Callable  # kvsink.decoder_block
+    decode_block: Callable
+    loss: Callable
+
+    @property
+    def device(self):
+        return str(self.model.device)
+
+    @property
+    def is_compiled(self):
+        return self.step is not kvsink.decoder_block
 
 
 class Time(NamedTuple):
-    """Of one thing done once, in milliseconds."""
+    """The time per call, in milliseconds."""
 
     median: float
     fastest: float
@@ -51,62 +92,59 @@ class Time(NamedTuple):
         return f"{self.median:.{digits}f} ({self.fastest:.{digits}f}-{self.slowest:.{digits}f})"
 
 
-def measure(benchmarks, repeats, device, times=1):
-    """name -> Time of the work of that name, done `times` times in a row and divided. The first
-    round is warming up, in which compiling falls. The benchmarks alternate, so that a slow spell of
-    the machine meets all of them."""
-    taken = {name: [] for name in benchmarks}
-    for i in tqdm(
-        range(repeats + 1),
-        desc=str(next(iter(benchmarks))),
-        unit="round",
-        leave=False,
-        disable=None,
-    ):
-        for name, work in benchmarks.items():
-            took = once(functools.partial(several, work, times), device) / times
+def measure(functions, repeats, device, calls=1):
+    """Return name -> Time for named functions, each called `calls` times in a row. The first round
+    is warm-up and includes compilation. The functions alternate, so that a slow spell of the
+    machine meets all of them."""
+    times = {name: [] for name in functions}
+    label = str(next(iter(functions)))
+    for i in tqdm(range(repeats + 1), desc=label, unit="round", leave=False, disable=None):
+        for name, function in functions.items():
+            milliseconds = elapsed(function, device, calls) / calls
             if i:
-                taken[name].append(took)
-    return {name: Time(statistics.median(ms), min(ms), max(ms)) for name, ms in taken.items()}
+                times[name].append(milliseconds)
+    return {name: Time(statistics.median(ms), min(ms), max(ms)) for name, ms in times.items()}
 
 
-def several(work, times):
-    for _ in range(times):
-        work()
+def elapsed(function, device, calls):
+    """Return the milliseconds that these calls take: on a GPU between two of its events, else by
+    the clock."""
+    if device.startswith("cuda"):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end)
+    if device.startswith("mps"):
+        torch.mps.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if device.startswith("mps"):
+        torch.mps.synchronize()
+    return 1e3 * (time.perf_counter() - start)
 
 
-def once(work, device):
-    """Milliseconds: on a GPU between two of its events, else by the clock."""
-    if not device.startswith("cuda"):
-        wait = torch.mps.synchronize if device.startswith("mps") else lambda: None
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end)
+def quantizers(model, bits, scheme):
+    """Return the quantizers of a cache (16 bits: full precision), calibrated on noise if they are
+    static."""
+    if bits == 16:
+        return kvsink.full_precision_cache(model)
+    config = model.config
+    cache = kvsink.rtn_cache(model, scheme, bits, min(128, config.head_dim))
+    for pair in cache:
+        for quantizer in pair:
+            if quantizer.static:
+                size = (1, config.num_key_value_heads, 64, config.head_dim)
+                quantizer.calibrate(torch.randn(size, device=model.device))
+    return cache
 
 
 # --------------------------------------------------------------------------------------------------
 # Table 4
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """What is measured, and how often."""
-
-    seq_len: int  # tokens of the prefill
-    n: tuple[int, ...]  # tokens in the cache when decoding
-    bits: tuple[int, ...]
-    repeats: int
-    scheme: str
-
 
 KEPT = (1, 5, 20)  # k of Table 4
 # As printed: model -> prefill time in ms, what KVSink-k adds in ms; memory in MB at 2 bits, what
@@ -121,115 +159,111 @@ PAPER_TABLE_4 = {
 }
 
 
-def table_4_memory(config, n=4096, bits=2):
-    """Table 4's memory, computed, as printed (its MB are 2^20 bytes): without KVSink, and what each
-    of KEPT adds."""
-    without = cache_bytes(config, n, bits)
-    return [
-        printed(size / 2**20)
-        for size in (without, *(cache_bytes(config, n, bits, k) - without for k in KEPT))
-    ]
-
-
-def printed(x):
-    """To two places, halves rounded up, without trailing zeros."""
-    digits = str(Decimal(x).quantize(Decimal("0.01"), ROUND_HALF_UP))
-    return digits.rstrip("0").rstrip(".")
-
-
-def quantizers(model, bits, scheme):
-    """Those of a scheme at some width (16: full precision), calibrated with noise where they are
-    static."""
-    if bits == 16:
-        return kvsink.full_precision_cache(model)
-    config, device = model.config, model.embedding.weight.device
-    cache = kvsink.rtn_cache(model, scheme, bits, min(128, config.head_dim))
-    for quantizer in (quantizer for pair in cache for quantizer in pair if quantizer.static):
-        quantizer.calibrate(
-            torch.randn(1, config.num_key_value_heads, 64, config.head_dim, device=device)
-        )
-    return cache
-
-
-def prefill_benchmarks(model, sizes, step):
-    """What Table 4 times, by name: the prefill of n tokens into a cache in full precision and in 2
-    bits; and lines 14-16 of Algorithm 1 alone, for each k."""
-    config, device, n = model.config, model.embedding.weight.device, sizes.seq_len
-    tokens = torch.randint(config.vocab_size, (n,), device=device).tolist()
-    l_E, c = 1, config.hidden_size // 2  # any will do: the work is the same
-    H = torch.randn(1, n, config.hidden_size, device=device, dtype=model.embedding.weight.dtype)
-
-    def prefill(cache, keep, N):
-        generate.prefill(model, cache, [tokens], keep, N, kvsink.Site(l_E, c), step)
-
-    full = KVCache(model, kvsink.full_precision_cache(model), n)
-    packed = KVCache(model, quantizers(model, 2, sizes.scheme), n, k=5)
-    prefills = {
-        "prefill, full precision": functools.partial(prefill, full, "none", 0),
-        "prefill, 2 bits, KVSink-5": functools.partial(prefill, packed, "kvsink", 5),
-    }
-    return prefills, {
-        f"lines 14-16, k = {k}": functools.partial(kvsink.predict_sinks, H, c, k) for k in KEPT
-    }
-
-
-def table_4(name, model, sizes, step):
-    """Table 4 of one model: prints it, and yields a record of each thing measured."""
-    n, repeats, device = sizes.seq_len, sizes.repeats, str(model.embedding.weight.device)
-    prefills, lines = prefill_benchmarks(model, sizes, step)
-    times = measure(prefills, repeats, device) | measure(lines, repeats, device, times=100)
-    for what, time_ in times.items():
-        yield {"what": what, "n": n, "unit": "ms", **time_._asdict()}
-    measured = [KVCache(model, quantizers(model, 2, sizes.scheme), n, k=k).bytes() for k in KEPT]
-    for k, size in zip(KEPT, measured):
-        computed = cache_bytes(model.config, n, 2, k)
+def table_4(benchmark):
+    """Print Table 4 for one model, and yield a record of each time and size."""
+    config = benchmark.config
+    model = benchmark.model
+    n = config.seq_len
+    prefills, lines = table_4_functions(benchmark)
+    times = measure(prefills, config.repeats, benchmark.device)
+    times |= measure(lines, config.repeats, benchmark.device, calls=100)
+    for name in times:
+        yield {"what": name, "n": n, "unit": "ms", **times[name]._asdict()}
+    sizes = [KVCache(model, quantizers(model, 2, config.scheme), n, k=k).bytes() for k in KEPT]
+    for k, size in zip(KEPT, sizes):
         yield {
             "what": f"cache, 2 bits, k = {k}",
             "n": n,
             "unit": "bytes",
             "measured": size,
-            "computed": computed,
+            "computed": cache_bytes(model.config, n, 2, k),
         }
-    full, packed = (times[what] for what in prefills)
-    print_table_4(name, model.config, n, full, [times[what].median for what in lines], measured)
-    share = max(times[what].median for what in lines) / full.median
+    full, packed = (times[name] for name in prefills)
+    added = [times[name].median for name in lines]
+    print_table_4(benchmark, full, added, sizes)
     print(
-        f"lines 14-16 take at most {100 * share:.4f} % of the prefill, which with KVSink-5 into the 2-bit cache takes "
-        f"{packed} ms, {packed.median / full.median:.3f} times as long"
+        f"lines 14-16 take at most {100 * max(added) / full.median:.4f} % of the prefill, which "
+        f"with KVSink-5 into the 2-bit cache takes {packed} ms, "
+        f"{packed.median / full.median:.3f} times as long"
     )
 
 
-def print_table_4(name, config, n, prefill, added, measured):
-    """`prefill` is a Time; of each of KEPT `added` has the milliseconds, `measured` the bytes of
-    the whole cache."""
-    (without, *added_MB), paper = table_4_memory(config, n), PAPER_TABLE_4.get(name)
+def table_4_functions(benchmark):
+    """Return what Table 4 times, by name, in two dicts: the prefill of n tokens into a cache in
+    full precision and in 2 bits; and lines 14-16 of Algorithm 1 alone, for each k."""
+    model = benchmark.model
+    config = model.config
+    n = benchmark.config.seq_len
+    tokens = torch.randint(config.vocab_size, (n,), device=model.device).tolist()
+    site = Site(1, config.hidden_size // 2)  # any will do: the work is the same
+    H = torch.randn(1, n, config.hidden_size, device=model.device, dtype=model.dtype)
+    full = KVCache(model, kvsink.full_precision_cache(model), n)
+    packed = KVCache(model, quantizers(model, 2, benchmark.config.scheme), n, k=5)
+
+    def prefill(cache, rule):
+        decode.prefill(model, cache, [tokens], rule, benchmark.step)
+
+    prefills = {
+        "prefill, full precision": functools.partial(prefill, full, Rule()),
+        "prefill, 2 bits, KVSink-5": functools.partial(prefill, packed, Rule(k=5, site=site)),
+    }
+    lines = {
+        f"lines 14-16, k = {k}": functools.partial(kvsink.predict_sinks, H, site.c, k) for k in KEPT
+    }
+    return prefills, lines
+
+
+def print_table_4(benchmark, prefill, added, sizes):
+    """Print Table 4. `prefill` is a Time; for each of KEPT, `added` has milliseconds and `sizes`
+    the bytes of the whole cache."""
+    name = benchmark.config.model
+    n = benchmark.config.seq_len
+    memory, *added_memory = table_4_memory(benchmark.model.config, n)
+    paper = PAPER_TABLE_4.get(name)
     print(f"\nTable 4: {name}, {n} tokens; time in ms, memory in MB of 2^20 bytes")
-    top, head = f"{'':12}{'prefill time':>46}{'KV cache memory, 2 bits':>44}", f"{'':12}"
-    head += f"{'w/o KVSink':>28}{'+ KVSink':>18}{'w/o KVSink':>16}{'+ KVSink':>12}{'measured':>16}"
+    top = f"{'':12}{'prefill time':>46}{'KV cache memory, 2 bits':>44}"
+    head = f"{'':12}{'w/o KVSink':>28}{'+ KVSink':>18}"
+    head += f"{'w/o KVSink':>16}{'+ KVSink':>12}{'measured':>16}"
     if paper:
-        top, head = top + f"{'4 x A100 (paper)':>36}", head + f"{'time':>20}{'memory':>16}"
+        top += f"{'4 x A100 (paper)':>36}"
+        head += f"{'time':>20}{'memory':>16}"
     print(top)
     print(head)
     for i, k in enumerate(KEPT):
-        cells = f"KVSink-{k:<5}{str(prefill) if i == 0 else '':>28}{f'+ {added[i]:.4f}':>18}"
-        cells += (
-            f"{without if i == 0 else '':>16}{f'+ {added_MB[i]}':>12}{measured[i] / 2**20:>16.2f}"
-        )
+        first = i == 0
+        cells = f"KVSink-{k:<5}{str(prefill) if first else '':>28}{f'+ {added[i]:.4f}':>18}"
+        cells += f"{memory if first else '':>16}{f'+ {added_memory[i]}':>12}"
+        cells += f"{sizes[i] / 2**20:>16.2f}"
         if paper:
             paper_ms, paper_added_ms, paper_MB, paper_added_MB = paper
-            cells += f"{f'{paper_ms} + {paper_added_ms[i]}':>20}{f'{paper_MB} + {paper_added_MB[i]}':>16}"
+            cells += f"{f'{paper_ms} + {paper_added_ms[i]}':>20}"
+            cells += f"{f'{paper_MB} + {paper_added_MB[i]}':>16}"
         print(cells)
 
 
-def cost_against_n(model, sizes):
-    """Lines 14-16 for more and more tokens: prints a line for each n, and yields a record of each
-    time."""
-    device, dtype = str(model.embedding.weight.device), model.embedding.weight.dtype
+def table_4_memory(config, n=4096, bits=2):
+    """Return Table 4's memory, computed, as it is printed (its MB are 2^20 bytes): without KVSink,
+    and what each of KEPT adds."""
+    memory = cache_bytes(config, n, bits)
+    added = [cache_bytes(config, n, bits, k) - memory for k in KEPT]
+    return [as_printed(size / 2**20) for size in (memory, *added)]
+
+
+def as_printed(x):
+    """Return a number to two places, halves rounded up, without trailing zeros."""
+    digits = str(Decimal(x).quantize(Decimal("0.01"), ROUND_HALF_UP))
+    return digits.rstrip("0").rstrip(".")
+
+
+def cost_against_n(benchmark):
+    """Print the time of lines 14-16 for more and more tokens, a line for each n, and yield a record
+    of each time."""
+    model = benchmark.model
     print(f"\nlines 14-16 alone, ms\n{'n':>8}" + "".join(f"{f'KVSink-{k}':>26}" for k in KEPT))
-    for n in sizes.n:
-        H = torch.randn(1, n, model.config.hidden_size, device=device, dtype=dtype)
-        benchmarks = {k: functools.partial(kvsink.predict_sinks, H, 0, k) for k in KEPT}
-        times = measure(benchmarks, sizes.repeats, device, times=100)
+    for n in benchmark.config.n:
+        H = torch.randn(1, n, model.config.hidden_size, device=model.device, dtype=model.dtype)
+        functions = {k: functools.partial(kvsink.predict_sinks, H, 0, k) for k in KEPT}
+        times = measure(functions, benchmark.config.repeats, benchmark.device, calls=100)
         print(f"{n:>8}" + "".join(f"{times[k]!s:>26}" for k in KEPT))
         for k in KEPT:
             yield {"what": f"lines 14-16, k = {k}", "n": n, "unit": "ms", **times[k]._asdict()}
@@ -239,117 +273,142 @@ def cost_against_n(model, sizes):
 # Decoding
 
 
-def noise_cache(model, bits, n, scheme):
-    """A cache of n tokens of noise, of which one is to be written again and again."""
-    cache = KVCache(model, quantizers(model, bits, scheme), n, k=0 if bits == 16 else 5)
-    fill_with_noise(cache.blocks)
+def decoding(benchmark):
+    """Print tokens per second and memory for each n and width, and yield a record of each. "full"
+    is the model's own dtype, with PyTorch's own attention."""
+    head = f"{'n':>8}{'bits':>8}{'tokens/s':>10}{'ms a token':>28}{'against full':>14}"
+    print(f"\ndecoding one sequence\n{head}{'cache, MiB':>12}{'computed':>10}{'peak, GiB':>11}")
+    for n in benchmark.config.n:
+        full = math.nan  # the time of full precision, if it fits
+        for bits in (16, *benchmark.config.bits):
+            start = f"{n:>8}{bits if bits < 16 else 'full':>8}"
+            computed = computed_bytes(benchmark.model, n, bits)
+            free = free_memory(benchmark.device)
+            if computed * 1.1 > free:
+                sizes = f"it takes {format_bytes(computed)}, of {format_bytes(free)} free"
+                print(f"{n:>8}{bits:>8}  not run: {sizes}")
+                continue
+            time_, cache, peak = measure_decoding(benchmark, n, bits)
+            if bits == 16:
+                full = time_.median
+            record = {"what": "decode", "n": n, "bits": bits, "unit": "ms", **time_._asdict()}
+            yield record | {"cache": cache, "computed": computed, "peak": peak}
+            cells = f"{1e3 / time_.median:>10.1f}{time_!s:>28}{full / time_.median:>13.2f}x"
+            cells += f"{cache / 2**20:>12.1f}{computed / 2**20:>10.1f}"
+            print(f"{start}{cells}{f'{peak / 2**30:.2f}' if peak else '-':>11}")
+
+
+def computed_bytes(model, n, bits):
+    """Return the bytes of a cache of n tokens by Table 4's formula, with 5 tokens kept beside
+    codes."""
+    if bits == 16:
+        return cache_bytes(model.config, n, 8 * model.dtype.itemsize)
+    return cache_bytes(model.config, n, bits, 5)
+
+
+def measure_decoding(benchmark, n, bits):
+    """Return the Time of decoding a token at n, the bytes of the cache, and the peak memory."""
+    cache = noise_cache(benchmark, n, bits)
+    reset_peak_memory(benchmark.device)
+    functions = {bits: functools.partial(decode_one_token, benchmark, cache)}
+    times = measure(functions, benchmark.config.repeats, benchmark.device)
+    peak = peak_memory(benchmark.device)
+    size = cache.bytes()
+    del functions, cache
+    if benchmark.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # so that the memory that is free is known
+    return times[bits], size, peak
+
+
+def noise_cache(benchmark, n, bits):
+    """Return a cache of n tokens of noise."""
+    model = benchmark.model
+    cache_quantizers = quantizers(model, bits, benchmark.config.scheme)
+    cache = KVCache(model, cache_quantizers, n, k=0 if bits == 16 else 5)
+    for block in cache.blocks:
+        fill_with_noise(block)
     return cache
 
 
-def fill_with_noise(blocks):
-    for store in (store for block in blocks for store in (block.K, block.V)):
-        store.X.normal_() if isinstance(store, FullPrecisionStore) else store.codes.random_(0, 256)
+def fill_with_noise(block):
+    for store in (block.K, block.V):
+        if isinstance(store, FullPrecisionStore):
+            store.X.normal_()
+        else:
+            store.codes.random_(0, 256)
 
 
-def one_token(model, cache, step):
-    """Decode the last token but one of n, by which no group of tokens becomes full."""
-    cache.at.fill_(cache.n - 2)
-    cache.lengths = [cache.n - 2]
-    generate.decode(model, cache, torch.zeros(1, dtype=torch.int64, device=cache.at.device), step)
+def decode_one_token(benchmark, cache):
+    """Decode the token in the second-to-last slot, which never completes a group."""
+    slot = cache.n - 2
+    cache.next_slot.fill_(slot)
+    cache.lengths = [slot]
+    token = torch.zeros(1, dtype=torch.int64, device=cache.next_slot.device)
+    decode.decode(benchmark.model, cache, token, benchmark.decode_block)
 
 
-def peak_memory(device, reset=False):
-    """Bytes in use at most since the last reset: of the GPU by torch's tensors, else of the whole
-    process (Linux)."""
+def reset_peak_memory(device):
     if device.startswith("cuda"):
-        return (
-            torch.cuda.reset_peak_memory_stats(device)
-            if reset
-            else torch.cuda.max_memory_allocated(device)
-        )
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     try:
-        if reset:
-            return Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux: `peak_memory` returns None
+        pass
+
+
+def peak_memory(device):
+    """Return the most bytes in use since the last reset: by torch's tensors on a GPU, else by the
+    whole process. Only Linux knows the latter; elsewhere, return None."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(
-            (1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None
-        )
     except OSError:
         return None
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    return 1024 * kilobytes[0] if kilobytes else None
 
 
-def decoding(model, sizes, step):
-    """Tokens a second and memory at each n and width: prints a line for each, and yields its
-    record. "full" is the model's own dtype, by PyTorch's own attention."""
-    device, dtype = str(model.embedding.weight.device), model.embedding.weight.dtype
-    head = f"\ndecoding one sequence\n{'n':>8}{'bits':>8}{'tokens/s':>10}{'ms a token':>28}{'against full':>14}"
-    print(head + f"{'cache, MiB':>12}{'computed':>10}{'peak, GiB':>11}")
-    for n in sizes.n:
-        full = None
-        for bits in (16, *sizes.bits):
-            width, k = (8 * dtype.itemsize, 0) if bits == 16 else (bits, 5)
-            computed, free = cache_bytes(model.config, n, width, k), cli.free_memory(device)
-            if computed * 1.1 > free:
-                print(
-                    f"{n:>8}{bits:>8}  not run: it takes {cli.format_bytes(computed)}, of {cli.format_bytes(free)} free"
-                )
-                continue
-            cache = noise_cache(model, bits, n, sizes.scheme)
-            peak_memory(device, reset=True)
-            time_ = measure(
-                {bits: functools.partial(one_token, model, cache, step)}, sizes.repeats, device
-            )[bits]
-            full, peak, size = time_ if bits == 16 else full, peak_memory(device), cache.bytes()
-            yield {"what": "decode", "n": n, "bits": bits, "unit": "ms", **time_._asdict()} | {
-                "cache": size, "computed": computed, "peak": peak}  # fmt: skip
-            ratio = full.median / time_.median if full else float("nan")
-            cells = f"{n:>8}{bits if bits < 16 else 'full':>8}{1e3 / time_.median:>10.1f}{time_!s:>28}{ratio:>13.2f}x"
-            cells += f"{size / 2**20:>12.1f}{computed / 2**20:>10.1f}"
-            print(cells + f"{f'{peak / 2**30:.2f}' if peak else '-':>11}")
-            del cache
-            if device.startswith("cuda"):
-                torch.cuda.empty_cache()  # so that what is free is known
-
-
-def kernels(model, sizes, compiled):
-    """The hot path alone, of one block: Q K^T and p V from packed codes, beside the same in full
-    precision as a matrix product. Prints a line for each n and width, and yields its record."""
-    config, device, dtype = (
-        model.config,
-        model.embedding.weight.device,
-        model.embedding.weight.dtype,
-    )
-    h_kv, d_k = config.num_key_value_heads, config.head_dim
-    G = config.num_attention_heads // h_kv
-    at = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    scores, weighted_sum = (
-        compiled(lambda K, q: K.scores(q, None, at)),
-        compiled(lambda V, p: V.weighted_sum(p)),
-    )
+def hot_path(benchmark):
+    """Print the time of the hot path alone, in one block: Q K^T and p V from packed codes, beside
+    the same in full precision as a matrix product. Yield a record of each n, width and product."""
+    model = benchmark.model
+    config = model.config
+    h_kv = config.num_key_value_heads
+    d_k = config.head_dim
     print(f"\none block: Q K^T and p V, ms\n{'n':>8}{'bits':>8}{'Q K^T':>28}{'p V':>28}")
     g = min(128, d_k)
-    for n in (-(-n // g) * g for n in sizes.n):  # whole groups of tokens
-        q = torch.randn(1, h_kv, G, d_k, device=device)
-        p = torch.randn(1, h_kv, G, n, device=device).softmax(-1)
-        for bits in (16, *sizes.bits):
-            block = BlockCache(
-                quantizers(model, bits, sizes.scheme)[0], config, n, 1, 5, False, dtype, device
-            )
-            fill_with_noise([block])
-            K, V = block.K, block.V
-            benchmarks = {"Q K^T": lambda: scores(K, q), "p V": lambda: weighted_sum(V, p)}
-            if bits == 16:
-                benchmarks = {
-                    "Q K^T": lambda: q.to(dtype) @ K.X.mT,
-                    "p V": lambda: p.to(dtype) @ V.X,
-                }
-            times = measure(benchmarks, sizes.repeats, str(device), times=20)
-            print(
-                f"{n:>8}{bits if bits < 16 else 'full':>8}"
-                + "".join(f"{times[what]!s:>28}" for what in benchmarks)
-            )
-            for what in benchmarks:
-                yield {"what": what, "n": n, "bits": bits, "unit": "ms", **times[what]._asdict()}
+    for n in (-(-n // g) * g for n in benchmark.config.n):  # whole groups of tokens
+        q = torch.randn(1, h_kv, config.num_attention_heads // h_kv, d_k, device=model.device)
+        p = torch.randn(1, h_kv, config.num_attention_heads // h_kv, n, device=model.device)
+        p = p.softmax(-1)
+        for bits in (16, *benchmark.config.bits):
+            functions = hot_path_functions(benchmark, bits, q, p)
+            times = measure(functions, benchmark.config.repeats, benchmark.device, calls=20)
+            cells = "".join(f"{times[name]!s:>28}" for name in functions)
+            print(f"{n:>8}{bits if bits < 16 else 'full':>8}{cells}")
+            for name in functions:
+                record = {"what": name, "n": n, "bits": bits, "unit": "ms"}
+                yield record | times[name]._asdict()
+
+
+def hot_path_functions(benchmark, bits, q, p):
+    """Return Q K^T and p V of one block of noise at a width, for queries q (1, h_kv, G, d_k) and
+    weights p (1, h_kv, G, n), as functions by name."""
+    model = benchmark.model
+    block_quantizers = quantizers(model, bits, benchmark.config.scheme)[:1]
+    block = KVCache(model, block_quantizers, p.shape[-1], k=5).blocks[0]
+    fill_with_noise(block)
+    K = block.K
+    V = block.V
+    if bits == 16:
+        return {"Q K^T": lambda: q.to(model.dtype) @ K.X.mT, "p V": lambda: p.to(model.dtype) @ V.X}
+    slot = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    compiled = benchmark.config.machine.compiled
+    scores = compiled(lambda K, q: K.scores(q, None, slot), **decode.FUSE)
+    weighted_sum = compiled(lambda V, p: V.weighted_sum(p), **decode.FUSE)
+    return {"Q K^T": lambda: scores(K, q), "p V": lambda: weighted_sum(V, p)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,25 +417,96 @@ def kernels(model, sizes, compiled):
 LONG = 16384  # tokens, at which decoding is compared, too
 
 
-def their_model(transformers, name, directory, device, dtype):
-    """The same model; where there is no directory, of the shape `name` with random weights."""
+def versus_transformers(benchmark):
+    """Print the times of a prefill, of the evaluation of a window and of decoding, ours and
+    transformers', which alternate, and yield a record of each pair. Our caches at some width stand
+    beside its quantized caches."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--vs transformers needs it: pip install transformers") from None
+    theirs = their_model(transformers, benchmark)
+    version = f"transformers {transformers.__version__}"
+    print(f"\n{'milliseconds':<44}{'ours':>28}{version:>28}{'ratio':>8}")
+    n = benchmark.config.seq_len
+    tokens = torch.randint(benchmark.model.config.vocab_size, (1, n), device=benchmark.device)
+    for name, (our_function, their_function) in prompt_functions(benchmark, theirs, tokens).items():
+        yield compare(benchmark, name, our_function, their_function)
+    for m in sorted({n, LONG}):
+        for bits, name, their_cache in their_caches(transformers, theirs):
+            fill_their_cache(benchmark.model, their_cache, m)
+            our_cache = noise_cache(benchmark, m, bits)
+            yield compare(
+                benchmark,
+                f"decoding at {m}, {name}",
+                functools.partial(decode_one_token, benchmark, our_cache),
+                functools.partial(theirs, tokens[:, :1], past_key_values=their_cache),
+            )
+
+
+def their_model(transformers, benchmark):
+    """Return the same model as a model of transformers, or one of the same shape with random
+    weights."""
+    device = benchmark.device
+    dtype = benchmark.model.dtype
+    directory = benchmark.directory
     if directory:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     else:
-        raw = {key: value for key, value in SHAPES[name].items() if key != "architectures"} | {
-            "rms_norm_eps": 1e-5
-        }
-        kind = "Mistral" if "sliding_window" in raw else "Llama"
+        raw = SHAPES[benchmark.config.model]
+        raw = {key: value for key, value in raw.items() if key != "architectures"}
+        raw["rms_norm_eps"] = 1e-5
+        family = "Mistral" if "sliding_window" in raw else "Llama"
+        config = getattr(transformers, f"{family}Config")(**raw)
         with torch.device(device):
-            theirs = getattr(transformers, f"{kind}ForCausalLM")(
-                getattr(transformers, f"{kind}Config")(**raw)
-            )
+            theirs = getattr(transformers, f"{family}ForCausalLM")(config)
     return theirs.to(device, dtype).eval()
 
 
+def prompt_functions(benchmark, theirs, tokens):
+    """Return name -> our function and theirs, of the prefill and the evaluation of tokens (1, n).
+    An evaluation takes the loss, too."""
+    model = benchmark.model
+    n = tokens.shape[1]
+    full = kvsink.full_precision_cache(model)
+    packed = quantizers(model, 2, benchmark.config.scheme)
+    cache = KVCache(model, full, n)
+
+    def our_prefill():
+        decode.prefill(model, cache, tokens.tolist(), step=benchmark.step)
+
+    def their_prefill():
+        theirs(tokens, use_cache=True, logits_to_keep=1)
+
+    def our_evaluation(cache):
+        H, _ = kvsink.prefill(model, model.embedding(tokens), cache, step=benchmark.step)
+        benchmark.loss(model, H, tokens).item()
+
+    def their_evaluation():
+        logits = theirs(tokens, use_cache=False).logits[0, :-1].float()
+        F.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
+
+    name = f"evaluation of {n} tokens"
+    return {
+        f"prefill of {n} tokens": (our_prefill, their_prefill),
+        name: (functools.partial(our_evaluation, full), their_evaluation),
+        f"{name}, ours at 2 bits": (functools.partial(our_evaluation, packed), their_evaluation),
+    }
+
+
+def compare(benchmark, name, ours, theirs):
+    """Time two functions in turns, print a line, and return its record."""
+    functions = {"ours": ours, "theirs": theirs}
+    times = measure(functions, benchmark.config.repeats, benchmark.device)
+    ratio = times["theirs"].median / times["ours"].median
+    print(f"{name:<44}{times['ours']!s:>28}{times['theirs']!s:>28}{ratio:>7.2f}x", flush=True)
+    record = {"what": name, "unit": "ms", "ratio": ratio}
+    return record | {implementation: time_._asdict() for implementation, time_ in times.items()}
+
+
 def their_caches(transformers, theirs):
-    """Yields bits, how a cache of that width is called, and one that is still empty. Says which
-    cannot be had."""
+    """Yield the bits, the name and an empty cache for each width of transformers' caches. Print
+    which cannot be had."""
     yield 16, "full precision", transformers.DynamicCache(config=theirs.config)
     for backend, axis in (("quanto", 0), ("hqq", 1)):
         for bits in (4, 2):
@@ -384,172 +514,136 @@ def their_caches(transformers, theirs):
                 cache = transformers.QuantizedCache(
                     backend, theirs.config, bits, axis_key=axis, axis_value=axis
                 )
-            except (
-                ImportError,
-                ValueError,
-            ) as error:  # that backend is not installed; Mistral's window
+            except (ImportError, ValueError) as error:  # not installed; Mistral's sliding window
                 print(f"{backend} at {bits} bits: not run, {' '.join(str(error).split())}")
                 continue
             yield bits, f"{bits} bits against {backend}", cache
 
 
-def versus_transformers(name, model, directory, sizes, step, nll, decode_step):
-    """The same prefill, evaluation of a window, and decoding, alternating; its quantized caches
-    beside ours."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("--vs transformers needs it: pip install transformers") from None
-    n, device = sizes.seq_len, str(model.embedding.weight.device)
-    theirs = their_model(transformers, name, directory, device, model.embedding.weight.dtype)
-    tokens = torch.randint(model.config.vocab_size, (1, n), device=device)
-    full, packed = kvsink.full_precision_cache(model), quantizers(model, 2, sizes.scheme)
-    cache = KVCache(model, full, n)
-
-    def our_evaluation(cache):
-        H, _ = kvsink.prefill(model, model.embedding(tokens), cache, step=step)
-        nll(model, H, tokens).item()
-
-    def their_evaluation():
-        logits = theirs(tokens, use_cache=False).logits[0, :-1].float()
-        torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
-
-    pairs = {
-        f"prefill of {n} tokens": (
-            lambda: generate.prefill(model, cache, tokens.tolist(), step=step),
-            lambda: theirs(tokens, use_cache=True, logits_to_keep=1),
-        ),
-        f"evaluation of {n} tokens": (lambda: our_evaluation(full), their_evaluation),
-        f"evaluation of {n} tokens, ours at 2 bits": (
-            lambda: our_evaluation(packed),
-            their_evaluation,
-        ),
-    }
-    print(
-        f"\n{'milliseconds':<44}{'ours':>28}{'transformers ' + transformers.__version__:>28}{'ratio':>8}"
-    )
-
-    def beside(what, ours, its):
-        times = measure({"ours": ours, "theirs": its}, sizes.repeats, device)
-        ratio = times["theirs"].median / times["ours"].median
-        print(f"{what:<44}{times['ours']!s:>28}{times['theirs']!s:>28}{ratio:>7.2f}x", flush=True)
-        return {"what": what, "unit": "ms", "ratio": ratio} | {
-            who: t._asdict() for who, t in times.items()
-        }
-
-    for what, (ours, its) in pairs.items():
-        yield beside(what, ours, its)
-    for m in sorted({n, LONG}):
-        for bits, what, its_cache in their_caches(transformers, theirs):
-            shape = (1, model.config.num_key_value_heads, m, model.config.head_dim)
-            for l in range(
-                model.config.num_hidden_layers
-            ):  # noise: its prefill of 16,384 tokens would take minutes
-                K, V = torch.randn(2, *shape, device=device, dtype=model.embedding.weight.dtype)
-                its_cache.update(K, V, l)
-            ours = functools.partial(
-                one_token, model, noise_cache(model, bits, m, sizes.scheme), decode_step
-            )
-            its = functools.partial(theirs, tokens[:, :1], past_key_values=its_cache)
-            yield beside(f"decoding at {m}, {what}", ours, its)
+def fill_their_cache(model, their_cache, n):
+    """Fill a cache of transformers with n tokens of noise: its own prefill of 16,384 tokens would
+    take minutes."""
+    config = model.config
+    size = (2, 1, config.num_key_value_heads, n, config.head_dim)
+    for l in range(config.num_hidden_layers):
+        K, V = torch.randn(size, device=model.device, dtype=model.dtype)
+        their_cache.update(K, V, l)
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
 
-PARTS = ("table4", "cost", "decode", "kernel")
+PARTS = {
+    "table4": table_4,
+    "cost": cost_against_n,
+    "decode": decoding,
+    "kernel": hot_path,
+    "transformers": versus_transformers,
+}
 
 
-# fmt: off
-def parse_arguments(argv):
-    parser = cli.Parser(prog="python -m paper.table4",
-        description="Table 4, and what a packed cache costs and saves when decoding.")
-    which = parser.add_mutually_exclusive_group()
-    cli.add_model_options(which.add_argument)
-    which.add_argument("--shape", choices=SHAPES, help="a paper's model with random weights")
-    add = parser.add_argument
-    add("--only", nargs="+", choices=PARTS, default=PARTS[:3], help="parts of it; kernel is the hot path alone "
-        "(default: table4 cost decode)")
-    add("--seq-len", type=cli.number(32, 2**24), default=4096, help="tokens of the prefill (default: %(default)s)")
-    add("--n", nargs="+", type=cli.number(32, 2**24), default=[1024, 4096, 16384, 65536],
-        help="tokens in the cache when decoding, may be beyond the model's context (default: %(default)s)")
-    add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8), default=[8, 4, 3, 2, 1], help="(default: %(default)s)")
-    add("--scheme", choices=kvsink.SCHEMES, default="channel-static", help="as in eval_ppl.py (default: %(default)s)")
-    add("--vs", choices=["transformers"], help="beside another implementation, and nothing else; decodes "
-        "at --seq-len and at 16,384 tokens")
-    add("--repeats", type=cli.number(1), default=5, help="(default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write what was measured")
-    cli.add_machine_options(add)
-    return parser.parse_args(argv)
-# fmt: on
+def main(argv=None):
+    def work():
+        args = parse_arguments(argv)
+        run_benchmarks(benchmark_config(args), args.json)
+
+    advice = "lower --n or --seq-len, or take a smaller --shape"
+    return cli.run_command("paper.table4", work, advice)
 
 
-def parse(argv):
-    """What `run` takes. Raises ValueError for options that cannot be."""
-    args = parse_arguments(argv)
-    cli.check_file(args.json)
-    sizes = BenchmarkConfig(
-        args.seq_len, tuple(args.n), tuple(args.bits), args.repeats, args.scheme
-    )
-    return (
-        args.shape or args.model,
-        bool(args.shape),
-        cli.machine(args),
-        sizes,
-        [args.vs] if args.vs else args.only,
-        args.json,
-    )
-
-
-def run(name, random, machine, sizes, parts, json_file):
-    """Each part of `parts`, of the model `name` or, with `random`, of its shape with random
-    weights."""
-    directory = None
+def run_benchmarks(config, json_file=None):
+    """Run each part of a BenchmarkConfig, and add its records to the file `json_file`."""
+    machine = config.machine
+    device_name = machine.device
     if machine.device.startswith("cuda"):
-        torch.cuda.set_device(machine.device)  # whose events take the time
-    if random:
-        model = random_model(shape(name), machine.device, machine.torch_dtype)
-    else:
-        directory = hub.model_directory(name)
-        context = LlamaConfig.from_pretrained(directory).max_position_embeddings
-        if sizes.seq_len > context and {"table4", "transformers"} & {*parts}:
-            raise ValueError(f"--seq-len {sizes.seq_len} is above the model's context, {context}")
-        model = Llama.from_pretrained(directory, machine.device, machine.torch_dtype)
-    card = (
-        torch.cuda.get_device_name(machine.device)
-        if machine.device.startswith("cuda")
-        else machine.device
+        torch.cuda.set_device(machine.device)  # its events take the time
+        device_name = torch.cuda.get_device_name(machine.device)
+    benchmark = load_benchmark(config)
+    compiled = "compiled" if benchmark.is_compiled else "eager"
+    print(
+        f"{config.model} on {device_name}, {machine.dtype}, {compiled}, torch {torch.__version__}; "
+        f"median of {config.repeats} (fastest-slowest)"
     )
-    step, nll = machine.compiled(kvsink.decoder_block), machine.compiled(negative_log_likelihood)
-    decode_step = machine.compiled(generate.decode_block, **generate.FUSE)
-    compiled = step is not kvsink.decoder_block  # where there is a compiler
-    how = f"{machine.dtype}, {'compiled' if compiled else 'eager'}, torch {torch.__version__}"
-    print(f"{name} on {card}, {how}; median of {sizes.repeats} (fastest-slowest)")
-    measured = {
-        "table4": lambda: table_4(name, model, sizes, step),
-        "cost": lambda: cost_against_n(model, sizes),
-        "decode": lambda: decoding(model, sizes, decode_step),
-        "kernel": lambda: kernels(
-            model, sizes, lambda function: machine.compiled(function, **generate.FUSE)
-        ),
-        "transformers": lambda: versus_transformers(
-            name, model, directory, sizes, step, nll, decode_step
-        ),
+    settings = {
+        "model": config.model,
+        "device": device_name,
+        "dtype": machine.dtype,
+        "compiled": benchmark.is_compiled,
     }
-    here, records = (
-        {"model": name, "device": card, "dtype": machine.dtype, "compiled": compiled},
-        [],
-    )
-    for part in parts:
-        for record in measured[part]():
-            records.append(here | record)
+    records = []
+    for part in config.parts:
+        for record in PARTS[part](benchmark):
+            records.append(settings | record)
             if json_file:
                 save(json_file, json.dumps(records, indent=1).encode())
 
 
-def main(argv=None):
-    advice = "lower --n or --seq-len, or take a smaller --shape"
-    return cli.run_command("paper.table4", lambda: run(*parse(argv)), advice)
+def load_benchmark(config):
+    """Return the Benchmark of a BenchmarkConfig. Raises OSError or ValueError."""
+    machine = config.machine
+    directory = None
+    if config.is_shape:
+        model = random_model(shape(config.model), machine.device, machine.torch_dtype)
+    else:
+        directory = hub.model_directory(config.model)
+        context = LlamaConfig.from_pretrained(directory).max_position_embeddings
+        if config.seq_len > context and {"table4", "transformers"} & set(config.parts):
+            raise ValueError(f"--seq-len {config.seq_len} is above the model's context, {context}")
+        model = evaluate.load_model(config.model, machine).model
+    return Benchmark(
+        config=config,
+        model=model,
+        directory=directory,
+        step=machine.compiled(kvsink.decoder_block),
+        decode_block=machine.compiled(decode.decode_block, **decode.FUSE),
+        loss=machine.compiled(negative_log_likelihood),
+    )
+
+
+def benchmark_config(args):
+    """Return the BenchmarkConfig of the options."""
+    return BenchmarkConfig(
+        model=args.shape or args.model,
+        is_shape=bool(args.shape),
+        parts=(args.vs,) if args.vs else tuple(args.only),
+        seq_len=args.seq_len,
+        n=tuple(args.n),
+        bits=tuple(args.bits),
+        scheme=args.scheme,
+        repeats=args.repeats,
+        machine=pick_machine(args),
+    )
+
+
+# fmt: off
+def parse_arguments(argv):
+    """Return the options. Raises ValueError, in one line, if they cannot be."""
+    parser = cli.Parser(prog="python -m paper.table4",
+        description="Table 4, and what a packed cache costs and saves when decoding.")
+    model = parser.add_mutually_exclusive_group()
+    cli.add_model_options(model.add_argument)
+    model.add_argument("--shape", choices=SHAPES, help="a paper's model with random weights")
+    add = parser.add_argument
+    add("--only", nargs="+", choices=list(PARTS)[:4], default=["table4", "cost", "decode"],
+        help="the parts to run; kernel is the hot path alone (default: table4 cost decode)")
+    add("--seq-len", type=cli.number(32, 2**24), default=4096, help="tokens of the prefill "
+        "(default: %(default)s)")
+    add("--n", nargs="+", type=cli.number(32, 2**24), default=[1024, 4096, 16384, 65536],
+        help="tokens in the cache when decoding, which may exceed the model's context (default: "
+        "%(default)s)")
+    add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8), default=[8, 4, 3, 2, 1],
+        help="bits per number (default: %(default)s)")
+    add("--scheme", choices=kvsink.SCHEMES, default="channel-static", help="as in eval_ppl.py "
+        "(default: %(default)s)")
+    add("--vs", choices=["transformers"], help="compare with another implementation, and run "
+        "nothing else; this decodes at --seq-len and at 16,384 tokens")
+    add("--repeats", type=cli.number(1), default=5, help="(default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write all times and sizes to this file")
+    cli.add_machine_options(add)
+    args = parser.parse_args(argv)
+    cli.check_file(args.json)
+    return args
+# fmt: on
 
 
 if __name__ == "__main__":

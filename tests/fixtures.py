@@ -25,22 +25,14 @@ def sequences():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The options of a command on a tiny planted model and a text of bytes."""
+    """The options of a command: a tiny planted model on a text of bytes."""
     return helpers.write_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture
 def sample_calibration(monkeypatch):
-    """Static schemes calibrate on wiki-sample's second part; here on this text instead of the
-    package index's."""
-    real = hub.documents
-
-    def documents(name, split="test"):
-        return (
-            ["A calibration text of bytes. " * 10] * 20 if split == "train" else real(name, split)
-        )
-
-    monkeypatch.setattr(hub, "documents", documents)
+    """A text of bytes for static schemes to calibrate on, in the place of the training split."""
+    monkeypatch.setattr(hub, "documents", helpers.sample_documents)
 
 
 @pytest.fixture

@@ -255,14 +255,14 @@ def unpack(packed, bits):
         begin, below = begin + at, below + w
     return codes.to(torch.uint8)
 
-class Packed:
-    def scores(self, Q, rope, at):
+class PackedStore:
+    def scores(self, Q, rope, slot):
         b, h_kv, G, d_k = Q.shape
         K = torch.cat([K_.flatten(2, 3) for _, K_ in self.dequantized()], -1)
         if self.residual is not None:
             K = K.clone()
             for i in range(b):
-                first = int(at[i, 0]) // self.g * self.g
+                first = int(slot[i, 0]) // self.g * self.g
                 K[i, :, first : first + self.g] = self.residual[i]
         if rope is not None:
             K = apply_rope(K, rope)

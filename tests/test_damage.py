@@ -1,9 +1,5 @@
-"""Wrong inputs, writers that meet and runs that are killed: one line that says so, and never a
-wrong number.
-
-Wrong inputs that belong to one module alone are in its own test file; here are the kinds that hold
-for all commands.
-"""
+"""Wrong inputs, several writers and killed runs, for all commands: one line that says so, and never
+a wrong number. Wrong inputs of one module alone are in its own test file."""
 
 import json
 import math
@@ -12,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,9 +18,8 @@ from safetensors.torch import load_file
 import eval_ppl
 from llama import Llama, LlamaConfig
 from paper import __main__ as whole_paper
-from paper import activations, figures, generate, kvquant, table1, table2, table3, table4
-from paper import command as shared
-from support import hub, results, site
+from paper import activations, command, figures, generate, kvquant, table1, table2, table3, table4
+from support import evaluate, hub, results, site
 from support.tokenizer import Tokenizer
 from tests.helpers import (
     DIGITS,
@@ -33,6 +29,7 @@ from tests.helpers import (
     bytes_vocabulary,
     refuse,
     results_of,
+    sample_documents,
     write_bpe,
     write_model,
     write_weights,
@@ -44,20 +41,22 @@ HUGE = "1" + "0" * 400  # JSON allows it, float does not
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """What is refused here is refused before a model is made."""
+    """Fail if a model is made before the input is refused."""
     monkeypatch.setattr(Llama, "__init__", lambda *_: pytest.fail("a model was made"))
 
 
 def one_line(error, *words):
+    """Assert that the message of an error is one line that has all the words."""
     text = str(error.value)
-    assert "\n" not in text and all(word in text for word in words), text
+    assert "\n" not in text
+    assert all(word in text for word in words), text
 
 
 # --------------------------------------------------------------------------------------------------
 # Options of commands
 
 
-@pytest.mark.parametrize("command, change, words", [
+@pytest.mark.parametrize("program, change, words", [
     (eval_ppl, ["--rope", "mid"], ["--rope", "mid"]),
     (eval_ppl, ["--keep", "all"], ["--keep", "all"]),
     (eval_ppl, ["--dtype", "int4"], ["--dtype", "int4"]),
@@ -127,9 +126,9 @@ def one_line(error, *words):
     (whole_paper, ["--out", "/dev/null/x"], ["cannot write"]),
     (whole_paper, ["--format", "png"], ["--format"]),
 ])  # fmt: skip
-def test_options_that_cannot_be(command, change, words, tiny, capsys, no_weights):
-    base = tiny if command in (eval_ppl, table2) else tiny[:2]
-    refuse([*base, *change], words, capsys, command)
+def test_options_that_cannot_be(program, change, words, tiny, capsys, no_weights):
+    base = tiny if program in (eval_ppl, table2) else tiny[:2]
+    refuse([*base, *change], words, capsys, program)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,17 +137,11 @@ def test_options_that_cannot_be(command, change, words, tiny, capsys, no_weights
 QUANTIZED = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
     "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
-    "bitsandbytes": {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-    },
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
-    "bitnet": {
-        "quant_method": "bitnet",
-        "quantization_mode": "online",
-    },  # whose names and shapes fit
+    # Names and shapes of its weights are those of a LLaMA.
+    "bitnet": {"quant_method": "bitnet", "quantization_mode": "online"},
     "unnamed": {"load_in_8bit": True},  # as old files have it
     "GPTQ": "GPTQ",
 }
@@ -161,14 +154,10 @@ def test_quantized_weights_are_refused_by_their_method(method, tiny, capsys, tmp
         LlamaConfig.from_dict({**SMALL, **change})
     one_line(error, f"quantized ({method})", "fp16, bf16 or fp32")
     (tmp_path / "config.json").write_text(json.dumps({**SMALL, **change}))
-    for command, options in ((eval_ppl, tiny[2:]), (table1, []), (generate, [])):
-        write_bpe(tmp_path, bytes_vocabulary(), DIGITS)
-        refuse(
-            ["--model", str(tmp_path), *options],
-            ["config.json", f"quantized ({method})"],
-            capsys,
-            command,
-        )
+    write_bpe(tmp_path, bytes_vocabulary(), DIGITS)
+    words = ["config.json", f"quantized ({method})"]
+    for program, options in ((eval_ppl, tiny[2:]), (table1, []), (generate, [])):
+        refuse(["--model", str(tmp_path), *options], words, capsys, program)
 
 
 @pytest.mark.parametrize("files, words", [
@@ -195,13 +184,9 @@ def test_a_directory_in_another_format_is_called_what_it_is(
 
 
 def test_a_model_may_lie_beside_files_in_other_formats(tmp_path):
-    for name in (
-        "config.json",
-        "model.safetensors",
-        "pytorch_model.bin",
-        "training_args.bin",
-        "original.pth",
-    ):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    for name in ("pytorch_model.bin", "training_args.bin", "original.pth"):
         (tmp_path / name).write_text("{}")
     assert hub.model_directory(str(tmp_path)) == tmp_path
     (tmp_path / "model.safetensors").rename(tmp_path / hub.INDEX)
@@ -209,8 +194,7 @@ def test_a_model_may_lie_beside_files_in_other_formats(tmp_path):
 
 
 def test_a_llama_without_its_output_layer_is_named(tmp_path):
-    """What LlamaModel.save_pretrained writes: the same tensors without `model.` before their
-    names."""
+    """LlamaModel.save_pretrained writes the same tensors, without `model.` before their names."""
     write_model(tmp_path, SMALL)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lm_head.weight"]
@@ -223,17 +207,24 @@ def test_a_llama_without_its_output_layer_is_named(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # config.json
 
-WHOLE = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "max_position_embeddings"]  # fmt: skip
+WHOLE_NUMBERS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+]
 
 
 @pytest.mark.parametrize("change, words", [
     ({"architectures": {"a": 1}}, ["architecture", "not supported"]),
     ({"architectures": 7}, ["architecture 7"]),
     ({"architectures": [["LlamaForCausalLM"]]}, ["architecture"]),
-    *[({key: 2**65}, [key]) for key in WHOLE if key != "num_attention_heads"],
-    ({"num_attention_heads": 2**65}, ["num_"]),  # a head of 0 channels
-    *[({key: -4}, [key if key != "num_attention_heads" else "-"]) for key in WHOLE],
+    # (So many heads would have 0 channels each.)
+    *[({key: 2**65}, ["num_" if key == "num_attention_heads" else key]) for key in WHOLE_NUMBERS],
+    *[({key: -4}, ["-" if key == "num_attention_heads" else key]) for key in WHOLE_NUMBERS],
     ({"vocab_size": 1e30}, ["vocab_size is 1e+30"]),
     ({"hidden_size": True}, ["hidden_size"]),
     ({"hidden_size": [64]}, ["numbers"]),
@@ -257,9 +248,10 @@ def test_configurations_that_cannot_be(change, words):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"[]", b"null", b"3", b"{", b"\xff\xfe{}", DEEP.encode(), b'{"hidden_size": 1' + b"0" * 5000 + b"}",
+    b"", b"[]", b"null", b"3", b"{", b"\xff\xfe{}", DEEP.encode(),
+    b'{"hidden_size": 1' + b"0" * 5000 + b"}",
 ])  # fmt: skip
-def test_a_config_json_that_is_none(content, tiny, capsys, tmp_path, no_weights):
+def test_a_config_json_that_is_no_configuration(content, tiny, capsys, tmp_path, no_weights):
     (tmp_path / "config.json").write_bytes(content)
     refuse([*tiny, "--model", str(tmp_path)], [f"{tmp_path / 'config.json'}: "], capsys, eval_ppl)
 
@@ -290,10 +282,11 @@ def test_an_index_that_cannot_be(index, words, tiny, capsys, tmp_path, no_weight
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"\xff" * 64, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 538090408\n",
-    b"\2" + bytes(7) + b"[]", b"<!DOCTYPE html><html>Sign in</html>",
+    b"", b"\xff" * 64, b"\2" + bytes(7) + b"[]",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 538090408\n",
+    b"<!DOCTYPE html><html>Sign in</html>",
 ])  # fmt: skip
-def test_weights_that_are_none(content, tiny, capsys, tmp_path, no_weights):
+def test_files_that_are_not_weights(content, tiny, capsys, tmp_path, no_weights):
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     (tmp_path / "model.safetensors").write_bytes(content)
     words = ["model.safetensors: not a whole safetensors file"]
@@ -321,291 +314,12 @@ def test_files_that_are_not_tokenizers(name, content, words, tmp_path):
     one_line(error, words)
 
 
-@pytest.mark.parametrize(
-    "name", ["", "/", "/dev/zero", "x\0y", "\udcff", "wiki-sampel", "~nobody-of-that-name/text"]
-)
+@pytest.mark.parametrize("name", [
+    "", "/", "/dev/zero", "x\0y", "\udcff", "wiki-sampel", "~nobody-of-that-name/text",
+])  # fmt: skip
 def test_names_that_are_not_texts(name):
     with pytest.raises(OSError) as error:
         hub.documents(name)
     one_line(error, "no text")
 
 
-@pytest.mark.parametrize("content", [
-    b"null", b"[{}]", b"[[]]", b"\xff", DEEP.encode(), b"[1" + b"0" * 5000 + b"]", b'[{"ppl": NaN}]', b"\xef\xbb\xbf[]",
-])  # fmt: skip
-def test_results_that_are_none(content, capsys, tmp_path):
-    """As eval_ppl.py and Figure 9 read them; the file stays as it is."""
-    path = tmp_path / "out.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        results.read_results(path)
-    one_line(error, str(path), "left as it is")
-    refuse(
-        ["--fig", "9", "--json", str(path), "--out", str(tmp_path)], [str(path)], capsys, figures
-    )
-    assert path.read_bytes() == content and sorted(os.listdir(tmp_path)) == ["out.json"]
-
-
-ROW = {
-    "model": "m",
-    "data": "d",
-    "scheme": "token-static",
-    "keep": "none",
-    "sinks": 0,
-    "bits": 4,
-    "ppl": 1.0,
-    "ppl_fp": 1.0,
-}
-
-
-@pytest.mark.parametrize("change", [
-    {"sinks": int(HUGE)}, {"outliers": [1]}, {"seq_len": [64]}, {"model": "\ud800"}, {"data": "\udfff"}, {"ppl": None},
-])  # fmt: skip
-def test_a_row_that_cannot_be_is_not_drawn(change, capsys, tmp_path):
-    path = tmp_path / "out.json"
-    path.write_text(json.dumps([ROW]))
-    assert figures.main(["--fig", "9", "--json", str(path), "--out", str(tmp_path / "good")]) == 0
-    capsys.readouterr()
-    path.write_text(json.dumps([ROW | change]))
-    refuse(
-        ["--fig", "9", "--json", str(path), "--out", str(tmp_path / "bad")],
-        ["left as it is"],
-        capsys,
-        figures,
-    )
-    assert not (tmp_path / "bad").exists()
-
-
-# --------------------------------------------------------------------------------------------------
-# Several writers
-
-
-def fork(work):
-    """Do the work in a process of its own; its id."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
-
-
-@pytest.mark.parametrize("attempt", range(20))
-def test_four_processes_write_to_one_file(attempt, tmp_path):
-    """No row is lost, none is there twice, also of those that all four have; nothing is left beside
-    the file."""
-    path = tmp_path / "out.json"
-
-    def write(writer):
-        for i in range(5):
-            results.add_result(path, {**ROW, "bits": 100 * writer + i})
-        results.add_result(
-            path, {**ROW, "bits": 1000, "seconds": writer}
-        )  # which all of them have measured
-
-    children = [fork(lambda writer=writer: write(writer)) for writer in range(4)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
-    bits = sorted(row["bits"] for row in results.read_results(path))
-    assert bits == sorted([*(100 * writer + i for writer in range(4) for i in range(5)), 1000])
-    assert sorted(os.listdir(tmp_path)) == [".out.json.lock", "out.json"]
-
-
-# --------------------------------------------------------------------------------------------------
-# Killed runs
-
-MOMENTS = (
-    "at the first row",
-    "before it is written",
-    "half of it is written",
-    "not in its place",
-    "in its place",
-)
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def run_and_be_killed(program, file, moment, arguments):
-    """A command that is killed at a moment of the writing of `file`, a pattern of temporary names,
-    which may be of the third time that such a file is written."""
-    write, replace, left = Path.write_bytes, os.replace, 3 if "out" in file else 1
-
-    def writing(path, data):
-        nonlocal left
-        left -= re.fullmatch(file, path.name) is not None
-        if left or moment in MOMENTS[3:]:
-            return write(path, data)
-        write(path, data[: len(data) // 2]) if moment == "half of it is written" else None
-        die()
-
-    def replacing(*names):
-        die() if left == 0 and moment == "not in its place" else replace(*names)
-        die() if left == 0 else None
-
-    Path.write_bytes, os.replace = writing, replacing
-    if moment == "at the first row":
-        eval_ppl.window_losses = activations.examine = lambda *_: die()
-    program.main(arguments)
-
-
-def moments_of(name):
-    """A table or a picture is written once, at the end: nothing was there before."""
-    return MOMENTS if name in ("eval_ppl", "table2") else MOMENTS[2:4]
-
-
-def killed_runs(name, file, folder, *arguments):
-    """In a process of its own: a run for each moment, in a folder of its own. Prints how each
-    ended."""
-    torch.set_num_threads(1)  # a forked process has no other thread
-    program = {"eval_ppl": eval_ppl, "table2": table2, "table1": table1, "figures": figures}[name]
-    kvquant.weighted_kmeans = even_codebooks
-    hub.documents = sample_documents
-    site.PROMPTS = SITE_PROMPTS
-    shared.calibration_windows = one_window
-    for i, moment in enumerate(moments_of(name)):
-        os.environ["KVSINK_CACHE"] = f"{folder}/{i}/cache"
-        output = (
-            ["--json", f"{folder}/{i}/out.json"]
-            if name in ("eval_ppl", "table2")
-            else ["--out", f"{folder}/{i}"]
-        )
-        options = [*arguments, *output]
-        print(
-            os.waitpid(fork(lambda m=moment, o=options: run_and_be_killed(program, file, m, o)), 0)[
-                1
-            ]
-        )
-
-
-SITE_PROMPTS = (f"ab{chr(STRONG)}", f"cde{chr(STRONG)}f")  # which show the tiny model's outliers
-
-
-def even_codebooks(x, w, k):
-    """It does not matter here where the levels lie."""
-    return torch.linspace(-1, 1, k).double().expand(len(x), k)
-
-
-def one_window(what, loaded):
-    """Of Table 1's and Figure 7's calibration."""
-    return torch.arange(32, 96)[None]
-
-
-def sample_documents(name, split="test", real=hub.documents):
-    return ["A calibration text of bytes. " * 10] * 20 if split == "train" else real(name, split)
-
-
-def be_killed(name, file, arguments, tmp_path):
-    """A run of the command for each moment; returns their folders. There is one for an undisturbed
-    run, too."""
-    folders = [tmp_path / str(i) for i in range(len(moments_of(name)))]
-    for folder in (tmp_path / "undisturbed", *folders):
-        folder.mkdir()
-    code = "import sys; from tests import test_damage; test_damage.killed_runs(*sys.argv[1:])"
-    run, environment = (
-        [sys.executable, "-c", code, name, file, str(tmp_path)],
-        os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    done = subprocess.run(
-        [*run, *arguments], cwd=HERE, env=environment, capture_output=True, text=True, timeout=300
-    )
-    ends = [line for line in done.stdout.splitlines() if line.isdecimal()]
-    assert ends == [str(int(signal.SIGKILL))] * len(folders), done.stderr
-    return folders
-
-
-def kill_and_run_again(program, name, file, arguments, tmp_path, monkeypatch, capsys):
-    """Yields moment, folder, how many rows were there, and what the next run said, whose rows are
-    the undisturbed."""
-    monkeypatch.setattr(kvquant, "weighted_kmeans", even_codebooks)
-    monkeypatch.setattr(hub, "documents", sample_documents)
-    folders = be_killed(name, file, arguments, tmp_path)
-
-    def run(folder):
-        monkeypatch.setenv("KVSINK_CACHE", str(folder / "cache"))
-        capsys.readouterr()
-        assert program.main([*arguments, "--json", str(folder / "out.json")]) == 0
-        return [{**row, "seconds": 0} for row in results_of(folder / "out.json")]
-
-    expected = run(tmp_path / "undisturbed")
-    for moment, folder in zip(MOMENTS, folders):
-        out = folder / "out.json"
-        rows = len(results_of(out)) if out.exists() else 0
-        assert run(folder) == expected, moment
-        yield moment, folder, rows, capsys.readouterr().err
-
-
-def test_killed_at_any_moment_a_run_spoils_nothing(tiny, tmp_path, monkeypatch, capsys):
-    """kill -9 while the third row is written; the next run leaves the JSON file and its lock."""
-    arguments = [
-        *tiny,
-        *"--scheme token-dynamic --keep pfn kvsink --sinks 3 --bits 3 2 --limit 2".split(),
-    ]
-    file, had = r"out\.json\.[0-9a-f]{32}", []
-    again = kill_and_run_again(eval_ppl, "eval_ppl", file, arguments, tmp_path, monkeypatch, capsys)
-    for moment, folder, rows, said in again:
-        had.append(rows)
-        assert sorted(os.listdir(folder)) == [".out.json.lock", "out.json"], moment
-        removed = re.search(r"removed leftovers of interrupted runs in \S+: 1 in all", said)
-        half_written = moment in ("half of it is written", "not in its place")
-        assert bool(removed) == half_written, moment
-    assert had == [0, 2, 2, 2, 3]
-
-
-def test_killed_while_it_keeps_a_calibration_a_run_spoils_nothing(
-    tiny, tmp_path, monkeypatch, capsys
-):
-    """kill -9 while KVQuant's calibration is written; the next run leaves it, its SHA-256 and its
-    lock in our cache."""
-    arguments = [*tiny, *"--limit 1 --calib-windows 2 --outliers 0.01 --keep kvsink".split()]
-    file = r"[0-9a-f]{16}\.safetensors\.[0-9a-f]{32}"
-    for moment, folder, _, said in kill_and_run_again(
-        table2, "table2", file, arguments, tmp_path, monkeypatch, capsys
-    ):
-        assert sorted(os.listdir(folder)) == [".out.json.lock", "cache", "out.json"], moment
-        left = sorted(path.name for path in (folder / "cache" / "kvquant").iterdir())
-        (calibration,) = [name for name in left if name.endswith(".safetensors")]
-        assert left == [f".{calibration}.lock", calibration, f"{calibration}.sha256"], moment
-        assert ("no record of its SHA-256: it is made again" in said) == (
-            moment == "in its place"
-        ), moment
-        removed = re.search(r"removed leftovers of interrupted runs in \S+: 1 in all", said)
-        half_written = moment in ("half of it is written", "not in its place")
-        assert bool(removed) == half_written, moment
-
-
-@pytest.mark.parametrize("program, name", [(table1, "table1"), (figures, "figures")])
-def test_killed_while_it_writes_a_table_or_a_picture_a_run_spoils_nothing(
-    program, name, tiny, tmp_path, monkeypatch
-):
-    """kill -9 while a picture is written, and while the site that the finder found is; the next run
-    gives the same bytes, and leaves no more than the undisturbed."""
-    monkeypatch.setattr(hub, "documents", sample_documents)
-    monkeypatch.setattr(site, "PROMPTS", SITE_PROMPTS)
-    monkeypatch.setattr(shared, "calibration_windows", one_window)
-    prompt = ["--prompt", f"Some text{chr(STRONG)} and more of it"]
-    arguments = [*tiny[:2], *prompt, *(["--fig", "2"] if name == "figures" else [])]
-
-    def run(folder):
-        monkeypatch.setenv("KVSINK_CACHE", str(folder / "cache"))
-        assert program.main([*arguments, "--out", str(folder)]) == 0
-        there = {
-            str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()
-        }
-        return {
-            name: path.read_bytes() for name, path in there.items() if "sha256" not in name
-        }, set(there)
-
-    patterns = [
-        rf"{name[:3]}.*\.[0-9a-f]{{32}}",
-        r"[0-9a-f]+.*\.json\.[0-9a-f]{32}",
-    ]  # the last is the site's
-    for pattern in patterns[1:] if name == "table1" else patterns[:1]:
-        place = tmp_path / pattern[:3]
-        place.mkdir()
-        folders = be_killed(name, pattern, arguments, place)
-        expected = run(place / "undisturbed")
-        for moment, folder in zip(moments_of(name), folders):
-            assert run(folder) == expected, moment

@@ -1,5 +1,5 @@
-"""beyond/transformers_cache.py, and where the transformers package is installed, the parity of
-llama.py and of the tokenizers with it. It is no dependency: without it these tests skip."""
+"""beyond/kvsink_cache.py and the files around it; and the parity of llama.py and of the tokenizers
+with the transformers package. transformers is no dependency: these tests skip without it."""
 
 import copy
 import gc
@@ -7,37 +7,36 @@ import os
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import eval_ppl
 import kvsink
 from kvsink import SCHEMES, Site
 from llama import Llama, LlamaConfig, rope_table
-from paper import generate
+from paper.decode import decode, most_kept, prefill
 from paper.kvcache import KVCache
 from quant import Quantizer
 from support import hub, text
+from support.rows import rule_of
 from support.tokenizer import Tokenizer
+from tests import helpers
 from tests.helpers import (
     FAMILIES,
+    HERE,
     SITE,
     SMALL,
     STRONG,
     WEAK,
     bytes_vocabulary,
     cache_of,
-    fetched_default_model,
     ordinary_tokens,
-    plant,
     refuse,
     results_of,
-    write_bpe,
-    write_model,
-)  # fmt: skip
+)
 from tests.test_tokenizer import (
     STRINGS_THAT_HURT,
     llama3_pre_tokenizer,
@@ -55,54 +54,72 @@ if not transformers.__version__.startswith("5.23."):
 
 from beyond import side_by_side  # noqa: E402
 from beyond.growing import GrowingStore  # noqa: E402
-from beyond.transformers_cache import KVSinkCache, KVSinkLayer, hook, site_of  # noqa: E402
+from beyond.kvsink_cache import KVSinkLayer, call_if_used  # noqa: E402
+from beyond.sites import site_of  # noqa: E402
+from beyond.transformers_cache import KVSinkCache  # noqa: E402
 
-RULES = (("none", 0), ("pfn", 3), ("kvsink", 2), ("pfn+kvsink", "auto"))
+OPTIONS = (("none", 0), ("pfn", 3), ("kvsink", 2), ("pfn+kvsink", "auto"))  # keep, sinks
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """The planted model, as transformers runs it."""
-    directory = plant(tmp_path_factory.mktemp("planted") / "model")
+    directory = helpers.plant(tmp_path_factory.mktemp("planted") / "model")
     return transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
-def after(model, cache, tokens, **how):
-    """Logits (b, vocab) after tokens (b, n)."""
-    return model(torch.as_tensor(tokens), past_key_values=cache, **how).logits[:, -1]
+def make_cache(model, scheme="token-dynamic", bits=4, **options):
+    """Return a KVSinkCache in groups of 8, which keeps two predicted tokens unless `options` say
+    otherwise."""
+    defaults = {"group_size": 8, "keep": "kvsink", "sinks": 2, "site": SITE}
+    return KVSinkCache(model, bits, scheme, **defaults | options)
 
 
-def decoded(model, cache, prompt, tokens):
-    """Logits after a prompt, and after each further token of one sequence: (1 + m, vocab)."""
-    first = after(model, cache, [prompt])
-    return torch.cat([first, *(after(model, cache, [[token]]) for token in tokens)])
+def logits_after(model, cache, tokens, **options):
+    """Return the logits (b, vocab) after tokens (b, m)."""
+    return model(torch.as_tensor(tokens), past_key_values=cache, **options).logits[:, -1]
 
 
-def cached(model, scheme="token-dynamic", bits=4, keep="kvsink", sinks=2, **how):
-    return KVSinkCache(model, bits, scheme, 8, keep, sinks, **{"site": SITE, **how})
+def decoded_logits(model, cache, prompt, tokens):
+    """Return the logits after a prompt, and after each further token of one sequence:
+    (1 + m, vocab)."""
+    logits = [logits_after(model, cache, [prompt])]
+    logits += [logits_after(model, cache, [[token]]) for token in tokens]
+    return torch.cat(logits)
+
+
+def reference_logits(model, quantizers, prompt, tokens, rule):
+    """Return the same of this project's own packed cache."""
+    k = most_kept(rule, len(prompt))
+    cache = KVCache(model, quantizers, len(prompt) + len(tokens), k=k)
+    logits = [prefill(model, cache, [prompt], rule)]
+    logits += [decode(model, cache, torch.tensor([token])) for token in tokens]
+    return torch.cat(logits)
 
 
 # --------------------------------------------------------------------------------------------------
 # Its logits are this project's
 
 
-@pytest.mark.parametrize("keep, N", RULES)
+@pytest.mark.parametrize("keep, N", OPTIONS)
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_logits_are_those_of_the_packed_cache(theirs, planted, sequences, scheme, bits, keep, N):
-    """Of the planted model, token by token: a prompt of 24 tokens in groups of 8, and 10 more. The
-    prefill's own attention reads what was quantized: its logits are not full precision's."""
-    prompt, more = sequences[0][0].tolist(), ordinary_tokens(10, 5).tolist()
-    ours = cache_of(planted, scheme, bits, sequences[0][:1], keep, N)
-    ours = KVCache(planted, ours, 48, k=generate.most_kept(N, 24) if keep != "none" else 0)
-    expected = [generate.prefill(planted, ours, [prompt], keep, N, SITE)]
-    expected += [generate.decode(planted, ours, torch.tensor([token])) for token in more]
-    cache = cached(theirs, scheme, bits, keep, N)
+    """The planted model, token by token: a prompt of 24 tokens in groups of 8, and 10 more. The
+    prompt's own attention reads quantized Keys and Values: its logits are not full precision's."""
+    windows = sequences[0][:1]
+    prompt = windows[0].tolist()
+    more = ordinary_tokens(10, 5).tolist()
+    rule = rule_of(keep, N).at(SITE)
+    quantizers = cache_of(planted, scheme, bits, windows, rule)
+    expected = reference_logits(planted, quantizers, prompt, more, rule)
+    cache = make_cache(theirs, scheme, bits, keep=keep, sinks=N)
     if SCHEMES[scheme].static:
-        cache.calibrate(sequences[0][:1])
-    found = decoded(theirs, cache, prompt, more)
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=2e-5)
-    assert (found[0] - theirs(sequences[0][:1]).logits[0, -1]).abs().max() > 1e-3
+        cache.calibrate(windows)
+    logits = decoded_logits(theirs, cache, prompt, more)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=2e-5)
+    full = theirs(windows).logits[0, -1]
+    assert (logits[0] - full).abs().max() > 1e-3
     kept = {"none": [], "pfn": [0, 1, 2]}.get(keep, [6, 17])
     assert cache.sinks() == [kept]
 
@@ -111,8 +128,8 @@ def test_logits_are_those_of_the_packed_cache(theirs, planted, sequences, scheme
 def default_theirs():
     """The default model as transformers runs it, with this project's RoPE table. Its own angles
     differ in the fifth digit, which flips a code here and there, and that flips others, so that
-    perplexities of 4 bits differ by 0.2 to 0.7 %."""
-    directory = fetched_default_model()
+    perplexities at 4 bits differ by 0.2 to 0.7 %."""
+    directory = helpers.fetched_default_model()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     cos, sin = rope_table(LlamaConfig.from_pretrained(directory), 1024, "cpu")
     model.model.rotary_emb.forward = lambda x, position_ids: (cos[position_ids], sin[position_ids])
@@ -121,44 +138,31 @@ def default_theirs():
 
 @pytest.mark.parametrize("scheme", ["token-static", "channel-dynamic"])
 def test_logits_of_the_default_model(default_llama, default_theirs, scheme):
-    """A prompt of 66 tokens, which is a group of Keys and two more, and three tokens after it; two
-    schemes with two rules each."""
+    """A prompt of 66 tokens, which is one group of Keys and two more tokens, and three tokens after
+    it; two schemes with two rules each. Logits are up to 30, and a flipped code moves them by
+    5e-4."""
     tokenizer = Tokenizer.from_pretrained(hub.model_directory(hub.DEFAULT_MODEL))
-    prompt = tokenizer.encode("Rome is old.<|endoftext|>Mount Everest is high.<|endoftext|>" * 9)[
-        :66
-    ]
-    tokens, site = torch.tensor([prompt]), kvsink.table_site(hub.DEFAULT_MODEL)
-    first = scheme == "channel-dynamic"
-    for bits, (keep, N) in zip(
-        (4, 2), RULES[first::2]
-    ):  # logits of up to 30; a flipped code moves them by 5e-4
-        H, quantizers = (
-            default_llama.embedding(tokens),
-            kvsink.rtn_cache(default_llama, scheme, bits, 64),
-        )
-        cache = KVSinkCache(
-            default_theirs, bits, scheme, keep=keep, sinks=N
-        )  # finds the site by the directory's name
-        if SCHEMES[scheme].static:
-            rule = kvsink.preservation(keep, N, site, H)
-            kvsink.prefill(default_llama, H, kvsink.observers([quantizers]), **rule)
+    facts = "Rome is old.<|endoftext|>Mount Everest is high.<|endoftext|>" * 9
+    prompt = tokenizer.encode(facts)[:66]
+    tokens = torch.tensor([prompt])
+    is_static = SCHEMES[scheme].static
+    for bits, (keep, N) in zip((4, 2), OPTIONS[0 if is_static else 1 :: 2]):
+        rule = rule_of(keep, N).at(kvsink.table_site(hub.DEFAULT_MODEL))
+        quantizers = kvsink.rtn_cache(default_llama, scheme, bits, 64)
+        # It finds the site by the directory's name.
+        cache = KVSinkCache(default_theirs, bits, scheme, keep=keep, sinks=N)
+        if is_static:
+            helpers.calibrate(default_llama, [tokens], [quantizers], rule)
             cache.calibrate(tokens)
-        ours = KVCache(
-            default_llama, quantizers, 128, k=generate.most_kept(N, 66) if keep != "none" else 0
-        )
-        expected = [generate.prefill(default_llama, ours, [prompt], keep, N, site)]
-        expected += [
-            generate.decode(default_llama, ours, torch.tensor([token])) for token in prompt[:3]
-        ]
-        found = decoded(default_theirs, cache, prompt, prompt[:3])
-        torch.testing.assert_close(
-            found, torch.cat(expected), rtol=0, atol=2e-3, msg=f"{bits} bits, {keep}"
-        )
+        expected = reference_logits(default_llama, quantizers, prompt, prompt[:3], rule)
+        logits = decoded_logits(default_theirs, cache, prompt, prompt[:3])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3, msg=f"{bits} bits, {keep}")
 
 
 def test_perplexity_is_that_of_the_main_command(default_model, default_theirs, tmp_path):
     """To the digit, on a window of 256 tokens (on eight of 1,024 too: beyond/README.md)."""
-    out, small = tmp_path / "out.json", "--seq-len 256 --limit 1 --calib-windows 1".split()
+    out = tmp_path / "out.json"
+    small = "--seq-len 256 --limit 1 --calib-windows 1".split()
     rows = "--scheme channel-static --bits 4 --keep kvsink --sinks 5 --no-compile --json".split()
     assert eval_ppl.main([*small, *rows, str(out)]) == 0
     tokenizer = Tokenizer.from_pretrained(default_model)
@@ -166,121 +170,120 @@ def test_perplexity_is_that_of_the_main_command(default_model, default_theirs, t
     cache.calibrate(text.calibration_windows(tokenizer, "wiki-sample", 256, 1, 0))
     window = text.windows(tokenizer, "wiki-sample", "test", 256, 1, 0)
     logits = default_theirs(window, past_key_values=cache).logits[0, :-1]
-    full, kept = (r["nll"][0] for r in results_of(out))
-    assert (
-        torch.nn.functional.cross_entropy(logits, window[0, 1:]).item()
-        == pytest.approx(kept, abs=1e-5)
-        != full
-    )
+    loss = F.cross_entropy(logits, window[0, 1:]).item()
+    full, quantized = (result["nll"][0] for result in results_of(out))
+    assert loss == pytest.approx(quantized, abs=1e-5) != full
 
 
 # --------------------------------------------------------------------------------------------------
 # What it stores
 
 
-def parts_of(cache):
-    return [store.t for layer in cache.ours for store in layer.stores]
+def stores_of(cache):
+    """Return the stores of all layers: Keys and Values in turn."""
+    return [store for layer in cache.quantized_layers for store in layer.stores]
 
 
-def test_codes_are_made_once_and_an_unfinished_group_waits(theirs, sequences):
-    """29 tokens in groups of 8: of the Keys 24 have codes and 5 do not; 20 tokens later the same
-    codes stand in front."""
-    cache = cached(theirs, "channel-dynamic")
-    decoded(theirs, cache, sequences[0][0].tolist(), range(20, 25))
-    keys = [t for t in parts_of(cache)[::2]]
-    assert all(t["codes"].shape[2] == 24 and t["residual"].shape[2] == 5 for t in keys)
-    assert all(
-        t["codes"].shape[2] == 29 and t["residual"].shape[2] == 0 for t in parts_of(cache)[1::2]
-    )
-    before = [{name: t[name].clone() for name in ("codes", "s", "z")} for t in parts_of(cache)]
+def test_codes_are_made_once_and_an_incomplete_group_waits(theirs, sequences):
+    """29 tokens in groups of 8: of the Keys 24 have codes and 5 do not, of the Values all have. 20
+    tokens later the same codes are still in front."""
+    cache = make_cache(theirs, "channel-dynamic")
+    decoded_logits(theirs, cache, sequences[0][0].tolist(), range(20, 25))
+    before = []
+    for i, store in enumerate(stores_of(cache)):
+        with_codes = 24 if i % 2 == 0 else 29
+        assert store.parts["codes"].shape[2] == with_codes
+        assert store.parts["residual"].shape[2] == 29 - with_codes
+        before.append({name: store.parts[name].clone() for name in ("codes", "scale", "zero")})
     for token in range(20, 40):
-        after(theirs, cache, [[token]])
-    for old, new in zip(before, parts_of(cache)):
-        assert all(
-            torch.equal(part, new[name][:, :, : part.shape[2]]) for name, part in old.items()
-        )
+        logits_after(theirs, cache, [[token]])
+    for old_parts, store in zip(before, stores_of(cache)):
+        for name, part in old_parts.items():
+            assert torch.equal(part, store.parts[name][:, :, : part.shape[2]])
 
 
 def test_a_store_of_two_sequences_with_padding_and_unequal_sinks():
-    """Padding of 1,000 widens no range, and only sinks come back exactly, two of the one sequence
-    and one of the other."""
-    X, real, S_sink = (
-        torch.randn(2, 1, 16, 8),
-        torch.ones(2, 16, dtype=torch.bool),
-        torch.zeros(2, 16, dtype=torch.bool),
-    )
-    X[1, :, :4], real[1, :4] = 1000.0, False
-    S_sink[0, [2, 5]] = S_sink[1, 9] = True
+    """Padding of 1,000 widens no range, and only sinks come back exactly: two of one sequence, and
+    one of the other."""
+    X = torch.randn(2, 1, 16, 8)
+    X[1, :, :4] = 1000.0
+    attended = torch.ones(2, 16, dtype=torch.bool)
+    attended[1, :4] = False
+    S_sink = torch.zeros(2, 16, dtype=torch.bool)
+    S_sink[0, [2, 5]] = True
+    S_sink[1, 9] = True
     store = GrowingStore(Quantizer(4, "channel", 8, fp16_params=True), X)
-    X_ = store.update(X, S_sink, real, prompt=True)
+    X_ = store.update(X, S_sink, attended, is_prompt=True)
     assert (X_ - X).abs()[1, :, 4:].max() < 0.5
-    assert torch.equal((X_ == X).all(-1)[:, 0], S_sink) and torch.equal(store.numbers(), X_)
-    assert [sorted(slots) for slots in store.t["slots"].tolist()] == [[2, 5], [-1, 9]]
+    assert torch.equal((X_ == X).all(-1)[:, 0], S_sink)
+    assert torch.equal(store.dequantized(), X_)
+    assert [sorted(slots) for slots in store.parts["slots"].tolist()] == [[2, 5], [-1, 9]]
 
 
 def test_bytes_are_what_is_stored(theirs, sequences):
     """By hand: 24 tokens of 2 sequences, 6 blocks of 2 heads of 8 channels, at 4 bits in groups of
     8; fp32."""
-    cache = cached(theirs, "channel-dynamic")
-    after(theirs, cache, sequences[0])
-    codes, scales, zeros = (
-        24 * 8 // 2,
-        24 * 2,
-        24 * 2,
-    )  # of Keys 3 groups of 8 channels, of Values 24 of one
-    kept = 2 * 8 * 4  # two tokens, in the blocks after l_E
-    places = 4 * 2 * 2 * 2 * 8  # of these: 4 blocks, K and V, 2 sequences, 2 tokens, 8 bytes
-    assert cache.bytes() == (
-        6 * 8 * (codes + scales + zeros) + 4 * 8 * kept + places,
-        6 * 8 * 24 * 8 * 2,
-    )
+    cache = make_cache(theirs, "channel-dynamic")
+    logits_after(theirs, cache, sequences[0])
+    # For the Keys or the Values of one head. Keys have 3 groups of 8 channels, Values 24 groups.
+    codes = 24 * 8 // 2
+    scales = 24 * 2
+    zeros = 24 * 2
+    kept = 2 * 8 * 4  # two tokens, in the 4 blocks after l_E
+    slots = 4 * 2 * 2 * 2 * 8  # 4 blocks, K and V, 2 sequences, 2 tokens, 8 bytes
+    stored = 6 * 8 * (codes + scales + zeros) + 4 * 8 * kept + slots
+    assert cache.bytes() == (stored, 6 * 8 * 24 * 8 * 2)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_cutting_off_the_end(theirs, sequences, scheme):
-    """Whatever was decoded before the cut reads the same after it, also where the cut goes through
-    a group; and decoding goes on. Nothing is left of a kept token that was cut off."""
-    cache = cached(theirs, scheme)
+    """What was decoded before the cut reads the same after it, even if the cut goes through a
+    group; decoding goes on; and nothing is left of a kept token that was cut off."""
+    cache = make_cache(theirs, scheme)
     if SCHEMES[scheme].static:
         cache.calibrate(sequences[0])
-    decoded(theirs, cache, sequences[0][0].tolist(), range(20, 30))
-    whole = [store.numbers() for layer in cache.ours for store in layer.stores]
+    decoded_logits(theirs, cache, sequences[0][0].tolist(), range(20, 30))
+    before = [store.dequantized() for store in stores_of(cache)]
     for n in (33, 27, 19, 12):
         cache.crop(n - cache.get_seq_length())
         assert cache.get_seq_length() == n
-        for store, X in zip((store for layer in cache.ours for store in layer.stores), whole):
-            assert torch.equal(store.numbers(), X[:, :, :n])
+        for store, X in zip(stores_of(cache), before):
+            assert torch.equal(store.dequantized(), X[:, :, :n])
     assert cache.sinks() == [[6]]
-    after(theirs, cache, [[STRONG, 30, 31, 32, 33, 34, 35, 36, 37]])  # another prompt, of 9 tokens
-    assert cache.sinks() == [[6, 12]] and cache.get_seq_length() == 21
-    with pytest.raises(ValueError, match="below 0"):
+    second_prompt = [STRONG, 30, 31, 32, 33, 34, 35, 36, 37]
+    logits_after(theirs, cache, [second_prompt])
+    assert cache.sinks() == [[6, 12]]
+    assert cache.get_seq_length() == 21
+    with pytest.raises(ValueError, match="negative"):
         cache.crop(3)
     cache.crop(-100)
     assert cache.get_seq_length() == 0
 
 
 def test_sequences_are_reordered_repeated_and_chosen(theirs, sequences):
-    tokens, more = sequences[0], torch.tensor([[20], [21]])
+    tokens = sequences[0]
+    more = torch.tensor([[20], [21]])
 
-    def state(change):
-        cache = cached(theirs, "channel-dynamic")
-        after(theirs, cache, tokens)
+    def cache_after(change):
+        cache = make_cache(theirs, "channel-dynamic")
+        logits_after(theirs, cache, tokens)
         change(cache)
         return cache
 
-    plain = state(lambda cache: None)
-    expected, sinks = after(theirs, plain, more), plain.sinks()
+    unchanged = cache_after(lambda cache: None)
+    expected = logits_after(theirs, unchanged, more)
+    sinks = unchanged.sinks()
     assert sinks == [[6, 17], [3, 9]]
-    swapped = state(lambda cache: cache.reorder_cache(torch.tensor([1, 0])))
+    swapped = cache_after(lambda cache: cache.reorder_cache(torch.tensor([1, 0])))
     assert swapped.sinks() == sinks[::-1]
-    torch.testing.assert_close(after(theirs, swapped, more.flip(0)), expected.flip(0))
-    doubled = state(lambda cache: cache.batch_repeat_interleave(2))
-    torch.testing.assert_close(
-        after(theirs, doubled, more.repeat_interleave(2, 0)), expected.repeat_interleave(2, 0)
-    )
-    for chosen in (torch.tensor([1]), torch.tensor([False, True])):
-        second = state(lambda cache: cache.batch_select_indices(chosen))
-        torch.testing.assert_close(after(theirs, second, more[1:]), expected[1:])
+    logits = logits_after(theirs, swapped, more.flip(0))
+    torch.testing.assert_close(logits, expected.flip(0))
+    doubled = cache_after(lambda cache: cache.batch_repeat_interleave(2))
+    logits = logits_after(theirs, doubled, more.repeat_interleave(2, 0))
+    torch.testing.assert_close(logits, expected.repeat_interleave(2, 0))
+    for indices in (torch.tensor([1]), torch.tensor([False, True])):
+        chosen = cache_after(lambda cache, indices=indices: cache.batch_select_indices(indices))
+        torch.testing.assert_close(logits_after(theirs, chosen, more[1:]), expected[1:])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,164 +292,182 @@ def test_sequences_are_reordered_repeated_and_chosen(theirs, sequences):
 
 @pytest.mark.parametrize("k", [1, 2, "auto"])
 def test_a_prompt_in_chunks_keeps_a_running_top_k(theirs, k):
-    """The weaker sink comes first and is kept, then the stronger one comes: of one kept token it
-    would take the place, but the weaker one's code was made for a group without it, so both stay.
-    The third chunk has none that is large enough. A decoded token is never a sink."""
+    """The weaker sink comes first and is kept, then the stronger one comes. If one token is kept,
+    it would take the place of the weaker one, but the codes of the weaker one's group were made
+    without it, so both stay. The third chunk has no token that is large enough. A decoded token is
+    never a sink."""
     tokens = ordinary_tokens(24, 0)
     tokens[[3, 12]] = torch.tensor([WEAK, STRONG])
-    cache = cached(theirs, "channel-dynamic", keep="kvsink", sinks=k)
+    cache = make_cache(theirs, "channel-dynamic", keep="kvsink", sinks=k)
     for chunk, sinks in zip(tokens[None].split(10, dim=1), ({3}, {3, 12}, {3, 12})):
-        after(theirs, cache, chunk)
-        (found,) = cache.sinks()  # of the first chunk, two have a second token beside the sink
-        assert set(found) >= sinks and len(found) == len(sinks) + (k == 2)
-    after(theirs, cache, [[STRONG]])
-    assert cache.sinks() == [found]
-    whole = cached(theirs, "channel-dynamic", keep="kvsink", sinks=k)
-    after(theirs, whole, tokens[None])
+        logits_after(theirs, cache, chunk)
+        (kept,) = cache.sinks()  # k = 2 keeps a second token of the first chunk beside the sink
+        assert set(kept) >= sinks
+        assert len(kept) == len(sinks) + (k == 2)
+    logits_after(theirs, cache, [[STRONG]])
+    assert cache.sinks() == [kept]
+    whole = make_cache(theirs, "channel-dynamic", keep="kvsink", sinks=k)
+    logits_after(theirs, whole, tokens[None])
     assert whole.sinks() == ([[12]] if k == 1 else [[3, 12]])
-    for part, expected in zip(
-        parts_of(cache)[: 2 * SITE.l_E], parts_of(whole)
-    ):  # nothing is kept in these blocks
-        assert torch.equal(part["codes"][:, :, :24], expected["codes"])
-    assert all({3, 12} <= {*t["slots"][0].tolist()} for t in parts_of(cache)[2 * SITE.l_E :])
+    first_after = 2 * SITE.l_E  # the first store after block l_E; nothing is kept in those before
+    for store, expected in zip(stores_of(cache)[:first_after], stores_of(whole)):
+        assert torch.equal(store.parts["codes"][:, :, :24], expected.parts["codes"])
+    for store in stores_of(cache)[first_after:]:
+        assert {3, 12} <= {*store.parts["slots"][0].tolist()}
 
 
 def test_generate_in_chunks_beams_and_two_turns(theirs, sequences):
     prompt = sequences[0][:1]
-    how = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    cache = cached(theirs, sinks="auto")
-    first = theirs.generate(
-        prompt, past_key_values=cache, max_new_tokens=6, prefill_chunk_size=7, **how
-    )
-    assert first.shape == (1, 30) and cache.sinks() == [[6, 17]] and cache.get_seq_length() == 29
+
+    def generate(tokens, cache, max_new_tokens=6, **options):
+        return theirs.generate(
+            tokens,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            **options,
+        )
+
+    cache = make_cache(theirs, sinks="auto")
+    first = generate(prompt, cache, prefill_chunk_size=7)
+    assert first.shape == (1, 30)
+    assert cache.sinks() == [[6, 17]]
+    assert cache.get_seq_length() == 29
     turn = torch.cat((first, torch.tensor([[20, STRONG, 21]])), dim=1)
-    second = theirs.generate(turn, past_key_values=cache, max_new_tokens=2, **how)
-    assert torch.equal(second[:, :33], turn) and cache.sinks() == [[6, 17, 31]]
+    second = generate(turn, cache, max_new_tokens=2)
+    assert torch.equal(second[:, :33], turn)
+    assert cache.sinks() == [[6, 17, 31]]
     cache.reset()
     assert cache.get_seq_length() == 0
-    again = theirs.generate(prompt, past_key_values=cache, max_new_tokens=6, **how)
-    assert again.shape == (1, 30) and cache.sinks() == [[6, 17]]
-    beams = theirs.generate(
-        prompt, past_key_values=cached(theirs, bits=8), max_new_tokens=6, num_beams=3, **how
-    )
-    full = theirs.generate(prompt, max_new_tokens=6, num_beams=3, **how)
-    assert torch.equal(beams, full)  # at 8 bits
+    again = generate(prompt, cache)
+    assert again.shape == (1, 30)
+    assert cache.sinks() == [[6, 17]]
+    beams = generate(prompt, make_cache(theirs, bits=8), num_beams=3)
+    assert torch.equal(beams, generate(prompt, None, num_beams=3))  # at 8 bits
 
 
-@pytest.mark.parametrize("keep, N", RULES)
+@pytest.mark.parametrize("keep, N", OPTIONS)
 def test_left_padding_is_no_sink_and_no_position(theirs, keep, N):
-    """A batch of unequal prompts, padded on the left with what would be a sink: of each the tokens
-    are kept that are kept of it alone, and its logits are those of it alone (by token: no group has
-    padding in it)."""
-    long, short = ordinary_tokens(20, 0), ordinary_tokens(12, 1)
-    long[[6, 15]], short[[2, 7]] = torch.tensor([WEAK, STRONG]), torch.tensor([STRONG, WEAK])
+    """A batch of unequal prompts, padded on the left with a token that would be a sink. Each has
+    the sinks that it has alone, and the logits that it has alone (by token: no group has padding in
+    it)."""
+    long = ordinary_tokens(20, 0)
+    long[[6, 15]] = torch.tensor([WEAK, STRONG])
+    short = ordinary_tokens(12, 1)
+    short[[2, 7]] = torch.tensor([STRONG, WEAK])
     padded = torch.stack([long, torch.cat((torch.full((8,), STRONG), short))])
     mask = torch.ones(2, 20, dtype=torch.int64)
     mask[1, :8] = 0
-    both = cached(theirs, keep=keep, sinks=N)
-    found = [
-        after(
-            theirs,
-            both,
-            padded,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        )
-    ]
-    for i in range(3):
+    prompt_mask = mask
+    both = make_cache(theirs, keep=keep, sinks=N)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = [logits_after(theirs, both, padded, attention_mask=mask, position_ids=positions)]
+    for token in (20, 21, 22):
         mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.int64)), dim=1)
-        positions = mask.sum(1, keepdim=True) - 1
-        found.append(
-            after(theirs, both, [[20 + i]] * 2, attention_mask=mask, position_ids=positions)
-        )
+        options = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+        logits.append(logits_after(theirs, both, [[token]] * 2, **options))
     for i, tokens in enumerate((long, short)):
-        alone = cached(theirs, keep=keep, sinks=N)
-        expected = decoded(theirs, alone, tokens.tolist(), range(20, 23))
-        torch.testing.assert_close(torch.stack(found)[:, i], expected, rtol=1e-4, atol=2e-5)
+        alone = make_cache(theirs, keep=keep, sinks=N)
+        expected = decoded_logits(theirs, alone, tokens.tolist(), (20, 21, 22))
+        torch.testing.assert_close(torch.stack(logits)[:, i], expected, rtol=1e-4, atol=2e-5)
         assert both.sinks()[i] == alone.sinks()[0]
-    every = cached(theirs, sinks=25)
-    after(theirs, every, padded, attention_mask=mask[:, :20])
-    after(theirs, every, [[20], [21]], attention_mask=mask[:, :21])
-    assert every.sinks() == [
-        list(range(20)),
-        list(range(12)),
-    ]  # all there are, no padding, and no decoded token
-    groups = cached(theirs, "channel-dynamic", keep=keep, sinks=N)  # a group of nothing but padding
-    assert after(theirs, groups, padded, attention_mask=mask[:, :20]).isfinite().all()
+    all_kept = make_cache(theirs, sinks=25)
+    logits_after(theirs, all_kept, padded, attention_mask=prompt_mask)
+    logits_after(theirs, all_kept, [[20], [21]], attention_mask=mask[:, :21])
+    # All tokens of the prompts, but neither padding nor a decoded token.
+    assert all_kept.sinks() == [list(range(20)), list(range(12))]
+    # A group of nothing but padding.
+    grouped = make_cache(theirs, "channel-dynamic", keep=keep, sinks=N)
+    assert logits_after(theirs, grouped, padded, attention_mask=prompt_mask).isfinite().all()
 
 
-def test_ones_own_rule(theirs, sequences):
-    """RotateKV's top-k over all channels, of which the planted one is the largest; and one that no
-    model would."""
+def test_a_function_in_the_place_of_lines_15_and_16(theirs, sequences):
+    """RotateKV's top-k over all channels, of which the planted one is the largest; and a function
+    that fits no model."""
 
     def rotatekv(H):
         return kvsink.predict_sinks(H.abs().amax(-1, keepdim=True), c=0, k=min(2, H.shape[1]))
 
-    cache = cached(theirs, rule=rotatekv)
-    after(theirs, cache, sequences[0])
+    def every_third_token(H):
+        return (torch.arange(H.shape[1]) % 3 == 0).expand(H.shape[:2])
+
+    cache = make_cache(theirs, predict=rotatekv)
+    logits_after(theirs, cache, sequences[0])
     assert cache.sinks() == [[6, 17], [3, 9]]
-    padded, mask = sequences[0].clone(), torch.ones(2, 24, dtype=torch.int64)
-    padded[0, :3], mask[0, :3] = STRONG, 0  # padding has no place among the two
-    cache = cached(theirs, rule=rotatekv)
-    after(theirs, cache, padded, attention_mask=mask)
+    padded = sequences[0].clone()
+    padded[0, :3] = STRONG  # padding has no place among the two
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[0, :3] = 0
+    cache = make_cache(theirs, predict=rotatekv)
+    logits_after(theirs, cache, padded, attention_mask=mask)
     assert cache.sinks() == [[3, 14], [3, 9]]
-    every_third = cached(
-        theirs, rule=lambda H: (torch.arange(H.shape[1]) % 3 == 0).expand(H.shape[:2])
-    )
-    after(theirs, every_third, sequences[0][:1, :8])
-    after(theirs, every_third, sequences[0][:1, 8:])
-    assert every_third.sinks() == [[0, 3, 6, 8, 11, 14, 17, 20, 23]]
+    cache = make_cache(theirs, predict=every_third_token)
+    logits_after(theirs, cache, sequences[0][:1, :8])
+    logits_after(theirs, cache, sequences[0][:1, 8:])
+    assert cache.sinks() == [[0, 3, 6, 8, 11, 14, 17, 20, 23]]
 
 
 # --------------------------------------------------------------------------------------------------
-# Every model of transformers
+# Models of transformers
 
 
 def random_model(kind, attention="sdpa", **config):
-    """Of the family `kind`, with random weights, 4 layers, 2 Key heads of 16 channels."""
+    """Return a model of the family `kind` with random weights, 4 layers, and 2 Key heads of 16
+    channels."""
     sizes = {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 97, "max_position_embeddings": 256,
-    }  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(
-        **sizes | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | config
-    )
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 97,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = getattr(transformers, f"{kind}Config")(**sizes | config)
     torch.manual_seed(0)
     config._attn_implementation = attention
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+GEMMA = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
 MODELS = {
-    "Llama": {}, "Mistral": {"sliding_window": None}, "Qwen2": {}, "Qwen3": {}, "SmolLM3": {},
-    "GPTNeoX": {"num_key_value_heads": 4}, "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8},
-}  # fmt: skip
+    "Llama": {},
+    "Mistral": {"sliding_window": None},
+    "Qwen2": {},
+    "Qwen3": {},
+    "SmolLM3": {},
+    "GPTNeoX": {"num_key_value_heads": 4},
+    "Gemma3Text": GEMMA,
+}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_family_runs(kind, attention):
-    """Sinks are the top-k of the model's own hidden state; with 8 bits its logits are near full
-    precision's, and at 2 bits they are not; layers with a sliding window stay transformers'."""
-    model, tokens = random_model(kind, attention, **MODELS[kind]), torch.arange(3, 33)[None]
-    states = model(tokens, output_hidden_states=True)
-    cache = KVSinkCache(model, 8, "token-dynamic", 16, "kvsink", 3, site=Site(2, 7))
-    found = model(tokens, past_key_values=cache).logits
-    assert cache.sinks() == [
-        sorted(states.hidden_states[2][0, :, 7].abs().topk(3).indices.tolist())
-    ]
-    far = model(
-        tokens, past_key_values=KVSinkCache(model, 2, "token-dynamic", 16, site=Site(2, 7))
-    ).logits
-    error, far = (found - states.logits).norm(), (far - states.logits).norm()
-    assert 0 < error < far / 10
-    sliding = [type(layer).__name__ for layer in cache.layers if not isinstance(layer, KVSinkLayer)]
-    assert sliding == ["DynamicSlidingWindowLayer"] * (2 if "Gemma" in kind else 0)
-    model.generate(
-        tokens,
-        past_key_values=KVSinkCache(model, site=Site(2, 7)),
-        max_new_tokens=4,
-        do_sample=False,
-    )
+    """Sinks are the top-k of the model's own hidden state. With 8 bits its logits are near full
+    precision's, and with 2 bits they are not. Layers with a sliding window stay transformers'."""
+    model = random_model(kind, attention, **MODELS[kind])
+    tokens = torch.arange(3, 33)[None]
+    site = Site(2, 7)
+    full = model(tokens, output_hidden_states=True)
+    cache = KVSinkCache(model, 8, "token-dynamic", group_size=16, keep="kvsink", sinks=3, site=site)
+    logits = model(tokens, past_key_values=cache).logits
+    top_3 = full.hidden_states[2][0, :, 7].abs().topk(3).indices
+    assert cache.sinks() == [sorted(top_3.tolist())]
+    coarse = KVSinkCache(model, 2, "token-dynamic", group_size=16, site=site)
+    coarse_logits = model(tokens, past_key_values=coarse).logits
+    error = (logits - full.logits).norm()
+    assert 0 < error < (coarse_logits - full.logits).norm() / 10
+    others = [type(layer).__name__ for layer in cache.layers if not isinstance(layer, KVSinkLayer)]
+    assert others == ["DynamicSlidingWindowLayer"] * (2 if kind == "Gemma3Text" else 0)
+    cache = KVSinkCache(model, site=site)
+    model.generate(tokens, past_key_values=cache, max_new_tokens=4, do_sample=False)
 
 
 def test_a_model_that_only_slides_is_refused():
@@ -454,8 +475,8 @@ def test_a_model_that_only_slides_is_refused():
         KVSinkCache(random_model("Mistral", sliding_window=8), site=Site(2, 7))
 
 
-def test_the_site(theirs, tmp_path):
-    """The finder's, by the tokens that a tokenizer makes; Table 3's, by name and shape; where there
+def test_the_site(theirs):
+    """The finder's, from the tokens that a tokenizer makes; Table 3's, by name and shape; if there
     is none, a warning, and token 0 is kept."""
 
     class tokenizer:
@@ -467,140 +488,146 @@ def test_the_site(theirs, tmp_path):
     with pytest.warns(UserWarning, match="site=Site") as warned:
         cache = KVSinkCache(model, tokenizer=tokenizer)
     assert len(warned) == 1
-    after(model, cache, [[5, 6, 7, 8]])
+    assert warned[0].filename == __file__
+    logits_after(model, cache, [[5, 6, 7, 8]])
     assert cache.sinks() == [[0]]
     listed = random_model("Llama", hidden_size=2048, num_hidden_layers=16, head_dim=8)
     for name in ("meta-llama/Llama-3.2-1B", "/somewhere/llama3.2-1b/"):
         listed.config._name_or_path = name
         assert site_of(listed.model) == Site(2, 400)
-    for l, block in enumerate(theirs.model.layers):
-        assert not block._forward_hooks or l == SITE.l_E - 1
+    for l, block in enumerate(theirs.model.layers, start=1):
+        assert not block._forward_hooks or l == SITE.l_E
 
 
 # --------------------------------------------------------------------------------------------------
 # Hooks, and what is refused
 
 
-def test_a_cache_is_known_by_whatever_name_it_comes():
+def test_a_cache_may_be_passed_positionally_or_under_any_keyword():
     class Block(torch.nn.Module):
         def forward(self, H, layer_past=None, **others):
             return H
 
     class Recorder:
-        def predict(self, given, H):
-            seen.append(H)
+        outputs = []
 
-    seen, cache = [], Recorder()
+        def after_emergence(self, arguments, H):
+            self.outputs.append(H)
+
+    cache = Recorder()
     for args, kwargs in (
         ((1, cache), {}),
         ((1,), {"layer_past": cache}),
         ((1,), {"past": cache}),
         ((1,), {"past": None}),
     ):
-        hook(weakref.ref(cache), "predict", Block(), args, kwargs, 1)
-    assert len(seen) == 3
+        call_if_used(weakref.ref(cache), "after_emergence", Block(), args, kwargs, 1)
+    assert len(cache.outputs) == 3
 
 
 def test_two_caches_do_not_meet_and_hooks_go(theirs, sequences):
     gc.collect()
     decoder = theirs.get_decoder()
-    block, hooks = (
-        decoder.layers[SITE.l_E - 1],
-        lambda: (len(decoder._forward_pre_hooks), len(block._forward_hooks)),
-    )
-    had = hooks()
-    with cached(theirs) as one:
-        two = cached(theirs, keep="pfn", sinks=1)
-        after(theirs, one, sequences[0][:1])
-        after(theirs, two, sequences[0][1:])
+    block = decoder.layers[SITE.l_E - 1]
+
+    def count_hooks():
+        return len(decoder._forward_pre_hooks), len(block._forward_hooks)
+
+    on_decoder, on_block = count_hooks()
+    with make_cache(theirs) as one:
+        two = make_cache(theirs, keep="pfn", sinks=1)
+        logits_after(theirs, one, sequences[0][:1])
+        logits_after(theirs, two, sequences[0][1:])
         theirs(sequences[0])
-        after(theirs, one, [[20]])
-        assert (
-            one.sinks() == [[6, 17]]
-            and two.sinks() == [[0]]
-            and hooks() == (had[0] + 2, had[1] + 1)
-        )
+        logits_after(theirs, one, [[20]])
+        assert one.sinks() == [[6, 17]]
+        assert two.sinks() == [[0]]
+        assert count_hooks() == (on_decoder + 2, on_block + 1)
     with pytest.raises(ValueError, match="closed"):
-        after(theirs, one, [[20]])
+        logits_after(theirs, one, [[20]])
     del two
     gc.collect()
-    assert hooks() == had
+    assert count_hooks() == (on_decoder, on_block)
 
 
-@pytest.mark.parametrize("how, words", [
-    ({"scheme": "kivi"}, "scheme is one of token-static"),
-    ({"keep": "first"}, "pfn"),
-    ({"keep": "pfn", "sinks": "auto"}, "sinks='auto'"),
-    ({"sinks": -1}, "sinks=-1"),
-    ({"bits": 9}, "9 bits"),
-    ({"site": Site(0, 5)}, "from 1"),
-    ({"site": Site(7, 5)}, "from 1"),
-    ({"site": Site(2, 32)}, "no place"),
-])  # fmt: skip
-def test_what_cannot_be(theirs, how, words):
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"scheme": "kivi"}, "scheme='kivi' is none of token-static"),
+        ({"keep": "first"}, "pfn"),
+        ({"keep": "pfn", "sinks": "auto"}, "sinks='auto'"),
+        ({"sinks": -1}, "sinks=-1"),
+        ({"keep": "pfn", "predict": torch.abs}, "predict="),
+        ({"bits": 9}, "9 bits"),
+        ({"group_size": 3}, "group_size=3"),
+        ({"site": Site(0, 5)}, "blocks 1 to 6"),
+        ({"site": Site(7, 5)}, "blocks 1 to 6"),
+        ({"site": Site(2, 32)}, "channels 0 to 31"),
+    ],
+)
+def test_arguments_that_are_refused(theirs, options, words):
     with pytest.raises(ValueError, match=words):
-        cached(theirs, **how)
+        make_cache(theirs, **options)
 
 
-def test_a_pass_may_be_called_in_other_ways(theirs, sequences):
-    """Token ids by place, masks of four dimensions, half precision around it: the same sinks."""
+def test_other_ways_to_call_a_model(theirs, sequences):
+    """Token ids passed positionally, masks of four dimensions, autocast: the same sinks."""
     mask = torch.ones(2, 24, dtype=torch.int64)
     mask[0, :8] = 0
-    expected = cached(theirs)
-    after(theirs, expected, sequences[0], attention_mask=mask)
-    four = mask[:, None, None, :].bool() & torch.ones(24, 24, dtype=torch.bool).tril()
-    for given in (four, torch.zeros(2, 1, 24, 24).masked_fill(~four, -1e9)):
-        cache = cached(theirs)
-        theirs.model(sequences[0], given, past_key_values=cache)
-        assert (
-            cache.sinks() == expected.sinks() == [[9], [3, 9]] or cache.sinks() == expected.sinks()
-        )
-    gemma, tokens = random_model("Gemma3Text", **MODELS["Gemma3Text"]), torch.arange(3, 9)[None]
+    expected = make_cache(theirs)
+    logits_after(theirs, expected, sequences[0], attention_mask=mask)
+    causal = torch.ones(24, 24, dtype=torch.bool).tril()
+    seen = mask[:, None, None, :].bool() & causal
+    for attention_mask in (seen, torch.zeros(2, 1, 24, 24).masked_fill(~seen, -1e9)):
+        cache = make_cache(theirs)
+        theirs.model(sequences[0], attention_mask, past_key_values=cache)
+        assert cache.sinks() == expected.sinks()
+    gemma = random_model("Gemma3Text", **GEMMA)
+    tokens = torch.arange(3, 9)[None]
     causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    masks = dict.fromkeys(("full_attention", "sliding_attention"), causal)
     cache = KVSinkCache(gemma, keep="pfn", sinks=2)
-    gemma.model(
-        tokens,
-        dict.fromkeys(("full_attention", "sliding_attention"), causal),
-        past_key_values=cache,
-    )
+    gemma.model(tokens, masks, past_key_values=cache)
     assert cache.sinks() == [[0, 1]]
     with torch.autocast("cpu", torch.bfloat16):
-        cache = cached(theirs, "channel-dynamic")
-        for part in sequences[0].split(12, dim=1):
-            after(theirs, cache, part)
+        cache = make_cache(theirs, "channel-dynamic")
+        for chunk in sequences[0].split(12, dim=1):
+            logits_after(theirs, cache, chunk)
     assert cache.get_seq_length() == 24
 
 
 def test_a_failure_leaves_nothing_behind(theirs, sequences):
     """A calibration that fails, and a cut that a layer with a window refuses."""
-    cache = cached(theirs, "token-static")
+    cache = make_cache(theirs, "token-static")
     cache.calibrate(sequences[0])
-    expected = after(theirs, cache, sequences[0])
+    expected = logits_after(theirs, cache, sequences[0])
     with pytest.raises(IndexError):
         cache.calibrate(torch.tensor([[500]]))
-    assert torch.equal(after(theirs, cache, sequences[0]), expected) and cache.bytes()[0] > 0
-    kinds = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 8}
-    gemma = random_model("Gemma3Text", **kinds)
+    assert torch.equal(logits_after(theirs, cache, sequences[0]), expected)
+    assert cache.bytes()[0] > 0
+    layer_types = ["full_attention", "sliding_attention"] * 2
+    gemma = random_model("Gemma3Text", layer_types=layer_types, sliding_window=8)
     cache = KVSinkCache(gemma, keep="pfn", sinks=1)
-    after(gemma, cache, torch.arange(3, 33)[None])
+    logits_after(gemma, cache, torch.arange(3, 33)[None])
     with pytest.raises(RuntimeError):
         cache.crop(-2)
     assert cache.get_seq_length() == 30
-    after(gemma, cache, [[5]])
+    logits_after(gemma, cache, [[5]])
 
 
 def test_uses_that_are_refused(theirs, sequences):
-    with pytest.raises(TypeError, match="not copied"):
-        copy.deepcopy(cached(theirs))
-    assert cached(theirs).sinks() == []
+    with pytest.raises(TypeError, match="copied"):
+        copy.deepcopy(make_cache(theirs))
+    assert make_cache(theirs).sinks() == []
     with pytest.raises(ValueError, match="calibrate"):
-        after(theirs, cached(theirs, "token-static"), sequences[0])
+        logits_after(theirs, make_cache(theirs, "token-static"), sequences[0])
     with pytest.raises(ValueError, match="attention_mask"):
-        after(theirs, cached(theirs), sequences[0], attention_mask=torch.ones(2, 23))
+        mask = torch.ones(2, 23)
+        logits_after(theirs, make_cache(theirs), sequences[0], attention_mask=mask)
     with pytest.raises(ValueError, match="assisted"):
         theirs.generate(
             sequences[0][:1],
-            past_key_values=cached(theirs),
+            past_key_values=make_cache(theirs),
             assistant_model=theirs,
             max_new_tokens=4,
         )
@@ -613,79 +640,75 @@ def test_cuda_agrees_with_cpu(theirs, sequences, scheme, tmp_path):
     """All that a layer stores lies on its Keys' device."""
     theirs.save_pretrained(tmp_path)
     on_gpu = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).cuda().eval()
-    cache, here = cached(on_gpu, scheme, 8), cached(theirs, scheme, 8)
-    found = after(on_gpu, cache, sequences[0].cuda()).cpu()
-    torch.testing.assert_close(found, after(theirs, here, sequences[0]), rtol=1e-2, atol=1e-2)
-    assert cache.sinks() == here.sinks() and all(
-        part.is_cuda for t in parts_of(cache) for part in t.values()
-    )
+    gpu_cache = make_cache(on_gpu, scheme, 8)
+    cpu_cache = make_cache(theirs, scheme, 8)
+    logits = logits_after(on_gpu, gpu_cache, sequences[0].cuda()).cpu()
+    expected = logits_after(theirs, cpu_cache, sequences[0])
+    torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2)
+    assert gpu_cache.sinks() == cpu_cache.sinks()
+    for store in stores_of(gpu_cache):
+        assert all(part.is_cuda for part in store.parts.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
 
 
 def test_without_transformers_it_says_what_to_install(tmp_path):
+    def run_python(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=HERE,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
     (tmp_path / "transformers.py").write_text("raise ImportError('not here')")
-    run = {
-        "cwd": Path(__file__).parent.parent,
-        "capture_output": True,
-        "text": True,
-        "env": os.environ | {"PYTHONPATH": str(tmp_path)},
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "beyond.transformers_cache", "--windows", "1"], **run
-    )
-    assert (
-        done.returncode == 2
-        and len(done.stderr.splitlines()) == 1
-        and "pip install transformers==5.23.0" in done.stderr
-    )
+    done = run_python("-m", "beyond.transformers_cache", "--windows", "1")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "pip install transformers==5.23.0" in done.stderr
     (tmp_path / "transformers.py").write_text("__version__ = '4.0'")
-    done = subprocess.run([sys.executable, "-c", "import beyond.transformers_cache"], **run)
+    done = run_python("-c", "import beyond.transformers_cache")
     assert "tested with transformers 5.23" in done.stderr or "pip install" in done.stderr
 
 
 def test_the_command(tiny, capsys, monkeypatch):
-    """transformers beside ours: the quantized rows take at most the bytes that theirs take."""
+    """transformers' caches beside ours: a KVSinkCache takes at most the bytes that theirs take."""
+
+    def their_caches(transformers, model):
+        yield 16, "full precision", transformers.DynamicCache(config=model.config)
+        yield 4, "4 bits against itself", make_cache(model, bits=5)
+
     monkeypatch.setattr(hub, "documents", lambda *_: ["Some text of bytes. " * 30] * 9)
-    monkeypatch.setattr(side_by_side, "their_caches", lambda t, model: [
-        (16, "full precision", t.DynamicCache(config=model.config)), (4, "4 bits against itself", cached(model, bits=5)),
-    ])  # fmt: skip
-    options = [
-        *tiny[:2],
-        "--layer",
-        "1",
-        "--channel",
-        "5",
-        "--prompt",
-        "40",
-        "--tokens",
-        "5",
-        "--windows",
-        "2",
-    ]
-    assert side_by_side.main(options) == 0
+    monkeypatch.setattr(side_by_side, "their_caches", their_caches)
+    model = tiny[:2]
+    texts = "--layer 1 --channel 5 --prompt 40 --tokens 5 --windows 2".split()
+    assert side_by_side.main([*model, *texts]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == [
-        "transformers, full precision", "transformers, itself, 4 bits", "KVSinkCache, 4 bits, groups of 8",
-    ]  # fmt: skip
-    assert all("+-" in line for line in lines[3:]) and "32.00" in lines[2]
+        "transformers, full precision",
+        "transformers, itself, 4 bits",
+        "KVSinkCache, 4 bits, groups of 8",
+    ]
+    assert all("+-" in line for line in lines[3:])
+    assert "32.00" in lines[2]
     refuse(["--model", "nobody"], ["no model", "nobody"], capsys, side_by_side)
 
 
 # --------------------------------------------------------------------------------------------------
-# Parity of the reference with transformers, live
+# The parity of the reference with transformers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_the_reference_are_those_of_transformers(family, tmp_path):
-    directory = write_model(tmp_path / "model", {**SMALL, **FAMILIES[family]})
+    directory = helpers.write_model(tmp_path / "model", {**SMALL, **FAMILIES[family]})
     tokens = torch.tensor(np.random.RandomState(2).randint(0, 97, (2, 90)))
-    expected = (
-        transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        .eval()(tokens)
-        .logits
-    )
-    torch.testing.assert_close(
-        Llama.from_pretrained(directory)(tokens), expected, rtol=1e-4, atol=2e-5
-    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    expected = theirs.eval()(tokens).logits
+    ours = Llama.from_pretrained(directory)
+    torch.testing.assert_close(ours(tokens), expected, rtol=1e-4, atol=2e-5)
 
 
 def test_tokenizers_are_those_of_transformers(default_model, tmp_path):
@@ -693,12 +716,12 @@ def test_tokenizers_are_those_of_transformers(default_model, tmp_path):
     hurt."""
     special = ("<|begin_of_text|>", "<|end_of_text|>")
     ranks = bytes_vocabulary([" cat", "1234", "ab", "  "])
-    write_bpe(tmp_path / "llama3", ranks, llama3_pre_tokenizer(), special, first=special[0])
+    pre_tokenizer = llama3_pre_tokenizer()
+    helpers.write_bpe(tmp_path / "llama3", ranks, pre_tokenizer, special, first=special[0])
     write_byte_fallback(tmp_path / "llama2", write_sentencepiece(tmp_path / "pieces"))
     for directory in (default_model, tmp_path / "llama3", tmp_path / "llama2"):
         ours = Tokenizer.from_pretrained(directory)
-        theirs = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(directory / "tokenizer.json")
-        )
+        file = str(directory / "tokenizer.json")
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=file)
         for words in STRINGS_THAT_HURT:
             assert ours.encode(words) == theirs(words).input_ids, (directory.name, words)

@@ -332,12 +332,12 @@ WRONG = {
         ("planes lie on top of each other", "<< shift", "<< 0"),
         ("channels lie below each other", "dim=-1", "dim=0"),
     ],
-    "Packed.scores": [
+    "PackedStore.scores": [
         ("the query is rotated in the wrong direction", "-rope[1]", "rope[1]"),
         (
             "all sequences have the first one's group",
-            "group == at // self.g",
-            "group == at[:1] // self.g",
+            "group == slot // self.g",
+            "group == slot[:1] // self.g",
         ),
         (
             "all queries have the first one's scores",

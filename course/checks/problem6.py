@@ -58,8 +58,8 @@ def test_scores_by_hand(run):
 
 
 def test_scores_of_the_newest_group(run):
-    """Two tokens share a scale for each channel. The next token goes to slot 3, so tokens 2 and 3
-    are in the residual."""
+    """Two tokens share a scale for each channel. The query is that of slot 3, so tokens 2 and 3 are
+    in the residual."""
     stored = {
         "codes": np.ones((1, 1, 4, 8), np.uint8),
         "bits": 8,

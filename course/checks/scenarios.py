@@ -306,17 +306,17 @@ class Sparse:
         return S + 1000
 
 
-def scored(stored, Q, at, rope=None):
-    """Return the scores (b, h_kv, G, n) of queries Q against stored Keys; `at` (b, 1) is the slot
-    of each sequence's next token. `stored` has codes, bits, scale and zero and, if there are any,
-    the Keys of the newest group (b, h_kv, g, d_k) as `residual`, and `sparse` outliers."""
+def scored(stored, Q, slot, rope=None):
+    """Return the scores (b, h_kv, G, n) of the queries Q, of the tokens in `slot` (b, 1). `stored`
+    has codes, bits, scale and zero and, if there are any, the Keys of the newest group
+    (b, h_kv, g, d_k) as `residual`, and `sparse` outliers."""
     from paper import kvcache
 
     def decode(codes, s, z):
         return s.float() * (codes - z.float())
 
     residual = tensor(stored.get("residual"))
-    store = object.__new__(kvcache.Packed)
+    store = object.__new__(kvcache.PackedStore)
     store.quantizer = SimpleNamespace(bits=stored["bits"], decode=decode)
     store.codes = tensor(stored["codes"])
     store.parameters = [tensor(stored["scale"]), tensor(stored["zero"])]
@@ -325,5 +325,5 @@ def scored(stored, Q, at, rope=None):
     store.g = 1 if residual is None else residual.shape[2]
     store.residual = residual
     store.outliers = Sparse() if stored.get("sparse") else None
-    S = store.scores(tensor(Q), rope and tuple(map(tensor, rope)), tensor(at))
+    S = store.scores(tensor(Q), rope and tuple(map(tensor, rope)), tensor(slot))
     return plain(torch.stack(list(S), dim=2))

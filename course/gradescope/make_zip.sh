@@ -1,5 +1,5 @@
 #!/usr/bin/env sh
-# The archive for Gradescope, from what is committed: sh course/gradescope/make_zip.sh autograder.zip
+# Make the archive for Gradescope from the last commit: sh course/gradescope/make_zip.sh autograder.zip
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

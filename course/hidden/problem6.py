@@ -92,17 +92,17 @@ def test_scores_of_the_newest_group_of_each_sequence(run):
     stored, Q, K = case(5, 2, (12, 16), 1, tokens=4)
     residual = np.random.RandomState(6).randn(2, 2, 4, 16).astype(np.float32)
     stored["residual"] = residual
-    at = np.int64([[10], [4]])  # the first is in group 2, the second begins group 1
+    slot = np.int64([[10], [4]])  # the first is in group 2, the second begins group 1
     K[0, :, 8:12] = residual[0]
     K[1, :, 4:8] = residual[1]
-    S = run(scored, stored, Q, at)
+    S = run(scored, stored, Q, slot)
     close(S, Q @ K.transpose(0, 1, 3, 2), "scores", rtol=1e-3, atol=1e-3)
     angle = np.outer(np.arange(12), 1.0 / 10 ** np.linspace(0, 2, 8))
     rotated = (K[..., :8] + 1j * K[..., 8:]) * np.exp(1j * angle)
     rotated = np.concatenate([rotated.real, rotated.imag], -1)
     angle = np.tile(angle, 2)
     rope = [np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)]
-    S = run(scored, stored, Q, at, rope)
+    S = run(scored, stored, Q, slot, rope)
     close(S, Q @ rotated.transpose(0, 1, 3, 2), "scores before RoPE", rtol=1e-3, atol=1e-3)
 
 
