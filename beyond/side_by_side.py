@@ -43,7 +43,7 @@ class Comparison:
 def print_table(comparison):
     """Compare each of transformers' caches with the KVSinkCache that has the finest groups and
     takes no more bytes."""
-    print(f"{'cache':<42}{'stored bits':>12}{'KL, nats a token':>21}{'tokens / s':>11}")
+    print(f"{'cache':<42}{'stored bits':>12}{'KL, nats per token':>21}{'tokens / s':>11}")
     full = None  # what full precision, the first cache, predicts
     for bits, description, cache in their_caches(transformers, comparison.model):
         if full is None:

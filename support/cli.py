@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, argv=None):
-        for word in argv or []:
+        for word in sys.argv[1:] if argv is None else argv:
             if word.endswith("=--"):  # argparse would take this for an option without a value
                 self.error(f"{word}: a value is missing")
         return super().parse_args(argv)

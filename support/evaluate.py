@@ -186,7 +186,7 @@ def batches(model, tokens, options, label, step=None):
             H = stream.embed(model, tokens)
             yield tokens, H, stream.one_at_a_time(step_with_progress, model.device)
             return
-        for window in tokens.split(1):
+        for window in tokens[:, None]:  # (1, n); a rank may have none
             yield window, model.embedding(window.to(model.device)), step_with_progress
 
 
@@ -209,7 +209,7 @@ def window_losses(run, windows, H):
     """Return the negative log-likelihood of each window, a list, from H^L (B, n, d)."""
     device = run.model.device
     losses = []
-    for window, H_w in zip(windows.split(1), H.split(1)):
+    for window, H_w in zip(windows[:, None], H[:, None]):  # (1, n), (1, n, d)
         loss = run.options.loss(run.model, H_w.to(device), window.to(device))
         losses.append(loss.item())
     return losses

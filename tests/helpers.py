@@ -303,6 +303,18 @@ def sample_documents(name, split="test", documents=hub.documents):
     return documents(name, split)
 
 
+RESULT = {  # the least that a result has
+    "model": "m",
+    "data": "d",
+    "scheme": "token-static",
+    "keep": "none",
+    "sinks": 0,
+    "bits": 4,
+    "ppl": 1.0,
+    "ppl_fp": 1.0,
+}
+
+
 def results_of(path):
     return json.loads(path.read_text())
 

@@ -153,7 +153,9 @@ def test_scores_bias_and_cosines_against_numpy(window):
     """Equations 3 and 9 and Figure 6a agree with plain loops in float64, with two queries to each
     Key and Value."""
     draw = np.random.RandomState(0)
-    Q, K, V = draw.randn(4, 7, 8), draw.randn(2, 7, 8), draw.randn(2, 7, 8)
+    Q = draw.randn(4, 7, 8)
+    K = draw.randn(2, 7, 8)
+    V = draw.randn(2, 7, 8)
     S = np.array([True, False, False, True, False, False, False])
     P = np.zeros((4, 7, 7))
     bias = np.zeros((4, 7, 8))

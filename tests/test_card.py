@@ -1,6 +1,6 @@
-"""What can be shown of a GPU without one: tensors that say they are on a card and hold nothing. An
+"""What can be shown of a GPU without one: tensors that claim to be on a card and hold nothing. An
 operation that mixes devices raises, and so does one that would wait for the card to look at a
-number. (That the card is called cuda would need a build of torch for it.)"""
+number. (Calling the card "cuda" would need a build of torch for it.)"""
 
 import pytest
 import torch
@@ -14,35 +14,30 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 import kvsink
 import quant
-from kvsink import observers, prefill, preservation
+from kvsink import AUTO, Rule, observers, prefill
 from llama import Llama, LlamaConfig
-from paper import generate, kvquant
+from paper import decode, kvquant
 from paper.kvcache import KVCache
 from tests.helpers import FAMILIES, SITE, SMALL
 
-_setup_privateuseone_for_python_backend(
-    "card"
-)  # torch knows a kind of device of this name from here on
+_setup_privateuseone_for_python_backend("card")  # from here on torch knows devices of this name
 CARD = torch.device("card:0")
-RULES = (("none", 0), ("pfn", 2), ("kvsink", 2), ("pfn+kvsink", kvsink.AUTO))
-MISTRAL = {
-    **SMALL,
-    **FAMILIES["mistral"],
-    "num_hidden_layers": 3,
-}  # two Key heads of 16 channels, a window of 16
+RULES = (Rule(), Rule(first=2), Rule(k=2, site=SITE), Rule(first=1, k=AUTO, site=SITE))
+# Two Key heads of 16 channels, a window of 16
+MISTRAL = {**SMALL, **FAMILIES["mistral"], "num_hidden_layers": 3}
 
 
 @pytest.fixture
 def model(monkeypatch):
-    """A Mistral on a card that is not there, inside its mode."""
-    tensor = torch.tensor  # which copies numbers to the card
+    """A Mistral on a card that does not exist, inside its mode."""
+    make_tensor = torch.tensor  # it copies numbers to the card
 
-    def numbers_on(data, device="cpu", **how):
-        made = tensor(data, **how)
+    def numbers_on(data, device="cpu", **options):
+        made = make_tensor(data, **options)
         return torch.empty(made.shape, dtype=made.dtype, device=device)
 
     monkeypatch.setattr(torch, "tensor", numbers_on)
-    monkeypatch.setattr(quant, "check_finite", lambda X: None)  # a calibration asks this, and waits
+    monkeypatch.setattr(quant, "check_finite", lambda X: None)  # calibration calls it, and waits
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dict(MISTRAL))
     with FakeTensorMode():
@@ -55,34 +50,36 @@ def model(monkeypatch):
 
 
 class CopiesToTheHost(TorchDispatchMode):
-    """Counts them: each waits until the device has done all that it was told."""
+    """Counts copies to the host: each waits until the device has done all that it was told."""
 
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.device.type == "cpu":
-            given = [x for x in args if isinstance(x, torch.Tensor)]
-            self.count += any(x.device == CARD for x in given)
+            tensors = [x for x in args if isinstance(x, torch.Tensor)]
+            self.count += any(x.device == CARD for x in tensors)
         return out
 
 
 def with_ranges(cache):
-    """The same cache, its static quantizers with some range."""
-    for quantizer in (quantizer for pair in cache for quantizer in pair if quantizer.static):
-        quantizer.calibrate(torch.empty(1, 2, 10, 16, device=CARD))
+    """Return the same cache, and give its static quantizers some range."""
+    for pair in cache:
+        for quantizer in pair:
+            if quantizer.static:
+                quantizer.calibrate(torch.empty(1, 2, 10, 16, device=CARD))
     return cache
 
 
-@pytest.mark.parametrize("keep, N", RULES)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("scheme", kvsink.SCHEMES)
-def test_algorithm_1_stays_on_the_card(model, scheme, keep, N):
+def test_algorithm_1_stays_on_the_card(model, scheme, rule):
     """A batch of two texts longer than Mistral's window; no look at the host inside the loop over
     blocks."""
     cache = with_ranges(kvsink.rtn_cache(model, scheme, 3, 8))
     H = model.embedding(torch.zeros(2, 40, dtype=torch.int64, device=CARD))
     with CopiesToTheHost() as copies:
-        H, S_sink = prefill(model, H, cache, **preservation(keep, N, SITE, H))
+        H, S_sink = prefill(model, H, cache, **rule.arguments(H))
     assert H.device == S_sink.device == CARD and S_sink.shape == (2, 40) and copies.count == 0
     assert model.logits(H).shape == (2, 40, 97)
 
@@ -98,16 +95,17 @@ def test_the_watch_sees_what_it_should():
             X + torch.ones(3)
 
 
-@pytest.mark.parametrize("keep, N", RULES)
-def test_calibration_stays_on_the_card(model, keep, N):
-    """All but the question whether each Key and Value is finite."""
-    caches = [
-        kvsink.rtn_cache(model, scheme, 4, 8) for scheme in ("token-static", "channel-static")
-    ]
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_calibration_stays_on_the_card(model, rule):
+    """All but the check whether each Key and Value is finite."""
+    schemes = ("token-static", "channel-static")
+    caches = [kvsink.rtn_cache(model, scheme, 4, 8) for scheme in schemes]
     H = model.embedding(torch.zeros(1, 40, dtype=torch.int64, device=CARD))
-    prefill(model, H, observers(caches), **preservation(keep, N, SITE, H))
-    for quantizer in (q for cache in caches for pair in cache for q in pair):
-        assert quantizer.lo.device == quantizer.hi.device == CARD
+    prefill(model, H, observers(caches), **rule.arguments(H))
+    for cache in caches:
+        for pair in cache:
+            for quantizer in pair:
+                assert quantizer.lo.device == quantizer.hi.device == CARD
 
 
 def test_the_finder_stays_on_the_card_until_it_decides(model, monkeypatch):
@@ -125,21 +123,24 @@ def test_the_packed_cache_stays_on_the_card(model, scheme, pre_rope):
     if scheme != "full":
         quantizers = with_ranges(kvsink.rtn_cache(model, scheme, 3, 8))
     cache = KVCache(model, quantizers, 48, k=2, pre_rope=pre_rope)
-    logits = generate.prefill(model, cache, [[0] * 30], "kvsink", 2, SITE)
+    logits = decode.prefill(model, cache, [[0] * 30], Rule(k=2, site=SITE))
     with CopiesToTheHost() as copies:
         for _ in range(3):
-            logits = generate.decode(model, cache, torch.zeros(1, dtype=torch.int64, device=CARD))
+            token = torch.zeros(1, dtype=torch.int64, device=CARD)
+            logits = decode.decode(model, cache, token)
     assert logits.shape == (1, 97) and logits.device == CARD and copies.count == 0
 
 
-@pytest.mark.parametrize("keep", ["pfn", "kvsink"])
+@pytest.mark.parametrize("rule", [Rule(first=2), Rule(k=2, site=SITE)], ids=str)
 @pytest.mark.parametrize("sparse", [False, True])
-def test_kvquant_stays_on_the_card(model, sparse, keep):
-    midpoints, levels = torch.zeros(3, device=CARD), torch.zeros(4, device=CARD)
+def test_kvquant_stays_on_the_card(model, sparse, rule):
+    midpoints = torch.zeros(3, device=CARD)
+    levels = torch.zeros(4, device=CARD)
     lo = torch.zeros(2, 1, 16, device=CARD)
     K = kvquant.NonUniformQuantizer(midpoints, levels, sparse, lo=lo, hi=lo + 1)
-    V = kvquant.NonUniformQuantizer(midpoints, levels, sparse, tail=1)
+    V = kvquant.NonUniformQuantizer(midpoints, levels, sparse, tail_size=1)
     H = model.embedding(torch.zeros(2, 40, dtype=torch.int64, device=CARD))
+    step = kvsink.decoder_block_pre_rope
     with CopiesToTheHost() as copies:
-        H, _ = prefill(model, H, [(K, V)] * 3, pre_rope=True, **preservation(keep, 2, SITE, H))
+        H, _ = prefill(model, H, [(K, V)] * 3, step=step, **rule.arguments(H))
     assert H.device == CARD and copies.count == 0

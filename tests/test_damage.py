@@ -1,6 +1,7 @@
 """Wrong inputs, several writers and killed runs, for all commands: one line that says so, and never
 a wrong number. Wrong inputs of one module alone are in its own test file."""
 
+import functools
 import json
 import math
 import os
@@ -8,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 import eval_ppl
 from llama import Llama, LlamaConfig
 from paper import __main__ as whole_paper
-from paper import activations, command, figures, generate, kvquant, table1, table2, table3, table4
+from paper import command, figures, generate, kvquant, table1, table2, table3, table4
 from support import evaluate, hub, results, site
 from support.tokenizer import Tokenizer
 from tests.helpers import (
     DIGITS,
     HERE,
+    RESULT,
     SMALL,
     STRONG,
     bytes_vocabulary,
@@ -98,7 +99,7 @@ def one_line(error, *words):
     (table2, ["--outliers", "inf"], ["--outliers", "inf"]),
     (table2, ["--limit", "none"], ["--limit", "'none'"]),
     (table2, ["--seed", HUGE], ["--seed", "not a whole number"]),
-    (table2, ["--calibration", "/"], ["is there and is not a file"]),
+    (table2, ["--calibration", "/"], ["/ exists and is not a file"]),
     (table2, ["--json", "/dev/null"], ["/dev/null"]),
     (table2, ["--model", "hf.co/org/name"], ["web address"]),
     (table3, ["--model", "lora/adapter_config.json"], ["LoRA adapter"]),
@@ -137,7 +138,11 @@ def test_options_that_cannot_be(program, change, words, tiny, capsys, no_weights
 QUANTIZED = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
     "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "bitsandbytes": {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+    },
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
     # Names and shapes of its weights are those of a LLaMA.
@@ -222,12 +227,12 @@ WHOLE_NUMBERS = [
     ({"architectures": {"a": 1}}, ["architecture", "not supported"]),
     ({"architectures": 7}, ["architecture 7"]),
     ({"architectures": [["LlamaForCausalLM"]]}, ["architecture"]),
-    # (So many heads would have 0 channels each.)
+    # So many heads would have 0 channels each: the message may name another number of heads.
     *[({key: 2**65}, ["num_" if key == "num_attention_heads" else key]) for key in WHOLE_NUMBERS],
     *[({key: -4}, ["-" if key == "num_attention_heads" else key]) for key in WHOLE_NUMBERS],
     ({"vocab_size": 1e30}, ["vocab_size is 1e+30"]),
     ({"hidden_size": True}, ["hidden_size"]),
-    ({"hidden_size": [64]}, ["numbers"]),
+    ({"hidden_size": [64]}, ["not a number"]),
     ({"head_dim": 15}, ["do not fit"]),
     ({"rope_theta": math.inf}, ["rope_theta is inf"]),
     ({"rope_theta": math.nan}, ["rope_theta is nan"]),
@@ -323,3 +328,277 @@ def test_names_that_are_not_texts(name):
     one_line(error, "no text")
 
 
+@pytest.mark.parametrize("content", [
+    b"null", b"[{}]", b"[[]]", b"\xff", b"\xef\xbb\xbf[]", DEEP.encode(), b'[{"ppl": NaN}]',
+    b"[1" + b"0" * 5000 + b"]",
+])  # fmt: skip
+def test_files_that_are_not_results(content, capsys, tmp_path):
+    """Neither eval_ppl.py nor Figure 9 reads them; the file stays as it is."""
+    path = tmp_path / "out.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        results.read_results(path)
+    one_line(error, str(path), "left as it is")
+    options = f"--fig 9 --json {path} --out {tmp_path}".split()
+    refuse(options, [str(path)], capsys, figures)
+    assert path.read_bytes() == content
+    assert os.listdir(tmp_path) == ["out.json"]
+
+
+@pytest.mark.parametrize("change", [
+    {"sinks": int(HUGE)}, {"outliers": [1]}, {"seq_len": [64]}, {"model": "\ud800"},
+    {"data": "\udfff"}, {"ppl": None},
+])  # fmt: skip
+def test_a_row_that_cannot_be_is_not_drawn(change, capsys, tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps([RESULT]))
+    options = f"--fig 9 --json {path} --out {tmp_path}/pictures".split()
+    assert figures.main(options) == 0
+    (tmp_path / "pictures").rename(tmp_path / "good pictures")
+    capsys.readouterr()
+    path.write_text(json.dumps([RESULT | change]))
+    refuse(options, ["left as it is"], capsys, figures)
+    assert not (tmp_path / "pictures").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Several writers
+
+
+def fork(work):
+    """Do the work in another process and return its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def exit_code_or_signal(child):
+    """Wait for a process. Return 0 if it ended well, or the signal that killed it."""
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("attempt", range(20))
+def test_four_processes_write_to_one_file(attempt, tmp_path):
+    """No row is lost, and none is there twice, not even one that all four have measured; nothing
+    else is left beside the file."""
+    path = tmp_path / "out.json"
+
+    def write(writer):
+        for i in range(5):
+            results.add_result(path, {**RESULT, "bits": 100 * writer + i})
+        results.add_result(path, {**RESULT, "bits": 1000, "seconds": writer})
+
+    children = [fork(lambda writer=writer: write(writer)) for writer in range(4)]
+    assert [exit_code_or_signal(child) for child in children] == [0] * 4
+    expected = [100 * writer + i for writer in range(4) for i in range(5)]
+    bits = [result["bits"] for result in results.read_results(path)]
+    assert sorted(bits) == [*expected, 1000]
+    assert sorted(os.listdir(tmp_path)) == [".out.json.lock", "out.json"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Killed runs
+
+PROGRAMS = {"eval_ppl": eval_ppl, "table2": table2, "table1": table1, "figures": figures}
+MOMENTS = (
+    "at the first row",
+    "before it is written",
+    "half of it is written",
+    "not in its place",
+    "in its place",
+)
+# Patterns of temporary names: a file is written under one of them, then moved to its place.
+RESULTS_FILE = r"out\.json\.[0-9a-f]{32}"
+CALIBRATION_FILE = r"[0-9a-f]{16}\.safetensors\.[0-9a-f]{32}"
+SITE_FILE = r"[0-9a-f]+.*\.json\.[0-9a-f]{32}"
+PICTURE = r"fig.*\.[0-9a-f]{32}"
+
+SITE_PROMPTS = (f"ab{chr(STRONG)}", f"cde{chr(STRONG)}f")  # they show the tiny model's outliers
+
+
+def moments_of(name):
+    """Return the moments at which runs of a program are killed. A table or a picture is written
+    once, at the end, and nothing was there before."""
+    return MOMENTS if name in ("eval_ppl", "table2") else MOMENTS[2:4]
+
+
+def even_codebooks(x, w, k):
+    """A stand-in for kvquant.weighted_kmeans: here it does not matter where the levels lie."""
+    return torch.linspace(-1, 1, k).double().expand(len(x), k)
+
+
+def one_window(config, loaded):
+    """A stand-in for the calibration windows of Table 1 and Figure 7."""
+    return torch.arange(32, 96)[None]
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_and_be_killed(program, file, moment, arguments):
+    """Run a command that is killed at a moment of writing a file whose temporary name matches the
+    pattern `file`: the third such file if it is the results, which are written row by row, else
+    the first."""
+    files_left = 3 if file == RESULTS_FILE else 1
+    write_bytes = Path.write_bytes
+    replace = os.replace
+
+    def write_or_die(path, data):
+        nonlocal files_left
+        if re.fullmatch(file, path.name):
+            files_left -= 1
+        if files_left == 0 and moment == "before it is written":
+            die()
+        if files_left == 0 and moment == "half of it is written":
+            write_bytes(path, data[: len(data) // 2])
+            die()
+        return write_bytes(path, data)
+
+    def replace_or_die(*names):
+        if files_left == 0 and moment == "not in its place":
+            die()
+        replace(*names)
+        if files_left == 0 and moment == "in its place":
+            die()
+
+    Path.write_bytes = write_or_die
+    os.replace = replace_or_die
+    if moment == "at the first row":
+        evaluate.row_batches = lambda *_: die()
+    program.main(arguments)
+
+
+def killed_runs(name, file, folder, *arguments):
+    """Run a command once for each moment, each time in a process and a folder of its own, and kill
+    it. Print how each process ended."""
+    torch.set_num_threads(1)  # a forked process has no other thread
+    kvquant.weighted_kmeans = even_codebooks
+    hub.documents = sample_documents
+    site.PROMPTS = SITE_PROMPTS
+    command.calibration_windows = one_window
+    for i, moment in enumerate(moments_of(name)):
+        os.environ["KVSINK_CACHE"] = f"{folder}/{i}/cache"
+        output = ["--out", f"{folder}/{i}"]
+        if name in ("eval_ppl", "table2"):
+            output = ["--json", f"{folder}/{i}/out.json"]
+        options = [*arguments, *output]
+        run = functools.partial(run_and_be_killed, PROGRAMS[name], file, moment, options)
+        print(exit_code_or_signal(fork(run)))
+
+
+def be_killed(name, file, arguments, tmp_path):
+    """Call `killed_runs` in a process that has started no threads. Return the folders of the runs;
+    there is one for an undisturbed run, too."""
+    folders = [tmp_path / str(i) for i in range(len(moments_of(name)))]
+    for folder in (tmp_path / "undisturbed", *folders):
+        folder.mkdir()
+    code = "import sys; from tests import test_damage; test_damage.killed_runs(*sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, file, str(tmp_path), *arguments],
+        cwd=HERE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    ends = [line for line in done.stdout.splitlines() if line.isdecimal()]
+    assert ends == [str(int(signal.SIGKILL))] * len(folders), done.stderr
+    return folders
+
+
+@pytest.fixture
+def kill_and_run_again(tmp_path, monkeypatch, capsys):
+    """A function that kills a command at each moment and runs it again. It yields the moment, the
+    folder, how many rows the killed run left, and what the next run says on stderr. The rows of the
+    next run have to be those of an undisturbed one."""
+    monkeypatch.setattr(kvquant, "weighted_kmeans", even_codebooks)
+    monkeypatch.setattr(hub, "documents", sample_documents)
+
+    def run(name, arguments, folder):
+        monkeypatch.setenv("KVSINK_CACHE", str(folder / "cache"))
+        capsys.readouterr()
+        out = folder / "out.json"
+        assert PROGRAMS[name].main([*arguments, "--json", str(out)]) == 0
+        return [{**row, "seconds": 0} for row in results_of(out)]
+
+    def kill_and_run_again(name, file, arguments):
+        folders = be_killed(name, file, arguments, tmp_path)
+        expected = run(name, arguments, tmp_path / "undisturbed")
+        for moment, folder in zip(moments_of(name), folders):
+            out = folder / "out.json"
+            rows = len(results_of(out)) if out.exists() else 0
+            assert run(name, arguments, folder) == expected, moment
+            yield moment, folder, rows, capsys.readouterr().err
+
+    return kill_and_run_again
+
+
+def check_leftovers(moment, log):
+    """Assert that the next run removes the file that a killed run has begun, and says so."""
+    begun = moment in ("half of it is written", "not in its place")
+    removed = re.search(r"removed leftovers of interrupted runs in \S+: 1 in all", log)
+    assert bool(removed) == begun, moment
+
+
+def test_killed_at_any_moment_a_run_spoils_nothing(tiny, kill_and_run_again):
+    """kill -9 while the third row is written; the next run leaves the JSON file and its lock."""
+    rows = "--scheme token-dynamic --keep pfn kvsink --sinks 3 --bits 3 2 --limit 2".split()
+    rows_left = []
+    for moment, folder, rows_done, log in kill_and_run_again(
+        "eval_ppl", RESULTS_FILE, [*tiny, *rows]
+    ):
+        rows_left.append(rows_done)
+        assert sorted(os.listdir(folder)) == [".out.json.lock", "out.json"], moment
+        check_leftovers(moment, log)
+    assert rows_left == [0, 2, 2, 2, 3]
+
+
+def test_killed_while_it_keeps_a_calibration_a_run_spoils_nothing(tiny, kill_and_run_again):
+    """kill -9 while KVQuant's calibration is written; the next run leaves it, its SHA-256 and its
+    lock in our cache."""
+    rows = "--limit 1 --calib-windows 2 --outliers 0.01 --keep kvsink".split()
+    for moment, folder, _, log in kill_and_run_again("table2", CALIBRATION_FILE, [*tiny, *rows]):
+        assert sorted(os.listdir(folder)) == [".out.json.lock", "cache", "out.json"], moment
+        kept = sorted(path.name for path in (folder / "cache" / "kvquant").iterdir())
+        (calibration,) = [name for name in kept if name.endswith(".safetensors")]
+        assert kept == [f".{calibration}.lock", calibration, f"{calibration}.sha256"], moment
+        without_record = "no record of its SHA-256: it is made again" in log
+        assert without_record == (moment == "in its place"), moment
+        check_leftovers(moment, log)
+
+
+@pytest.mark.parametrize("name, file, options", [
+    ("table1", SITE_FILE, []),
+    ("figures", PICTURE, ["--fig", "2"]),
+], ids=["site", "picture"])  # fmt: skip
+def test_killed_while_it_writes_a_site_or_a_picture_a_run_spoils_nothing(
+    name, file, options, tiny, tmp_path, monkeypatch
+):
+    """kill -9 while the site that the finder found is written, or a picture is; the next run gives
+    the same bytes and leaves no more files than an undisturbed one."""
+    monkeypatch.setattr(hub, "documents", sample_documents)
+    monkeypatch.setattr(site, "PROMPTS", SITE_PROMPTS)
+    monkeypatch.setattr(command, "calibration_windows", one_window)
+    arguments = [*tiny[:2], "--prompt", f"Some text{chr(STRONG)} and more of it", *options]
+
+    def run(folder):
+        """Return name -> content of each file; of a SHA-256's record, which has times, None."""
+        monkeypatch.setenv("KVSINK_CACHE", str(folder / "cache"))
+        assert PROGRAMS[name].main([*arguments, "--out", str(folder)]) == 0
+        contents = {}
+        for path in folder.rglob("*"):
+            if path.is_file():
+                is_record = path.suffix == ".sha256"
+                contents[str(path.relative_to(folder))] = None if is_record else path.read_bytes()
+        return contents
+
+    folders = be_killed(name, file, arguments, tmp_path)
+    expected = run(tmp_path / "undisturbed")
+    for moment, folder in zip(moments_of(name), folders):
+        assert run(folder) == expected, moment

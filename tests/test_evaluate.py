@@ -1,12 +1,13 @@
 """A run: what is refused before it starts, its rows and windows, several ranks, and rows that an
 earlier run has done."""
 
+import math
+import statistics
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import eval_ppl
 from kvsink import Rule
@@ -63,45 +64,54 @@ def test_logits_that_are_not_finite_name_the_first_block(value, tiny, capsys, tm
 # Several ranks
 
 
-def test_each_rank_takes_its_share(tiny, monkeypatch):
-    """Without processes: what both ranks measure, added by hand, is what one rank measures; no
-    window is evaluated twice."""
+@pytest.fixture(params=[[], ["--stream"]], ids=["whole", "streamed"])
+def measure(request, tiny, monkeypatch):
+    """A function that measures two rows on five windows as one of several ranks, without processes.
+    It returns the results as this rank sees them before they are added up, and the number of
+    windows that it has evaluated."""
     evaluated = []
 
     def loss(model, H, window):
         evaluated.append(window)
         return evaluate.negative_log_likelihood(model, H, window)
 
-    args = eval_ppl.parse_arguments([*tiny, "--limit", "5"])
+    args = eval_ppl.parse_arguments([*tiny, "--limit", "5", *request.param])
     (run,) = evaluate.load_runs(eval_ppl.eval_configs(args))
     rows = (FULL_PRECISION, Row("token-dynamic", 3, Rule(k=2)))
     config = replace(run.config, rows=rows)
     run = replace(run, config=config, options=replace(run.options, loss=loss))
 
     def measure(rank, ranks):
-        """Return, as this rank sees them, the losses and the tokens kept (2 rows, 2, 5 windows)."""
         monkeypatch.setattr(evaluate, "rank_and_world_size", lambda: (rank, ranks))
+        monkeypatch.setattr(evaluate.dist, "get_backend", lambda: "gloo")
+        monkeypatch.setattr(evaluate.dist, "all_reduce", lambda numbers: None)
         evaluated.clear()
-        results = list(eval_ppl.evaluate_rows(run, []))
-        return results, torch.tensor([[r["nll"], r["kept"]] for r in results], dtype=torch.float64)
+        return list(eval_ppl.evaluate_rows(run, [])), len(evaluated)
 
-    monkeypatch.setattr(evaluate.dist, "get_backend", lambda: "gloo")
-    monkeypatch.setattr(evaluate.dist, "all_reduce", lambda total: None)
-    _, first = measure(0, 2)
-    assert len(evaluated) == 2 * 3
-    _, second = measure(1, 2)
-    assert len(evaluated) == 2 * 2
-    results, one = measure(0, 1)
-    assert len(evaluated) == 2 * 5
+    return measure
 
-    assert first[..., [1, 3]].eq(0).all()
-    assert second[..., [0, 2, 4]].eq(0).all()
-    assert torch.equal(first + second, one)
-    full, quantized = one
-    assert full[1].eq(0).all()
-    assert quantized[1].eq(2).all()
-    for result, (nll, _) in zip(results, one):
-        assert result["ppl"] == pytest.approx(nll.mean().exp().item(), rel=1e-12)
+
+def test_each_rank_takes_its_share(measure):
+    """What two ranks measure, added by hand, is what one measures; no window is evaluated twice."""
+    results, count = measure(0, 1)
+    first, first_count = measure(0, 2)
+    second, second_count = measure(1, 2)
+    assert (count, first_count, second_count) == (2 * 5, 2 * 3, 2 * 2)
+    for a, b, one in zip(first, second, results, strict=True):
+        for key in ("nll", "kept"):
+            assert [a[key][w] for w in (1, 3)] == [0] * 2
+            assert [b[key][w] for w in (0, 2, 4)] == [0] * 3
+            assert [x + y for x, y in zip(a[key], b[key])] == one[key]
+        assert one["ppl"] == pytest.approx(math.exp(statistics.mean(one["nll"])), rel=1e-12)
+    full, quantized = results
+    assert full["kept"] == [0] * 5
+    assert quantized["kept"] == [2] * 5
+
+
+def test_a_rank_may_have_no_window(measure):
+    results, count = measure(5, 6)
+    assert count == 0
+    assert all(result["nll"] == [0] * 5 for result in results)
 
 
 def test_two_ranks_give_the_perplexity_of_one(tiny, tmp_path):

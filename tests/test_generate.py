@@ -3,19 +3,21 @@ command, and the default model's text. What a packed cache predicts is in test_k
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import kvsink
-from kvsink import full_precision_cache
+from kvsink import AUTO, Rule, full_precision_cache
 from llama import Llama
-from paper import generate, kvquant
+from paper import decode, generate, kvquant
 from paper.kvcache import KVCache
 from quant import NotFinite
-from support import cli, hub, text
-from support.results import FULL_PRECISION, Row
+from support import evaluate, hub, text
+from support.machine import Machine
+from support.rows import FULL_PRECISION, Row
 from support.tokenizer import Tokenizer
 from tests.helpers import SITE, STRONG, calibrate, loaded, refuse
 from tests.test_kvcache import SCHEMES, decoded
@@ -25,9 +27,10 @@ from tests.test_kvcache import SCHEMES, decoded
 
 
 def test_sampling_by_hand():
-    """Of probabilities 0.5, 0.3, 0.15, 0.05 the first two make up 0.8 and are enough for it. At
-    temperature 0 it is the first."""
-    logits, draw = torch.tensor([0.15, 0.5, 0.05, 0.3]).log(), torch.Generator().manual_seed(0)
+    """The first two of the probabilities 0.5, 0.3, 0.15, 0.05 reach 0.8. At temperature 0 the first
+    is taken."""
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()
+    draw = torch.Generator().manual_seed(0)
     assert generate.sample(logits, 0, 0.9, draw) == 1
     drawn = [generate.sample(logits, 1.0, 0.8, draw) for _ in range(2000)]
     assert set(drawn) == {1, 3} and drawn.count(1) / 2000 == pytest.approx(0.5 / 0.8, abs=0.04)
@@ -42,19 +45,25 @@ def test_logits_that_are_not_finite_are_no_text(value):
     for temperature in (0, 0.8):
         with pytest.raises(NotFinite, match="logits.*--dtype"):
             generate.sample(torch.tensor([0.1, value]), temperature, 0.9, torch.Generator())
-    assert (
-        generate.sample(torch.tensor([0.1, 0.2]), 1e-45, 0.9, torch.Generator()) == 1
-    )  # and this is no overflow
+    # A tiny temperature does not overflow.
+    assert generate.sample(torch.tensor([0.1, 0.2]), 1e-45, 0.9, torch.Generator()) == 1
 
 
 def test_text_ends_where_the_model_ends_it(planted, sequences):
+    prompt = sequences[0][0][:20].tolist()
     for ends, expected in ({}, [9, 8, 7, 6]), ({7}, [9, 8, 7]), ({9}, [9]):
-        cache, says = KVCache(planted, full_precision_cache(planted), 24), iter([9, 8, 7, 6])
-        logits = generate.prefill(planted, cache, [sequences[0][0][:20].tolist()])
-        said = generate.generate(
-            planted, cache, logits, 4, lambda logits, says=says: next(says), ends
+        cache = KVCache(planted, full_precision_cache(planted), 24)
+        choices = iter([9, 8, 7, 6])
+        logits = decode.prefill(planted, cache, [prompt])
+        tokens = generate.generate_tokens(
+            planted,
+            cache,
+            logits,
+            lambda logits, choices=choices: next(choices),
+            max_new_tokens=4,
+            ends=ends,
         )
-        assert list(said) == expected
+        assert list(tokens) == expected
         assert cache.lengths == [20 + len(expected) - 1]
 
 
@@ -64,12 +73,13 @@ def test_kl_divergence_against_numpy(planted, sequences):
     full, _ = decoded(planted, tokens, 10, full_precision_cache(planted))
     other, _ = decoded(planted, tokens, 10, quantizers)
     p, q = (np.exp(x.double().numpy()) for x in (full[:14], other[:14]))
-    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    p = p / p.sum(1, keepdims=True)
+    q = q / q.sum(1, keepdims=True)
     cache = KVCache(planted, quantizers, 24)
-    logits = generate.prefill(planted, cache, [tokens[:10].tolist()])
-    kl, same = generate.kl_divergence(planted, cache, logits, tokens[10:].tolist(), full[:14])
-    assert same == (p.argmax(1) == q.argmax(1)).tolist() and 0 < sum(same) < 14
-    assert cache.lengths == [23]  # the last token's successor is not asked for
+    logits = decode.prefill(planted, cache, [tokens[:10].tolist()])
+    kl, agree = generate.kl_divergence(planted, cache, logits, tokens[10:].tolist(), full[:14])
+    assert agree == (p.argmax(1) == q.argmax(1)).tolist() and 0 < sum(agree) < 14
+    assert cache.lengths == [23]  # the token after the last is not predicted
     np.testing.assert_allclose(kl, (p * np.log(p / q)).sum(1), rtol=1e-2, atol=1e-6)
     assert max(kl) > 1e-3
 
@@ -80,50 +90,28 @@ def test_kl_divergence_against_numpy(planted, sequences):
 
 @pytest.fixture
 def long_calibration(monkeypatch):
-    monkeypatch.setattr(
-        hub, "documents", lambda name, split: ["A calibration text of bytes. " * 40]
-    )
+    documents = ["A calibration text of bytes. " * 40]
+    monkeypatch.setattr(hub, "documents", lambda name, split: documents)
 
 
-def talk(tiny, *options):
-    """The command's options for the tiny model."""
-    return [
-        "--model",
-        tiny[1],
-        "--layer",
-        "1",
-        "--channel",
-        "5",
-        "--no-compile",
-        "--max-new-tokens",
-        "12",
-        *options,
-    ]
+def generate_options(tiny, *options):
+    """Return the command's options for the tiny model."""
+    base = "--layer 1 --channel 5 --no-compile --max-new-tokens 12".split()
+    return ["--model", tiny[1], *base, *options]
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "kvquant"])
 def test_the_generate_command(tiny, capsys, long_calibration, scheme):
-    options = [
-        "--scheme",
-        scheme,
-        "--bits",
-        "3",
-        "--keep",
-        "kvsink",
-        "--sinks",
-        "2",
-        "--prompt",
-        "A prompt of bytes.",
-    ]
+    options = ["--scheme", scheme, *"--bits 3 --keep kvsink --sinks 2".split()]
+    options += ["--prompt", "A prompt of bytes."]
     options += ["--outliers", "0.05"] if scheme == "kvquant" else []
     outputs = []
     for _ in range(2):
-        assert generate.main(talk(tiny, *options)) == 0
+        assert generate.main(generate_options(tiny, *options)) == 0
         outputs.append(capsys.readouterr().out)
-    said, report = outputs[0].rsplit("\n\n", 1)
-    assert (
-        said.startswith("A prompt of bytes.") and said == outputs[1].rsplit("\n\n", 1)[0]
-    )  # the seed decides
+    generated, report = outputs[0].rsplit("\n\n", 1)
+    assert generated.startswith("A prompt of bytes.")
+    assert generated == outputs[1].rsplit("\n\n", 1)[0]  # the seed decides
     assert "KVSink-2 kept" in report and "tokens per second" in report and "% of the" in report
     kept = re.findall(r"(\d+) '", report.splitlines()[-1])
     assert len(kept) == 2 and all(int(slot) < 18 for slot in kept)
@@ -131,80 +119,68 @@ def test_the_generate_command(tiny, capsys, long_calibration, scheme):
 
 def test_what_generate_does_without_options(tiny, capsys):
     """4 bits by channel, dynamic; token 0 up to l_E, the tokens that stand out after it: here the
-    strong one and no other, though there is room for 20; a prompt shorter than that has room for
+    strong one and no other, though there is room for 20. A prompt shorter than that has room for
     all of itself."""
-    for filler, room in ((" bytes" * 5, 20), ("", 3)):
-        assert generate.main(talk(tiny, "--prompt", f"a{chr(STRONG)}b{filler}")) == 0
+    line = "channel-dynamic 4 bits, PFN-1+KVSink-auto kept: prompt of"
+    for filler in (" bytes" * 5, ""):
+        options = generate_options(tiny, "--prompt", f"a{chr(STRONG)}b{filler}")
+        assert generate.main(options) == 0
         report = capsys.readouterr().out.splitlines()
-        assert any(
-            line.startswith("channel-dynamic 4 bits, PFN-1+KVSink-auto kept: prompt of")
-            for line in report
-        )
+        assert any(printed.startswith(line) for printed in report)
         assert re.findall(r"(\d+) '", report[-1]) == ["1"]
-    model, prompt = Llama.from_pretrained(tiny[1]), [65, STRONG, *range(70, 90)]
+    model = Llama.from_pretrained(tiny[1])
+    prompt = [65, STRONG, *range(70, 90)]
     cache = KVCache(model, kvsink.rtn_cache(model, "channel-dynamic", 4, 8), 32, k=20)
-    generate.prefill(model, cache, [prompt], "pfn+kvsink", "auto", SITE)
+    decode.prefill(model, cache, [prompt], Rule(first=1, k=AUTO, site=SITE))
     slots = [[slot for slot in block.kept[0].tolist() if slot < cache.n] for block in cache.blocks]
     assert slots == [[0]] * SITE.l_E + [[1]] * (6 - SITE.l_E)
-    with pytest.raises(
-        ValueError, match="cannot keep 20 tokens in a cache that was made to keep 5"
-    ):
-        generate.prefill(
-            model,
-            KVCache(model, full_precision_cache(model), 32, k=5),
-            [prompt],
-            "kvsink",
-            "auto",
-            SITE,
-        )
+    small_cache = KVCache(model, full_precision_cache(model), 32, k=5)
+    message = "cannot keep 20 tokens in a cache that was made to keep 5"
+    with pytest.raises(ValueError, match=message):
+        decode.prefill(model, small_cache, [prompt], Rule(k=AUTO, site=SITE))
 
 
 def test_static_caches_are_calibrated_by_their_own_rule(tiny, long_calibration):
-    """Each row's ranges are those that Algorithm 1 with observers gives for its rule; and have its
-    bits, K and V."""
-    directory = hub.model_directory(tiny[1])
-    model, tokenizer = Llama.from_pretrained(directory), Tokenizer.from_pretrained(directory)
-    rows = tuple(
-        Row("channel-static", 3, keep, N) for keep, N in (("none", 0), ("pfn", 20), ("kvsink", 20))
+    """The ranges of each row are those that Algorithm 1 with observers gives for its rule; and its
+    quantizers have its bits, K and V."""
+    run = evaluate.load_model(tiny[1], Machine())
+    model = run.model
+    rules = (Rule(), Rule(first=20), Rule(k=20))
+    rows = tuple(Row("channel-static", 3, rule) for rule in rules)
+    caches = generate.CacheConfig(
+        rows=(FULL_PRECISION, *rows),
+        group_size=8,
+        pre_rope=True,
+        calib_text="wikitext2",
+        calib_windows=2,
+        calib_tokens=64,
     )
-    caches = generate.Caches(
-        (FULL_PRECISION, *rows), 8, pre_rope=True, text="wikitext2", windows=2, tokens=64
-    )
-    quantizers = generate.quantizers_for(caches, model, tokenizer, SITE, "weights")
+    quantizers = generate.quantizers(caches, run, SITE)
     assert quantizers[FULL_PRECISION] == full_precision_cache(model)
-    windows, seen = text.calibration_windows(tokenizer, "wikitext2", 64, 2, seed=0), []
+    windows = text.calibration_windows(run.tokenizer, "wikitext2", 64, 2, seed=0)
     for row in rows:
         expected = kvsink.rtn_cache(model, row.scheme, 3, 8)
-        calibrate(model, windows[:, None], [expected], row.keep, row.N, pre_rope=True)
-        for pair, pair_ in zip(quantizers[row], expected):
-            for q, q_ in zip(pair, pair_):
-                assert q.bits == 3 and torch.allclose(q.lo, q_.lo) and torch.allclose(q.hi, q_.hi)
-        seen.append(quantizers[row][-1][0].lo)
-    assert (
-        not torch.equal(seen[0], seen[1])
-        and not torch.equal(seen[0], seen[2])
-        and not torch.equal(*seen[1:])
-    )
+        rule = row.rule.at(SITE)
+        calibrate(model, windows[:, None], [expected], rule, kvsink.decoder_block_pre_rope)
+        for pair, expected_pair in zip(quantizers[row], expected):
+            for q, expected_q in zip(pair, expected_pair):
+                assert q.bits == 3
+                assert torch.allclose(q.lo, expected_q.lo) and torch.allclose(q.hi, expected_q.hi)
+    none, pfn, kvsink_ = (quantizers[row][-1][0].lo for row in rows)
+    assert not torch.equal(none, pfn) and not torch.equal(none, kvsink_)
+    assert not torch.equal(pfn, kvsink_)
 
 
 def test_the_seed_is_the_texts_and_not_the_calibrations(
     tiny, capsys, long_calibration, monkeypatch, tmp_path
 ):
-    """Another seed says something else, from the same calibration, which is made once."""
+    """Another seed gives another text, from the same calibration, which is made once."""
     monkeypatch.setenv("KVSINK_CACHE", str(tmp_path))
     texts = []
     for seed in ("0", "1"):
-        options = [
-            "--scheme",
-            "kvquant",
-            "--bits",
-            "2",
-            "--seed",
-            seed,
-            "--prompt",
-            "A prompt of bytes.",
-        ]
-        assert generate.main(talk(tiny, *options)) == 0
+        options = ["--scheme", "kvquant", "--bits", "2", "--seed", seed]
+        options += ["--prompt", "A prompt of bytes."]
+        assert generate.main(generate_options(tiny, *options)) == 0
         texts.append(capsys.readouterr().out.rsplit("\n\n", 1)[0])
         monkeypatch.setattr(kvquant, "calibrate", None)
     assert texts[0] != texts[1] and len(list((tmp_path / "kvquant").glob("*.safetensors"))) == 1
@@ -212,45 +188,24 @@ def test_the_seed_is_the_texts_and_not_the_calibrations(
 
 @pytest.mark.parametrize("rope", ["post", "pre"])
 def test_the_generate_command_compares(tiny, capsys, long_calibration, rope):
-    options = [
-        "--compare",
-        "--scheme",
-        "channel-static",
-        "--bits",
-        "2",
-        "--sinks",
-        "2",
-        "--rope",
-        rope,
-    ]
-    assert generate.main(talk(tiny, *options)) == 0
+    options = "--compare --scheme channel-static --bits 2 --sinks 2 --rope".split()
+    assert generate.main(generate_options(tiny, *options, rope)) == 0
     out = capsys.readouterr().out
-    headings = (
-        "full precision",
-        "nothing kept",
-        "PFN-2 kept",
-        "KVSink-2 kept",
-        "PFN-1+KVSink-2 kept",
-    )
+    rules = ("nothing", "PFN-2", "KVSink-2", "PFN-1+KVSink-2")
+    headings = ("full precision", *(f"{rule} kept" for rule in rules))
     assert all(heading in out for heading in headings)
     kl = [float(number) for number in re.findall(r"KL ([\d.]+)", out)]
     assert len(kl) == 5 and kl[0] == 0 and min(kl[1:]) > 0
-    assert (
-        len(re.findall(r"KL [\d.]+ \+- [\d.]+", out)) == 4
-        and len(re.findall(r"same \d+ %", out)) == 5
-    )
+    assert len(re.findall(r"KL [\d.]+ \+- [\d.]+", out)) == 4
+    assert len(re.findall(r"same \d+ %", out)) == 5
 
 
 def test_prompt_and_new_tokens_may_fill_the_context(tiny, capsys):
     """511 tokens and a new one are the context of 512."""
-    assert generate.main(talk(tiny, "--prompt", "x" * 511, "--max-new-tokens", "1")) == 0
+    options = generate_options(tiny, "--max-new-tokens", "1", "--prompt")
+    assert generate.main([*options, "x" * 511]) == 0
     assert "prompt of 511 tokens" in capsys.readouterr().out
-    refuse(
-        talk(tiny, "--prompt", "x" * 512, "--max-new-tokens", "1"),
-        ["512 tokens and 1 new"],
-        capsys,
-        generate,
-    )
+    refuse([*options, "x" * 512], ["512 tokens and 1 new"], capsys, generate)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -274,30 +229,35 @@ def test_prompt_and_new_tokens_may_fill_the_context(tiny, capsys):
     (["--group-size", "3"], ["--group-size 3", "head of 8"]),
     (["--model", "llama2-7c"], ["llama2-7b"]),
     (["--device", "abacus"], ["--device abacus"]),
-    (["--scheme", "token-static", "--prompt", "x" * 500, "--sinks", "500"], ["--sinks 500", "windows of 501"]),
 ])  # fmt: skip
 def test_bad_arguments_of_generate(change, words, tiny, capsys, monkeypatch):
-    """None of them needs the weights to be read."""
+    """All are refused before the weights are read."""
     monkeypatch.setattr(Llama, "from_pretrained", None)
-    if "token-static" in change:
-        parse = generate.parse
-        monkeypatch.setattr(generate, "parse", lambda argv: with_windows_of(501, parse(argv)))
-    refuse(talk(tiny, *change), words, capsys, generate)
+    refuse(generate_options(tiny, *change), words, capsys, generate)
 
 
-def with_windows_of(tokens, parsed):
-    """What `parse` gives, calibrated on shorter windows: those of the tiny model are as long as its
-    context."""
-    name, machine, speech, caches, place = parsed
-    return name, machine, speech, generate.replace(caches, tokens=tokens), place
+def test_more_sinks_than_a_calibration_window_can_lose(tiny, capsys, monkeypatch):
+    """The windows are shorter than usual: those of the tiny model are as long as its context."""
+    monkeypatch.setattr(Llama, "from_pretrained", None)
+    generate_config = generate.generate_config
+
+    def with_short_windows(args):
+        config = generate_config(args)
+        return replace(config, caches=replace(config.caches, calib_tokens=501))
+
+    monkeypatch.setattr(generate, "generate_config", with_short_windows)
+    options = ["--scheme", "token-static", "--prompt", "x" * 500, "--sinks", "500"]
+    words = ["--sinks 500", "windows of 501"]
+    refuse(generate_options(tiny, *options), words, capsys, generate)
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_the_weights_are_read(
     tiny, capsys, monkeypatch
 ):
-    monkeypatch.setattr(cli, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(generate, "free_memory", lambda device: 1000)
     monkeypatch.setattr(Llama, "from_pretrained", None)
-    refuse(talk(tiny), ["takes", "are free", "--max-new-tokens or --bits"], capsys, generate)
+    words = ["takes", "are free", "--max-new-tokens or --bits"]
+    refuse(generate_options(tiny), words, capsys, generate)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,32 +265,34 @@ def test_a_cache_that_does_not_fit_is_refused_before_the_weights_are_read(
 
 
 def test_the_distance_to_full_precision_of_the_default_model(default_model):
-    """Mean KL divergence along 12 tokens of its own text: 0 to itself, at 8 bits less than a
+    """The mean KL divergence along 12 tokens of its own text: 0 to itself, at 8 bits less than a
     hundredth of that at 4."""
-    model, tokenizer = loaded(default_model), Tokenizer.from_pretrained(default_model)
+    model = loaded(default_model)
+    tokenizer = Tokenizer.from_pretrained(default_model)
     prompt = tokenizer.encode(
         "The capital of France is Paris.<|endoftext|>Mount Everest is the highest mountain on Earth"
     )
-    site, n, kl = kvsink.table_site("smollm2-135m"), len(prompt) + 12, {}
-    seen, cache = [], KVCache(model, full_precision_cache(model), n)
-    logits = generate.prefill(model, cache, [prompt])
-    spoken = list(
-        generate.generate(
-            model, cache, logits, 12, lambda logits: seen.append(logits) or int(logits.argmax())
-        )
-    )
+    n = len(prompt) + 12
+    reference = []
+
+    def choose(logits):
+        reference.append(logits)
+        return int(logits.argmax())
+
+    cache = KVCache(model, full_precision_cache(model), n)
+    logits = decode.prefill(model, cache, [prompt])
+    tokens = list(generate.generate_tokens(model, cache, logits, choose, max_new_tokens=12))
+    means = {}
     for bits in (16, 8, 4):
-        quantizers = (
-            full_precision_cache(model)
-            if bits == 16
-            else kvsink.rtn_cache(model, "token-dynamic", bits, 64)
-        )
+        quantizers = full_precision_cache(model)
+        rule = Rule()
+        if bits < 16:
+            quantizers = kvsink.rtn_cache(model, "token-dynamic", bits, 64)
+            rule = Rule(k=2, site=kvsink.table_site("smollm2-135m"))
         cache = KVCache(model, quantizers, n, k=2)
-        logits = generate.prefill(
-            model, cache, [prompt], "kvsink" if bits < 16 else "none", 2, site
-        )
-        each, same = generate.kl_divergence(model, cache, logits, spoken, seen)
-        kl[bits] = sum(each) / len(each)
-        assert len(each) == 12 and (bits == 4 or all(same))
+        logits = decode.prefill(model, cache, [prompt], rule)
+        kl, agree = generate.kl_divergence(model, cache, logits, tokens, reference)
+        means[bits] = sum(kl) / len(kl)
+        assert len(kl) == 12 and (bits == 4 or all(agree))
     assert cache.blocks[-1].kept.tolist() == [[0, prompt.index(tokenizer.eot)]]
-    assert abs(kl[16]) < 1e-6 and 0 < kl[8] < kl[4] / 100, kl
+    assert abs(means[16]) < 1e-6 and 0 < means[8] < means[4] / 100, means

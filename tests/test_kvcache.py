@@ -154,13 +154,13 @@ def sparse_cache(bits, device="cpu"):
     return kvquant.kvquant_cache(calibration, 0.1, bits)
 
 
-def rtn_quantizers(model, scheme, bits, tokens, rule=None, pre_rope=False):
+def rtn_quantizers(model, scheme, bits, tokens, rule=None, *, pre_rope=False):
     """Return the quantizers of a scheme, calibrated on tokens (1, n) if they are static."""
     step = kvsink.decoder_block_pre_rope if pre_rope else None
     return cache_of(model, scheme, bits, tokens, rule, step)
 
 
-def decoded(model, tokens, prompt, quantizers, rule=None, pre_rope=False, step=None, room=None):
+def decoded(model, tokens, prompt, quantizers, rule=None, *, pre_rope=False, step=None, room=None):
     """Return the logits (n - prompt + 1, vocab) after the prompt and each further token of tokens
     (n,), from a packed cache of n tokens, or of more room; and the cache."""
     rule = rule or Rule()
@@ -171,7 +171,7 @@ def decoded(model, tokens, prompt, quantizers, rule=None, pre_rope=False, step=N
     return torch.cat(logits), cache
 
 
-def step_by_step(model, tokens, prompt, quantizers, rule, pre_rope=False):
+def step_by_step(model, tokens, prompt, quantizers, rule, *, pre_rope=False):
     """Return the same logits by quantizing and dequantizing all Keys and Values so far in each
     step."""
     K_so_far = {}
@@ -233,9 +233,9 @@ def test_a_packed_cache_gives_the_logits_of_quantizing_and_dequantizing(
     """Token by token, from a prompt of 22 tokens to 33, which completes two groups of 8; the sinks
     are at 6 and 17."""
     tokens = torch.cat((sequences[0][0], ordinary_tokens(9, 3)))
-    quantizers = rtn_quantizers(planted, scheme, bits, tokens[None], rule, pre_rope)
-    expected = step_by_step(planted, tokens, 22, as_stored(quantizers), rule, pre_rope)
-    logits, _ = decoded(planted, tokens, 22, quantizers, rule, pre_rope)
+    quantizers = rtn_quantizers(planted, scheme, bits, tokens[None], rule, pre_rope=pre_rope)
+    expected = step_by_step(planted, tokens, 22, as_stored(quantizers), rule, pre_rope=pre_rope)
+    logits, _ = decoded(planted, tokens, 22, quantizers, rule, pre_rope=pre_rope)
     # To rounding: 1e-6, unless somewhere a sum is rounded the other way, to another code. That is
     # far less than what quantization does, and than what keeping other tokens would.
     error = (expected - planted(tokens[None])[0, 21:]).norm()
@@ -253,8 +253,8 @@ def test_a_packed_cache_of_kvquant_gives_the_logits_of_quantizing_and_dequantizi
     tokens[[6, 17]] = torch.tensor([WEAK, STRONG])
     quantizers = kvquant.kvquant_cache(kvquant_calibrations()[recipe], recipe.rho, bits)
     rule = recipe.rule.at(SITE)
-    expected = step_by_step(planted, tokens, 19, quantizers, rule, True)
-    logits, cache = decoded(planted, tokens, 19, quantizers, rule, True)
+    expected = step_by_step(planted, tokens, 19, quantizers, rule, pre_rope=True)
+    logits, cache = decoded(planted, tokens, 19, quantizers, rule, pre_rope=True)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     outliers = cache.blocks[3].K.outliers
     assert (outliers is None) == (recipe.rho == 0)
@@ -418,7 +418,9 @@ def test_a_batch_of_unequal_prompts_equals_one_by_one(planted, sequences, scheme
     together += [decode.decode(planted, cache, tokens) for tokens in more.T]
     for i, prompt in enumerate(prompts):
         tokens = torch.cat((torch.tensor(prompt), more[i]))
-        alone, cache_i = decoded(planted, tokens, len(prompt), quantizers, KVSINK_2, pre_rope)
+        alone, cache_i = decoded(
+            planted, tokens, len(prompt), quantizers, KVSINK_2, pre_rope=pre_rope
+        )
         torch.testing.assert_close(torch.stack(together)[:, i], alone, rtol=1e-3, atol=1e-3)
         assert torch.equal(cache.blocks[-1].kept[i], cache_i.blocks[-1].kept[0])
     assert cache.lengths == [32, 23, 27] and cache.next_slot.flatten().tolist() == cache.lengths
@@ -514,7 +516,7 @@ def test_a_cache_can_be_filled_again(planted, sequences, scheme):
         quantizers = kvquant.kvquant_cache(kvquant_calibrations()[RECIPES[-1]], 0.1, 3)
     else:
         quantizers = rtn_quantizers(planted, scheme, 3, sequences[0], KVSINK_2)
-    expected, _ = decoded(planted, tokens, 15, quantizers, KVSINK_2, pre_rope)
+    expected, _ = decoded(planted, tokens, 15, quantizers, KVSINK_2, pre_rope=pre_rope)
     cache = KVCache(planted, quantizers, 24, k=2, pre_rope=pre_rope)
     decode.prefill(planted, cache, [sequences[0][0][:20].tolist()], KVSINK_2)
     decode.decode(planted, cache, torch.tensor([STRONG]))
@@ -688,12 +690,14 @@ def test_compiled_decoding_is_one_graph_that_never_holds_the_dequantized_cache(
     h = 4
     h_kv = 2
     d_k = 8
-    arguments = (planted, tokens, 19, quantizers, KVSINK_2, pre_rope)
-    eager, _ = decoded(*arguments, room=n)
+    decode_all = functools.partial(
+        decoded, planted, tokens, 19, quantizers, KVSINK_2, pre_rope=pre_rope, room=n
+    )
+    eager, _ = decode_all()
     torch._dynamo.reset()
     step = kvsink.compiled(decode.decode_block, **decode.FUSE)
     torch._dynamo.utils.counters.clear()
-    (logits, cache), codes = run_and_get_code(lambda: decoded(*arguments, step, n))
+    (logits, cache), codes = run_and_get_code(lambda: decode_all(step=step))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     # A sum may be rounded the other way, to another code.
     assert (logits - eager).norm() < 5e-3 * eager.norm()
@@ -734,11 +738,12 @@ def test_cuda_decoding_agrees_with_cpu_and_never_holds_the_dequantized_cache(
         return rtn_quantizers(model, scheme, 4, tokens[None].to(device), KVSINK_2)
 
     on_cpu = quantizers(planted, "cpu")
-    expected, _ = decoded(planted, tokens, 19, on_cpu, KVSINK_2, pre_rope)
+    expected, _ = decoded(planted, tokens, 19, on_cpu, KVSINK_2, pre_rope=pre_rope)
     cuda_model = copy.deepcopy(planted).to("cuda", dtype)
     on_cuda = quantizers(cuda_model, "cuda")
     step = kvsink.compiled(decode.decode_block, **decode.FUSE)
-    logits, _ = decoded(cuda_model, tokens.cuda(), 19, on_cuda, KVSINK_2, pre_rope, step)
+    arguments = (cuda_model, tokens.cuda(), 19, on_cuda, KVSINK_2)
+    logits, _ = decoded(*arguments, pre_rope=pre_rope, step=step)
     tolerance = 5e-3 if dtype == torch.float32 else 5e-2
     assert (logits.cpu() - expected).norm() < tolerance * expected.norm()
     n = 16384

@@ -13,18 +13,7 @@ import pytest
 
 import eval_ppl
 from support import results
-from tests.helpers import EVAL_PPL, HERE, refuse, results_of
-
-RESULT = {
-    "model": "m",
-    "data": "d",
-    "scheme": "full",
-    "keep": "none",
-    "sinks": 0,
-    "bits": 16,
-    "ppl": 1.0,
-    "ppl_fp": 1.0,
-}
+from tests.helpers import EVAL_PPL, HERE, RESULT, refuse, results_of
 
 # --------------------------------------------------------------------------------------------------
 # Several writers

@@ -245,8 +245,8 @@ def test_a_run_announces_what_it_will_take(tiny, capsys, sample_calibration):
 
 
 def test_the_time_that_is_announced(capsys, monkeypatch, tmp_path):
-    """By hand, for 3 blocks: a pass of 2 windows waits 5 s for the disk, a pass of 10 windows
-    computes for 10 s; 3 (5 + 10) s."""
+    """Worked by hand, for 3 blocks: a pass of 2 windows waits 5 s for the disk, a pass of 10
+    windows computes for 10 s; 3 (5 + 10) s."""
     model = stream.from_pretrained(write_model(tmp_path, SMALL), "cpu", torch.float32)
     monkeypatch.setattr(stream, "time_block", lambda model, window: (5.0, 1.0))
     stream.announce(model, TOKENS, [2, 10])

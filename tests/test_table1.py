@@ -123,7 +123,7 @@ def test_table_1_against_numpy():
 
 
 def test_a_part_without_tokens_is_none(capsys):
-    """In the windows of this text, no group holds a sink."""
+    """No group holds a sink in the windows of this text."""
     subject = replace(planted_subject(), windows=[ordinary_tokens(40, 7)[None]])
     rows = table1.table_1(subject)
     for row in rows:

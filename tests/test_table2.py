@@ -145,7 +145,7 @@ def calibration_config(config):
 
 
 def test_a_model_of_the_paper_runs_both_texts():
-    """At 4,096 tokens, with 16 calibration windows of WikiText-2 of 2,048."""
+    """Windows have 4,096 tokens; both are calibrated on 16 windows of WikiText-2 of 2,048."""
     rows = (FULL_PRECISION, *DEFAULT_ROWS)
     args = table2.parse_arguments(["--model", "llama2-7b"])
     configs = table2.kvquant_configs(args)
@@ -465,7 +465,8 @@ def test_a_folder_in_which_nothing_can_be_written(tiny, capsys, our_cache, monke
 
 
 def test_kvquant_on_the_default_model(default_model, tmp_path, quick_codebooks):
-    """At 2 bits far below the RTN scheme with static ranges by channel, and lower with outliers."""
+    """Its PPL at 2 bits is far below that of the static RTN scheme by channel, and lower still with
+    outliers."""
     out = tmp_path / "out.json"
     file = tmp_path / "calibration.safetensors"
     options = "--keep kvsink --sinks 5 --limit 1 --seq-len 512 --calib-windows 2 --no-compile"

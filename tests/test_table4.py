@@ -1,5 +1,5 @@
-"""Table 4 and `python -m paper.table4`: against the page as printed, and a clock that the test
-turns."""
+"""Table 4 and `python -m paper.table4`: compared with the page as printed, and timed by a clock
+that the test sets."""
 
 import json
 import sys
@@ -9,44 +9,50 @@ import pytest
 from llama import LlamaConfig
 from paper import shapes, table4
 from paper.kvcache import cache_bytes
-from support import cli
+from support import machine
 from tests.helpers import PLANTED, refuse
 
 # Table 4's memory columns, in the characters of the page
 TABLE_4_MEMORY = {
-    "llama2-7b": ["256", "0.5", "2.5", "10"], "llama2-13b": ["400", "0.78", "3.91", "15.63"],
-    "llama2-70b": ["160", "0.31", "1.56", "6.25"], "mistral-7b": ["64", "0.13", "0.63", "2.5"],
-    "llama3-8b": ["64", "0.13", "0.63", "2.5"], "llama3.2-3b": ["56", "0.11", "0.55", "2.19"],
-}  # fmt: skip
+    "llama2-7b": ["256", "0.5", "2.5", "10"],
+    "llama2-13b": ["400", "0.78", "3.91", "15.63"],
+    "llama2-70b": ["160", "0.31", "1.56", "6.25"],
+    "mistral-7b": ["64", "0.13", "0.63", "2.5"],
+    "llama3-8b": ["64", "0.13", "0.63", "2.5"],
+    "llama3.2-3b": ["56", "0.11", "0.55", "2.19"],
+}
 
 
 @pytest.mark.parametrize("name", TABLE_4_MEMORY)
 def test_the_memory_columns_of_table_4_to_the_printed_digit(name):
     assert table4.table_4_memory(shapes.shape(name)) == TABLE_4_MEMORY[name]
-    *_, without, added = table4.PAPER_TABLE_4[name]
-    assert [table4.printed(x) for x in (without, *added)] == TABLE_4_MEMORY[name]
+    *_, memory, added = table4.PAPER_TABLE_4[name]
+    assert [table4.as_printed(x) for x in (memory, *added)] == TABLE_4_MEMORY[name]
 
 
 # Its time columns: prefill in ms, and what KVSink-1, KVSink-5 and KVSink-20 add
 TABLE_4_TIME = {
-    "llama2-7b": "676.78 0.04 0.04 0.05", "llama2-13b": "1090.70 0.04 0.05 0.05",
-    "llama2-70b": "4481.05 0.04 0.05 0.05", "mistral-7b": "686.32 0.04 0.05 0.05",
-    "llama3-8b": "707.95 0.04 0.05 0.05", "llama3.2-3b": "430.74 0.04 0.05 0.05",
-}  # fmt: skip
+    "llama2-7b": "676.78 0.04 0.04 0.05",
+    "llama2-13b": "1090.70 0.04 0.05 0.05",
+    "llama2-70b": "4481.05 0.04 0.05 0.05",
+    "mistral-7b": "686.32 0.04 0.05 0.05",
+    "llama3-8b": "707.95 0.04 0.05 0.05",
+    "llama3.2-3b": "430.74 0.04 0.05 0.05",
+}
 
 
 def test_the_time_columns_of_table_4_as_printed():
-    shown = {
-        name: f"{ms:.2f} " + " ".join(map(str, added))
-        for name, (ms, added, *_) in table4.PAPER_TABLE_4.items()
-    }
-    assert shown == TABLE_4_TIME
+    columns = {}
+    for name, (ms, added, *_) in table4.PAPER_TABLE_4.items():
+        columns[name] = f"{ms:.2f} " + " ".join(map(str, added))
+    assert columns == TABLE_4_TIME
 
 
-def test_time_is_the_median_and_warming_up_is_not_counted(monkeypatch):
-    """Two benchmarks whose i-th call takes i^2 units, so that median and mean differ; 3 repeats
+def test_time_is_the_median_and_warm_up_is_not_counted(monkeypatch):
+    """Two functions whose i-th call takes i^2 units, so that median and mean differ; 3 repeats
     after a round that does not count."""
-    clock, calls = [0.0], []
+    clock = [0.0]
+    calls = []
 
     def work(name, slow):
         calls.append(name)
@@ -56,99 +62,64 @@ def test_time_is_the_median_and_warming_up_is_not_counted(monkeypatch):
     times = table4.measure({"a": lambda: work("a", 1), "b": lambda: work("b", 10)}, 3, "cpu")
     assert calls == ["a", "b"] * 4
     assert times["a"] == pytest.approx((9, 4, 16)) and times["b"] == pytest.approx((90, 40, 160))
-    times = table4.measure({"a": lambda: work("c", 2)}, 1, "cpu", times=4)
+    times = table4.measure({"a": lambda: work("c", 2)}, 1, "cpu", calls=4)
     assert times["a"] == pytest.approx(((25 + 36 + 49 + 64) * 2 / 4,) * 3)
 
 
+def table4_options(tiny, options, json_file=None):
+    """Return the command's options for the tiny model."""
+    file = ["--json", str(json_file)] if json_file else []
+    return ["--model", tiny[1], "--no-compile", *file, *options.split()]
+
+
 def test_the_table4_command(tiny, capsys, tmp_path):
-    out, n = (
-        tmp_path / "out.json",
-        ["--n", "64", "96", "--bits", "4", "2", "--repeats", "2", "--seq-len", "64"],
-    )
-    assert table4.main(["--model", tiny[1], "--no-compile", "--json", str(out), *n]) == 0
-    printed, records = capsys.readouterr().out, json.loads(out.read_text())
-    assert (
-        all(f"KVSink-{k}" in printed for k in (1, 5, 20))
-        and "prefill time" in printed
-        and "tokens/s" in printed
-    )
+    out = tmp_path / "out.json"
+    options = table4_options(tiny, "--n 64 96 --bits 4 2 --repeats 2 --seq-len 64", out)
+    assert table4.main(options) == 0
+    printed = capsys.readouterr().out
+    records = json.loads(out.read_text())
+    assert all(f"KVSink-{k}" in printed for k in (1, 5, 20))
+    assert "prefill time" in printed and "tokens/s" in printed
     decoded = {(r["n"], r["bits"]): r for r in records if r["what"] == "decode"}
     assert set(decoded) == {(n, bits) for n in (64, 96) for bits in (16, 4, 2)}
     for (n, bits), record in decoded.items():
         numbers = 2 * 6 * n * 2 * 8
-        assert record["computed"] == (
-            4 * numbers if bits == 16 else numbers * bits / 8 + numbers / n * 5 * 2
-        )
+        codes_and_kept = numbers * bits / 8 + numbers / n * 5 * 2
+        assert record["computed"] == (4 * numbers if bits == 16 else codes_and_kept)
         assert record["fastest"] <= record["median"] <= record["slowest"]
     caches = {r["what"]: r for r in records if r["unit"] == "bytes"}
-    assert caches["cache, 2 bits, k = 20"]["computed"] == cache_bytes(
-        LlamaConfig.from_pretrained(tiny[1]), 64, 2, 20
-    )
+    computed = cache_bytes(LlamaConfig.from_pretrained(tiny[1]), 64, 2, 20)
+    assert caches["cache, 2 bits, k = 20"]["computed"] == computed
     assert {r["what"] for r in records} >= {f"lines 14-16, k = {k}" for k in (1, 5, 20)}
 
 
 def test_the_hot_path_alone_and_another_scheme(tiny, capsys, tmp_path):
     out = tmp_path / "out.json"
-    command = [
-        "--model",
-        tiny[1],
-        "--no-compile",
-        "--json",
-        str(out),
-        "--repeats",
-        "1",
-        "--n",
-        "100",
-        "--bits",
-        "3",
-    ]
-    assert table4.main([*command, "--only", "kernel", "decode", "--scheme", "channel-dynamic"]) == 0
+    options = "--repeats 1 --n 100 --bits 3 --only kernel decode --scheme channel-dynamic"
+    assert table4.main(table4_options(tiny, options, out)) == 0
     records = json.loads(out.read_text())
     alone = [(r["what"], r["n"], r["bits"]) for r in records if r["what"] != "decode"]
-    assert alone == [(what, 104, bits) for bits in (16, 3) for what in ("Q K^T", "p V")]
+    assert alone == [(name, 104, bits) for bits in (16, 3) for name in ("Q K^T", "p V")]
     assert [r["bits"] for r in records if r["what"] == "decode"] == [16, 3]
     waiting = 6 * 2 * 8 * 8 * 4  # 6 blocks, a residual of 8 tokens in 2 heads of 8 channels, fp32
     assert records[-1]["cache"] > records[-1]["computed"] + waiting
 
 
 def test_a_shape_has_random_weights_and_runs(capsys, monkeypatch):
-    monkeypatch.setitem(shapes.SHAPES, "llama2-7b", {**PLANTED, "tie_word_embeddings": True})
-    command = [
-        "--shape",
-        "llama2-7b",
-        "--no-compile",
-        "--repeats",
-        "1",
-        "--seq-len",
-        "32",
-        "--n",
-        "32",
-        "--bits",
-        "2",
-    ]
-    assert table4.main(command) == 0
+    shape = {**PLANTED, "tie_word_embeddings": True}
+    monkeypatch.setitem(shapes.SHAPES, "llama2-7b", shape)
+    options = "--shape llama2-7b --no-compile --repeats 1 --seq-len 32 --n 32 --bits 2".split()
+    assert table4.main(options) == 0
     assert "676.78 + 0.04" in capsys.readouterr().out  # the paper's beside ours
-    monkeypatch.setattr(cli, "free_memory", lambda device: 1000)
-    refuse(command, ["weights take", "are free", "--shape"], capsys, table4)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1000)
+    refuse(options, ["weights take", "are free", "--shape"], capsys, table4)
 
 
 def test_a_cache_that_does_not_fit_is_not_run(tiny, capsys, monkeypatch):
     """64 tokens take 49,152 bytes in fp32 and 7,104 in 4 bits, and a tenth is to spare."""
-    command = [
-        "--model",
-        tiny[1],
-        "--no-compile",
-        "--only",
-        "decode",
-        "--repeats",
-        "1",
-        "--n",
-        "64",
-        "--bits",
-        "4",
-    ]
-    monkeypatch.setattr(cli, "free_memory", lambda device: 10000)
-    assert table4.main(command) == 0
+    monkeypatch.setattr(table4, "free_memory", lambda device: 10000)
+    options = table4_options(tiny, "--only decode --repeats 1 --n 64 --bits 4")
+    assert table4.main(options) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["64"]]
     assert ["not run" in line for line in lines] == [True, False] and "nanx" in lines[1]
 
@@ -156,7 +127,7 @@ def test_a_cache_that_does_not_fit_is_not_run(tiny, capsys, monkeypatch):
 @pytest.mark.parametrize("change, words", [
     (["--n", "0"], ["--n", "from 32"]),
     (["--n", "1" + "0" * 400], ["--n", "from 32 to"]),
-    (["--json", "/"], ["is there and is not a file"]),
+    (["--json", "/"], ["exists and is not a file"]),
     (["--bits", "16"], ["--bits"]),
     (["--model", "x", "--shape", "llama2-7b"], ["--shape", "--model"]),
     (["--shape", "llama2-8b"], ["--shape"]),
@@ -170,5 +141,5 @@ def test_bad_arguments_of_table4(change, words, tiny, capsys):
 
 def test_the_other_implementation_is_asked_for_by_name(tiny, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    command = ["--model", tiny[1], "--no-compile", "--seq-len", "64", "--vs", "transformers"]
-    refuse(command, ["pip install transformers"], capsys, table4)
+    options = table4_options(tiny, "--seq-len 64 --vs transformers")
+    refuse(options, ["pip install transformers"], capsys, table4)
