@@ -55,8 +55,6 @@ def evaluate_rows(run, old_results):
 # --------------------------------------------------------------------------------------------------
 # The command
 
-STORED_BITS = report.Column("stored bits", 13, lambda result: f"{result['stored_bits']:.2f}")
-
 
 def main(argv=None):
     def work():
@@ -75,7 +73,7 @@ def evaluate_texts(configs, json=None, plot=None):
         if run.config.stream:
             announce_streaming(run, old_results)
         rows = evaluate_rows(run, old_results)
-        results += report.print_and_save(heading(run), run.site, rows, json, [STORED_BITS])
+        results += report.print_and_save(heading(run), run.site, rows, json, [report.STORED_BITS])
     if results and plot:
         report.save_figure(report.figure_9(results), plot)
 

@@ -72,7 +72,7 @@ def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope):
 
 def predict_sinks(H, c, k):
     """Algorithm 1, lines 15-16: return a mask (b, n) of the k tokens of each sequence with the
-    largest |H^{l_E}| (b, n, d) in channel c. Raises ValueError if k exceeds n."""
+    largest |H^{l_E}| (b, n, d) in channel c. k may be AUTO. Raises ValueError if k exceeds n."""
     if k == AUTO:
         return predict_sinks_without_k(H, c)
     if k > H.shape[1]:
@@ -103,7 +103,7 @@ def compiled(function, **options):
 
 
 class Site(NamedTuple):
-    """Where the sinks are predicted: after block l_E (counted from 1), in channel c."""
+    """The place where sinks are predicted: after block l_E (counted from 1), in channel c."""
 
     l_E: int
     c: int
@@ -114,7 +114,7 @@ NOWHERE = Site(0, 0)  # no block is block 0: nothing is predicted
 
 @dataclass(frozen=True)
 class Rule:
-    """Which tokens keep their Keys and Values in full precision, and so what `prefill` is given.
+    """The tokens that keep their Keys and Values in full precision: what `prefill` is given.
 
         Rule()                 nothing is kept
         Rule(first=N)          PFN-N: the first N tokens, in every block
@@ -268,8 +268,8 @@ SPARSE = 10
 
 
 class Outliers(NamedTuple):
-    """What one prompt shows: the emergence block (counted from 1), and the outlier channels with
-    their magnitudes, the largest first."""
+    """The outliers that one prompt shows: the emergence block (counted from 1), and the outlier
+    channels with their magnitudes, the largest first."""
 
     l_E: int
     channels: tuple[int, ...]
@@ -325,8 +325,8 @@ def find_site(model, prompts):
     """Return the Site of any LLaMA-type model from several prompts, each a list of token ids.
     Appendix D finds that block and channel do not depend on the input. Raises ValueError if there
     are no stable outliers or the prompts disagree."""
-    device = model.embedding.weight.device
-    found = [stable_outliers(model, torch.tensor([prompt], device=device)) for prompt in prompts]
+    tokens = [torch.tensor([prompt], device=model.device) for prompt in prompts]  # each (1, n)
+    found = [stable_outliers(model, prompt) for prompt in tokens]
     sites = [Site(outliers.l_E, outliers.channels[0]) for outliers in found]
     if len(set(sites)) > 1:
         seen = ", ".join(f"block {l_E} (from 1) channel {c}" for l_E, c in sites)

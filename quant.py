@@ -206,7 +206,8 @@ class Quantizer:
         if self.static and self.lo is None:
             raise ValueError("a static quantizer needs `calibrate` first")
         if self.static:
-            lo, hi = self.lo, self.hi
+            lo = self.lo
+            hi = self.hi
         else:
             if self.granularity == "token":
                 leave_out = None  # a token has groups of its own: it disturbs no other
@@ -254,5 +255,5 @@ class Quantizer:
 
     @property
     def tokens_per_group(self):
-        """How many tokens share a scale. 1 if each has its own, or if the scales are static."""
+        """The number of tokens that share a scale; 1 if each has its own or scales are static."""
         return self.group_size if self.granularity == "channel" and not self.static else 1

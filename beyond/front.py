@@ -70,7 +70,7 @@ def measure_settings(configs, json=None, plot=None):
     results = []
     for run in evaluate.load_runs(configs):
         rows = measure_rows(run, old_results)
-        results += report.print_and_save(heading(run), run.site, rows, json, [STORED_BITS])
+        results += report.print_and_save(heading(run), run.site, rows, json, [report.STORED_BITS])
     if results:  # they are on rank 0 alone
         print_front(results)
         if plot:
@@ -88,9 +88,6 @@ def measure_rows(run, old_results):
         if row == FULL_PRECISION:
             ppl_fp = result["ppl"]
         yield evaluate.with_bits(run, row, result)
-
-
-STORED_BITS = report.Column("stored bits", 13, lambda result: f"{result['stored_bits']:.2f}")
 
 
 def heading(run):

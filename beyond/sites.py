@@ -51,7 +51,7 @@ class DecoderView:
     def __init__(self, decoder):
         self.decoder = decoder
         self.blocks = decoder.layers
-        self.embedding = decoder.get_input_embeddings()
+        self.device = decoder.get_input_embeddings().weight.device
 
     def __call__(self, tokens):
         return self.decoder(input_ids=tokens, use_cache=False)

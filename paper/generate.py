@@ -41,13 +41,15 @@ from support.tokenizer import Tokenizer
 # Generating
 
 
-def generate_tokens(model, cache, logits, choose, *, max_new_tokens, ends=(), step=decode_block):
+def generate_tokens(
+    model, cache, logits, choose, *, max_new_tokens, stop_ids=(), step=decode_block
+):
     """Yield the token ids of one sequence, from the logits (1, vocab) of `prefill`, until one of
-    `ends`. `choose` takes logits (vocab,) and returns a token id."""
+    `stop_ids`. `choose` takes logits (vocab,) and returns a token id."""
     for i in range(max_new_tokens):
         token = choose(logits[0])
         yield token
-        if token in ends or i == max_new_tokens - 1:
+        if token in stop_ids or i == max_new_tokens - 1:
             return
         logits = decode(model, cache, torch.tensor([token], device=logits.device), step)
 
@@ -163,7 +165,7 @@ class TextRun:
             logits,
             choose,
             max_new_tokens=self.config.sampling.max_new_tokens,
-            ends=self.tokenizer.ends,
+            stop_ids=self.tokenizer.stop_ids,
             step=self.step,
         )
 

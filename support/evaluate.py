@@ -101,8 +101,8 @@ def load_model(name, machine, streamed=False):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How Algorithm 1 runs: `step` is its lines 6-13 and `loss` the negative log-likelihood, both
-    eager or compiled; `stream` takes all windows through one block after the other."""
+    """The ways to run Algorithm 1: `step` is its lines 6-13 and `loss` the negative log-likelihood,
+    both eager or compiled; `stream` takes all windows through one block after the other."""
 
     step: Callable
     loss: Callable

@@ -28,6 +28,9 @@ class Column(NamedTuple):
     text: Callable  # result -> what stands in the column
 
 
+STORED_BITS = Column("stored bits", 13, lambda result: f"{result['stored_bits']:.2f}")
+
+
 def print_and_save(heading, site, results, json, columns=()):
     """Print results as they come, and add each to the file `json` (which may be None). Return all
     results on rank 0, an empty list elsewhere."""

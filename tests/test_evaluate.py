@@ -92,7 +92,7 @@ def measure(request, tiny, monkeypatch):
 
 
 def test_each_rank_takes_its_share(measure):
-    """What two ranks measure, added by hand, is what one measures; no window is evaluated twice."""
+    """Two ranks measure, added up by hand, what one does; no window is evaluated twice."""
     results, count = measure(0, 1)
     first, first_count = measure(0, 2)
     second, second_count = measure(1, 2)

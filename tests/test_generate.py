@@ -51,7 +51,7 @@ def test_logits_that_are_not_finite_are_no_text(value):
 
 def test_text_ends_where_the_model_ends_it(planted, sequences):
     prompt = sequences[0][0][:20].tolist()
-    for ends, expected in ({}, [9, 8, 7, 6]), ({7}, [9, 8, 7]), ({9}, [9]):
+    for stop_ids, expected in ({}, [9, 8, 7, 6]), ({7}, [9, 8, 7]), ({9}, [9]):
         cache = KVCache(planted, full_precision_cache(planted), 24)
         choices = iter([9, 8, 7, 6])
         logits = decode.prefill(planted, cache, [prompt])
@@ -61,7 +61,7 @@ def test_text_ends_where_the_model_ends_it(planted, sequences):
             logits,
             lambda logits, choices=choices: next(choices),
             max_new_tokens=4,
-            ends=ends,
+            stop_ids=stop_ids,
         )
         assert list(tokens) == expected
         assert cache.lengths == [20 + len(expected) - 1]

@@ -160,7 +160,7 @@ def test_logits_of_the_default_model(default_llama, default_theirs, scheme):
 
 
 def test_perplexity_is_that_of_the_main_command(default_model, default_theirs, tmp_path):
-    """To the digit, on a window of 256 tokens (on eight of 1,024 too: beyond/README.md)."""
+    """One window of 256 tokens, to the digit (eight of 1,024 too: beyond/README.md)."""
     out = tmp_path / "out.json"
     small = "--seq-len 256 --limit 1 --calib-windows 1".split()
     rows = "--scheme channel-static --bits 4 --keep kvsink --sinks 5 --no-compile --json".split()
@@ -221,8 +221,8 @@ def test_a_store_of_two_sequences_with_padding_and_unequal_sinks():
 
 
 def test_bytes_are_what_is_stored(theirs, sequences):
-    """By hand: 24 tokens of 2 sequences, 6 blocks of 2 heads of 8 channels, at 4 bits in groups of
-    8; fp32."""
+    """24 tokens of 2 sequences, 6 blocks of 2 heads of 8 channels, at 4 bits in groups of 8; fp32.
+    Counted by hand."""
     cache = make_cache(theirs, "channel-dynamic")
     logits_after(theirs, cache, sequences[0])
     # For the Keys or the Values of one head. Keys have 3 groups of 8 channels, Values 24 groups.
@@ -237,7 +237,7 @@ def test_bytes_are_what_is_stored(theirs, sequences):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_cutting_off_the_end(theirs, sequences, scheme):
-    """What was decoded before the cut reads the same after it, even if the cut goes through a
+    """Tokens decoded before the cut read the same after it, even if the cut goes through a
     group; decoding goes on; and nothing is left of a kept token that was cut off."""
     cache = make_cache(theirs, scheme)
     if SCHEMES[scheme].static:
