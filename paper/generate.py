@@ -242,7 +242,7 @@ def print_comparison(run):
     print(
         f"\n{rows[1].scheme_name}, {rows[1].bits} bits; along full precision's text, KL: "
         "divergence from its predictions, nats per token, and the standard error over tokens; "
-        "same: the share of tokens after which both predict the same"
+        "same: the share of tokens after which both find the same token the likeliest"
     )
 
 

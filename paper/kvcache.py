@@ -33,10 +33,9 @@ from llama import apply_rope, rope_table
 class KVCache:
     """The cache of b sequences of up to n tokens each, of which k are kept.
 
-    quantizers   a list of L pairs, as `kvsink.prefill` takes it: what these quantize, the cache
-                 stores in as many bits
-    pre_rope     whether Keys are stored before RoPE. It has no effect on Keys in full precision,
-                 which come out the same either way.
+    quantizers   a list of L pairs, as `kvsink.prefill` takes it. The cache stores their codes, or
+                 numbers in full precision if they are `kvsink.unquantized`.
+    pre_rope     whether codes of Keys are made before RoPE
     """
 
     def __init__(self, model, quantizers, n, *, b=1, k=0, pre_rope=False):
@@ -47,12 +46,18 @@ class KVCache:
         self.n = -(-n // self.g) * self.g  # whole groups of tokens
         self.k = k
         self.pre_rope = pre_rope and is_packed
-        self.lengths = [0] * b  # the number of tokens of each sequence so far
-        self.next_slot = torch.zeros(b, 1, dtype=torch.int64, device=model.device)  # the same
+        self.lengths = [0] * b  # of each sequence so far
+        self.next_slot = torch.zeros(b, 1, dtype=torch.int64, device=model.device)  # = lengths
         self.rope = rope_table(config, self.n + 1, model.device)
-        self.replay = None  # on a CUDA device: the graph of decode.py
+        self.replay = None  # on a CUDA device: decode.py's graph
         shape = CacheShape(
-            b, self.n, k, config.num_key_value_heads, config.head_dim, model.dtype, model.device
+            b=b,
+            n=self.n,
+            k=k,
+            h_kv=config.num_key_value_heads,
+            d_k=config.head_dim,
+            dtype=model.dtype,
+            device=model.device,
         )
         self.blocks = []
         for pair in quantizers:
@@ -62,8 +67,8 @@ class KVCache:
                 self.blocks.append(FullPrecisionBlockCache(shape))
 
     def finish_groups(self):
-        """Quantize the newest group of tokens of each sequence in which it has become full. Call
-        this after a token has been appended."""
+        """Make codes of the newest group of tokens of each sequence in which it has become full.
+        To be called after each token."""
         if self.g == 1:
             return
         full = [i for i, length in enumerate(self.lengths) if length % self.g == 0]
@@ -75,19 +80,18 @@ class KVCache:
 
     @property
     def has_outliers(self):
-        return any(
-            store.outliers is not None for block in self.blocks for store in (block.K, block.V)
-        )
+        stores = [store for block in self.blocks for store in (block.K, block.V)]
+        return any(store.outliers is not None for store in stores)
 
     def bytes(self):
-        """Return the bytes of all tensors of the blocks. Calibrated codebooks belong to the
-        quantizers."""
+        """Return the bytes of all tensors of the blocks. Calibrated ranges and codebooks belong to
+        the quantizers."""
         return sum(tensor.nbytes for block in self.blocks for tensor in block.tensors())
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The room that the cache of a block has."""
+    """The shape and the dtype of the cache of a block."""
 
     b: int
     n: int
@@ -126,20 +130,20 @@ class BlockCache:
         is_kept, slots = leave_out[:, 0, :, 0].int().topk(self.kept.shape[1])
         kept, order = torch.where(is_kept > 0, slots, self.n).sort()
         self.kept[sequences[:, 0]] = kept
-        slots = slots.gather(1, order)  # of unused entries: of some other token
+        slots = slots.gather(1, order)  # an unused entry has that of some other token
         kept_X[sequences[:, 0]] = X.take_along_dim(slots[:, None, :, None], dim=2)
         return store.fill(sequences, X, leave_out)
 
     def append(self, K, V, slot):
         """Eq. 6: store one token of every sequence, K and V (b, h_kv, 1, d_k), in `slot` (b, 1).
-        Call `make_room` before."""
+        `make_room` has to be called before."""
         sequences = torch.arange(len(K), device=K.device)[:, None]
         self.K.append(sequences, slot, K)
         self.V.append(sequences, slot, V)
 
     def make_room(self):
-        """Make room for the outliers of one more token. Any of its numbers may be one, and compiled
-        code cannot make room."""
+        """Make room for the outliers of one more token: any of its numbers may be an outlier, and
+        compiled code cannot make room."""
         for store in (self.K, self.V):
             if store.outliers is not None:
                 store.outliers.make_room(store.outliers.d)
@@ -149,13 +153,15 @@ class BlockCache:
 
 
 class FullPrecisionBlockCache(BlockCache):
+    """A BlockCache of numbers in full precision, over which PyTorch's own attention runs."""
+
     pre_rope = False
 
     def __init__(self, shape):
         super().__init__(FullPrecisionStore(shape), FullPrecisionStore(shape), shape)
 
     def attention(self, Q, slot, unseen, rope):
-        """Eq. 3, by PyTorch's own attention; see PackedBlockCache."""
+        """Eq. 3; see PackedBlockCache."""
         b, h, _, d_k = Q.shape
         K = self.K.X
         V = self.V.X
@@ -165,6 +171,8 @@ class FullPrecisionBlockCache(BlockCache):
 
 
 class PackedBlockCache(BlockCache):
+    """A BlockCache of packed codes, which are decoded as attention reads them."""
+
     def __init__(self, quantizers, shape, pre_rope):
         quantize_K, quantize_V = quantizers
         super().__init__(PackedStore(quantize_K, shape), PackedStore(quantize_V, shape), shape)
@@ -228,12 +236,13 @@ class FullPrecisionStore:
 
 
 class PackedStore:
-    """Codes of `bits` bits, and the two parameters that decode them: scale and zero, or KVQuant's
-    middle and half width. Dynamic parameters are stored in 16 bits, a pair for every token or for
-    every g tokens; static ones are stored once.
+    """Codes of a few bits, packed into bytes, and the two parameters that decode them: scale and
+    zero, or KVQuant's middle and half width. Dynamic parameters are stored in 16 bits, a pair for
+    every token or for every g tokens; static ones are stored once.
 
     If g tokens share a scale, it is known when all g have come. Until the next token comes,
-    `residual` holds the newest group in full precision (as in KIVI); then the group gets its codes.
+    `residual` (b, h_kv, g, d_k) holds the newest group in full precision, as in KIVI; then the
+    group gets its codes.
     """
 
     def __init__(self, quantizer, shape):
@@ -308,17 +317,18 @@ class PackedStore:
             is_outlier = parameters[2] if leave_out is None else parameters[2] & ~leave_out
             self.outliers.append(sequences, slots, X, is_outlier)
 
-    # The hot path: `dequantized`, `scores` and `weighted_sum`. These are products and sums, not
-    # matrix products, because torch.compile fuses them with the unpacking: each byte is read once,
+    # The hot path: `scores` and `weighted_sum`. They are written as products and sums, not as
+    # matrix products, because torch.compile fuses these with the unpacking: each byte is read once,
     # for all of its codes and for all G queries that share the head, and the numbers that it
-    # decodes to are never in memory. (Run eager, those of a whole block are.)
+    # decodes to are never in memory. (Without torch.compile, those of a whole block are.)
 
     def scores(self, Q, rope, slot):
-        """Return Q K^T of each query (b, h_kv, G, d_k) of the tokens in `slot` (b, 1): a sequence
-        of G tensors (b, h_kv, n), fp32.
+        """Return Q K^T for the queries Q (b, h_kv, G, d_k) of the tokens in `slot` (b, 1): G
+        tensors (b, h_kv, n), fp32.
 
-        `rope` is None unless Keys are stored before RoPE: rotating the query back by a Key's angle
-        gives the same product as rotating the Key."""
+        `rope` is cos and sin (n, d_k) if Keys are stored before RoPE, else None. A query that is
+        rotated back by a Key's angle has the same product with the Key as the query has with the
+        rotated Key."""
         K = list(self.dequantized())
         Q_n = Q[:, :, :, None, None]  # (b, h_kv, G, 1, 1, d_k)
         if rope is not None:
@@ -391,9 +401,9 @@ def split_tokens(X, axis):
 
 
 def to_float32(X):
-    return (
-        to_float32_unfused(X) if X.dtype == torch.float16 and X.device.type == "cpu" else X.float()
-    )
+    if X.dtype == torch.float16 and X.device.type == "cpu":
+        return to_float32_unfused(X)
+    return X.float()
 
 
 @torch.library.custom_op("kvsink::to_float32", mutates_args=())
