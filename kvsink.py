@@ -1,10 +1,10 @@
-"""KVSink: predict the attention sinks from one hidden channel of one block, and keep their Keys and
-Values in full precision while all others are quantized (Algorithm 1).
+"""KVSink: predict the attention sinks from one channel of one block's output, and keep their Keys
+and Values in full precision while all others are quantized (Algorithm 1).
 
-Read top to bottom: Algorithm 1, to be laid beside the printed one, and PFN, its rival; the Rule
-that says which tokens a run keeps; the schemes of Section 5.1 and their calibration, which is
-Algorithm 1 with observers in the place of quantizers; Table 3, which says where the outliers of
-each model emerge, and the finder for a model that it does not list; last, what is not the paper's.
+Read top to bottom: Algorithm 1, in the order of the printed one, and PFN, its rival; the Rule that
+says which tokens a run keeps; the schemes of Section 5.1 and their calibration, which is Algorithm
+1 with observers in place of quantizers; Table 3, which says where the outliers of each model
+emerge, and a finder for a model that it does not list; last, two additions to the paper.
 
 What this file does not do: the parts of the transformer come from llama.py, the equations of
 quantization from quant.py. It stores no cache: Keys and Values are quantized and dequantized in
@@ -25,28 +25,28 @@ from quant import NotFinite, Quantizer
 # Algorithm 1. The numbers at the right are its printed lines.
 #
 # H is a hidden state (b, n, d) of b sequences, n tokens and d channels. S_sink is a mask (b, n),
-# True for the tokens whose Keys and Values stay as they are. `cache` is a list of L pairs
-# (quantize_K, quantize_V). Each takes K or V (b, h_kv, n, d_k) and a mask of tokens to leave out,
-# which broadcasts to it, and returns K or V quantized and dequantized.
+# True for the tokens whose Keys and Values are kept as they are. `quantizers` is a list of L pairs
+# (quantize_K, quantize_V). Each takes K or V (b, h_kv, n, d_k), and a mask (broadcastable to it) of
+# tokens to leave out of the ranges, and returns K or V quantized and dequantized.
 
-AUTO = "auto"  # in the place of k: keep as many tokens as stand out (at the end of this file)
+AUTO = "auto"  # in place of k: keep as many tokens as stand out (see the end of this file)
 
 
 # fmt: off
-def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, step=None):  # 1  parameters
+def prefill(model, H, quantizers, l_E=0, c=0, k=0, S_sink=None, step=None):  # 1  parameters
     """Algorithm 1: return H^L (b, n, d), and S_sink (b, n) as it is after the last block.
 
     KVSink-k has l_E, c and k. PFN-N has S_sink = pfn(H, N) instead. With both, `S_sink` is kept up
-    to block l_E and the predicted tokens after it; with neither, nothing is kept. `step` is lines
-    6-13: `decoder_block`, or the same compiled. Raises ValueError if k exceeds n.
+    to block l_E and the predicted tokens after it; with neither, nothing is kept (l_E = 0 is no
+    block). `step` does lines 6-13; by default it is `decoder_block`. Raises ValueError if k > n.
     """
                                                                         # 2  the input is H = H^0
                                                                         # 3  the output is H^L
     step = step or decoder_block
     rope = rope_table(model.config, H.shape[1], H.device)
-    S_sink = pfn(H, 0) if S_sink is None else S_sink                    # 4  the empty set
+    S_sink = empty_set(H) if S_sink is None else S_sink                 # 4
     for l, block in enumerate(model.blocks, start=1):                   # 5
-        quantize_K, quantize_V = cache[l - 1]
+        quantize_K, quantize_V = quantizers[l - 1]
         H = step(block, H, S_sink, quantize_K, quantize_V, rope)        # 6-13
         if l == l_E:                                                    # 14
             S_sink = predict_sinks(H, c, k)                             # 15-16
@@ -63,10 +63,10 @@ def decoder_block(block, H, S_sink, quantize_K, quantize_V, rope):
     Q, K, V = block.QKV(X)                                              # 7   (b, h or h_kv, n, d_k)
     Q = apply_rope(Q, rope)
     K = apply_rope(K, rope)
-    K_quant = torch.where(sink, K, quantize_K(K, sink))                 # 8   tokens not in S_sink
+    K_quant = torch.where(sink, K, quantize_K(K, sink))                 # 8   sinks keep their K
     V_quant = torch.where(sink, V, quantize_V(V, sink))                 # 9-10
-    A = attention(Q, K_quant, V_quant, block.sliding_window)            # 11  (b, n, h d_k)
-    H = block.W_o(A) + H                                                # 12  H^{l'} of Eq. 2
+    AV = attention(Q, K_quant, V_quant, block.sliding_window)           # 11  (b, n, h d_k)
+    H = block.W_o(AV) + H                                               # 12  H^{l'} of Eq. 2
     return block.FFN(block.LN_ffn(H)) + H                               # 13  (b, n, d)
 
 
@@ -77,10 +77,14 @@ def predict_sinks(H, c, k):
         return predict_sinks_without_k(H, c)
     if k > H.shape[1]:
         raise ValueError(f"cannot keep {k} of {H.shape[1]} tokens")
-    S_outliers = H[:, :, c].abs().topk(k, dim=1).indices                # 15  (b, k), each an i
-    nothing = torch.zeros(H.shape[:2], dtype=torch.bool, device=H.device)
-    return nothing.scatter(1, S_outliers, True)                         # 16  (b, n)
+    S_outliers = H[:, :, c].abs().topk(k, dim=1).indices                # 15  (b, k), positions i
+    return empty_set(H).scatter(1, S_outliers, True)                    # 16  (b, n)
 # fmt: on
+
+
+def empty_set(H):
+    """Return the mask (b, n) of no token."""
+    return torch.zeros(H.shape[:2], dtype=torch.bool, device=H.device)
 
 
 def pfn(H, N):
@@ -91,10 +95,9 @@ def pfn(H, N):
 
 
 def compiled(function, **options):
-    """Return `function` under torch.compile. `decoder_block` is compiled at its first call and then
-    serves every block, because weights, masks and ranges are inputs of its graph; another scheme
-    has another graph."""
-    torch._dynamo.config.recompile_limit = 64  # beyond this many graphs, torch silently runs eager
+    """Return `function` under torch.compile. One graph of `decoder_block` serves all blocks,
+    because weights, masks and ranges are its inputs; each scheme has a graph of its own."""
+    torch._dynamo.config.recompile_limit = 64  # beyond this many graphs, torch runs eager
     return torch.compile(function, **options)
 
 
@@ -109,19 +112,20 @@ class Site(NamedTuple):
     c: int
 
 
-NOWHERE = Site(0, 0)  # no block is block 0: nothing is predicted
+NOWHERE = Site(0, 0)  # blocks are counted from 1, so nothing is predicted
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The tokens that keep their Keys and Values in full precision: what `prefill` is given.
+    """The tokens that keep their Keys and Values in full precision, as `prefill` takes it.
 
         Rule()                 nothing is kept
         Rule(first=N)          PFN-N: the first N tokens, in every block
         Rule(k=k)              KVSink-k: the k predicted tokens, after block l_E
-        Rule(first=1, k=k)     not the paper's: token 0 up to block l_E, the predicted ones after it
+        Rule(first=1, k=k)     not the paper's: token 0 up to block l_E, and after block l_E the
+                               k predicted tokens
 
-    k may be AUTO. The site belongs to the model: `at` adds it.
+    k may be AUTO. The site belongs to a model: `at` adds it.
     """
 
     first: int = 0
@@ -133,7 +137,7 @@ class Rule:
         return self.k != 0
 
     @property
-    def most(self):
+    def max_kept(self):
         """The most tokens that it keeps in a block."""
         return max(self.first, MAX_AUTO_SINKS if self.k == AUTO else self.k)
 
@@ -164,22 +168,22 @@ SCHEMES = {
     "token-static": Scheme("token", "token", True),
     "token-dynamic": Scheme("token", "token", False),
     "channel-static": Scheme("channel", "token", True),
-    "channel-dynamic": Scheme("channel", "token", False),  # not the paper's: KIVI's, for decoding
+    "channel-dynamic": Scheme("channel", "token", False),  # KIVI's; not in Section 5.1
 }
 PAPER_SCHEMES = tuple(SCHEMES)[:3]
 
 
 def unquantized(X, leave_out):
-    """The quantizer of a full-precision cache."""
+    """The quantizer that changes nothing, for a cache in full precision."""
     return X
 
 
-def full_precision_cache(model):
+def full_precision_quantizers(model):
     return [(unquantized, unquantized)] * len(model.blocks)
 
 
-def rtn_cache(model, scheme, bits, group_size):
-    """Return a cache of one of the SCHEMES. A static one has to be calibrated before it is used."""
+def rtn_quantizers(model, scheme, bits, group_size):
+    """Return the quantizers of one of the SCHEMES. Static ones must be calibrated before use."""
     K, V, static = SCHEMES[scheme]
     return [
         (Quantizer(bits, K, group_size, static), Quantizer(bits, V, group_size, static))
@@ -187,20 +191,21 @@ def rtn_cache(model, scheme, bits, group_size):
     ]
 
 
-def with_bits(cache, bits):
-    """Return the same cache at another width. Ranges do not depend on the bits, so one calibration
-    serves all widths."""
-    return [(replace(K, bits=bits), replace(V, bits=bits)) for K, V in cache]
+def with_bits(quantizers, bits):
+    """Return the same quantizers at another width. Ranges do not depend on the bits, so one
+    calibration serves all widths."""
+    return [(replace(K, bits=bits), replace(V, bits=bits)) for K, V in quantizers]
 
 
-def observers(caches):
-    """Return observers in the place of a cache: they return K and V unchanged, and widen the static
-    ranges of all `caches` by the tokens that are not in S_sink.
+def observers(schemes):
+    """Return observers to take the place of quantizers: they return K and V unchanged, and widen
+    the static ranges of all `schemes`, a list of lists of quantizers, to include the tokens that
+    are not in S_sink.
 
-    `prefill` with them is the calibration. So "sink tokens should also be excluded during
-    quantization parameter calibration" (Appendix G) needs no code of its own, and one pass for each
-    Rule serves all schemes and widths. Raises NotFinite, naming the block, if a Key or Value is NaN
-    or inf.
+    To calibrate, run `prefill` with them. So "sink tokens should also be excluded during
+    quantization parameter calibration" (Appendix G) needs no code of its own: a token counts in
+    just those blocks in which it will be quantized. One pass for each Rule serves all schemes and
+    widths. Raises NotFinite, naming the block, if a Key or Value is NaN or inf.
     """
 
     def observer(l, quantizers):
@@ -216,7 +221,7 @@ def observers(caches):
         return observe
 
     found = []
-    for l, pairs in enumerate(zip(*caches), start=1):  # the pairs that all caches have for block l
+    for l, pairs in enumerate(zip(*schemes), start=1):  # each scheme's pair for block l
         K_quantizers, V_quantizers = zip(*pairs)
         found.append((observer(l, K_quantizers), observer(l, V_quantizers)))
     return found
@@ -261,8 +266,8 @@ PROMPTS = (  # Appendix D
     "Summer is warm.\n Winter is cold.\n Spring is mild.\n Autumn is crisp.\n "
     "The sun rises early in the summer.\n The days are short in the winter.\n ",
 )
-# A stable outlier is at least OUTLIER times the median magnitude of its block's hidden state, and
-# SPARSE times the median of its channel over the tokens: it belongs to a few tokens only.
+# A stable outlier is at least OUTLIER times the median magnitude of its block's hidden state. It is
+# also SPARSE times the median token in its channel, so that only few tokens have it.
 OUTLIER = 100
 SPARSE = 10
 
@@ -313,8 +318,8 @@ def stable_outliers(model, tokens):
     if not level.max() > 0:
         raise ValueError("no stable outliers: no channel of any token stands out in most blocks")
     c = int(level.argmax())
-    # It emerges in the block where it first comes near that level. A weaker emergence in an earlier
-    # block (SmolLM2 has one) stays far below it.
+    # It emerges in the first block in which it exceeds a quarter of that level. A weaker emergence
+    # in an earlier block (SmolLM2 has one) stays far below it.
     l = int((outlying[:, c] & (peak[:, c] > level[c] / 4)).int().argmax())
     channels = (outlying[l] & (level > 0)).nonzero().flatten()
     channels = channels[peak[l, channels].argsort(descending=True)]
@@ -330,25 +335,27 @@ def find_site(model, prompts):
     sites = [Site(outliers.l_E, outliers.channels[0]) for outliers in found]
     if len(set(sites)) > 1:
         seen = ", ".join(f"block {l_E} (from 1) channel {c}" for l_E, c in sites)
+        options = f"--layer {sites[0].l_E - 1} --channel {sites[0].c}"  # layers count from 0
         raise ValueError(
-            f"the prompts disagree about where outliers emerge: {seen}; "
-            "eval_ppl.py has --layer and --channel"
+            f"the prompts disagree about where outliers emerge: {seen}; choose one ({options})"
         )
     return sites[0]
 
 
 # --------------------------------------------------------------------------------------------------
-# What is not the paper's: KVSink without k, and Keys that are quantized before RoPE
+# Two additions to the paper: KVSink without k, and Keys that are quantized before RoPE
 
 MAX_AUTO_SINKS = 20  # the most tokens that auto mode keeps: the paper's largest N
 
 
 def predict_sinks_without_k(H, c):
     """Lines 15-16 for k = AUTO: of the MAX_AUTO_SINKS tokens with the largest |H^{l_E}| (b, n, d)
-    in channel c, mark those that reach a tenth of the largest of their sequence: (b, n).
+    in channel c, mark those with at least a tenth of the largest magnitude of their sequence: (b,
+    n).
 
     Sinks are some hundred times larger than the rest, so the exact threshold hardly matters. The
-    bound on their number matters if there is no such gap, as in a text that repeats one token."""
+    limit on their number matters only if there is no such gap, as in a text that repeats one
+    token."""
     X = H[:, :, c].abs()  # (b, n)
     largest = predict_sinks(H, c, min(MAX_AUTO_SINKS, X.shape[1]))
     return largest & (X >= X.amax(1, keepdim=True) / 10)
@@ -361,6 +368,6 @@ def decoder_block_pre_rope(block, H, S_sink, quantize_K, quantize_V, rope):
     Q, K, V = block.QKV(block.LN_mhsa(H))
     K_quant = apply_rope(torch.where(sink, K, quantize_K(K, sink)), rope)
     V_quant = torch.where(sink, V, quantize_V(V, sink))
-    A = attention(apply_rope(Q, rope), K_quant, V_quant, block.sliding_window)
-    H = block.W_o(A) + H
+    AV = attention(apply_rope(Q, rope), K_quant, V_quant, block.sliding_window)
+    H = block.W_o(AV) + H
     return block.FFN(block.LN_ffn(H)) + H

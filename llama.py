@@ -3,11 +3,11 @@
 Read top to bottom: the decoder block (Eq. 1-2) with its attention (Eq. 3), RoPE, FFN (Eq. 4) and
 RMSNorm; the model; its configuration; the reading of a checkpoint from safetensors.
 
-What this file does not do: it knows nothing of quantization or of sinks (quant.py, kvsink.py), it
-keeps no KV cache between calls (a prefill needs none), it does not train, and it runs no code out
-of a checkpoint.
+What this file does not do: it knows nothing of quantization or of sinks (quant.py, kvsink.py). It
+stores no KV cache, because it always processes whole sequences. It does not train, and it never
+executes code from a checkpoint.
 
-Shapes: b sequences, n tokens, d hidden size, h query heads, h_kv Key/Value heads, d_k channels of a
+Shapes: b sequences, n tokens, d hidden size, h query heads, h_kv Key/Value heads, d_k channels per
 head.
 """
 
@@ -44,8 +44,8 @@ class Block(nn.Module):
     def forward(self, H, rope):
         """H^{l-1} -> H^l, both (b, n, d)."""
         Q, K, V = self.QKV(self.LN_mhsa(H))
-        A = attention(apply_rope(Q, rope), apply_rope(K, rope), V, self.sliding_window)
-        H = self.W_o(A) + H  # H^{l'}, Eq. 2
+        AV = attention(apply_rope(Q, rope), apply_rope(K, rope), V, self.sliding_window)
+        H = self.W_o(AV) + H  # H^{l'}, Eq. 2
         return self.FFN(self.LN_ffn(H)) + H  # Eq. 1
 
     def QKV(self, X):
@@ -56,25 +56,25 @@ class Block(nn.Module):
 
 
 def attention(Q, K, V, sliding_window=None):
-    """Eq. 3: Softmax(Q K^T / sqrt(d_k) + M) V, causal.
+    """Eq. 3 up to W_O: Softmax(Q K^T / sqrt(d_k) + M) V, causal.
     Q (b, h, n, d_k), K and V (b, h_kv, n, d_k) -> (b, n, h d_k)."""
     n = Q.shape[2]
-    group = Q.shape[1] // K.shape[1]  # this many query heads share each Key and Value head
-    K = K.repeat_interleave(group, dim=1)
-    V = V.repeat_interleave(group, dim=1)
+    queries_per_head = Q.shape[1] // K.shape[1]  # query heads that share one Key and Value head
+    K = K.repeat_interleave(queries_per_head, dim=1)
+    V = V.repeat_interleave(queries_per_head, dim=1)
     M = None
     if sliding_window and n > sliding_window:
         M = causal_mask(n, sliding_window, Q.device)
-    A = F.scaled_dot_product_attention(Q, K, V, attn_mask=M, is_causal=M is None)
-    return A.transpose(1, 2).flatten(2)
+    AV = F.scaled_dot_product_attention(Q, K, V, attn_mask=M, is_causal=M is None)
+    return AV.transpose(1, 2).flatten(2)
 
 
 def causal_mask(n, sliding_window, device):
-    """M of Eq. 3 as a mask (n, n), True if query t sees key i: itself and the keys before it, or a
-    window of them."""
+    """Return M of Eq. 3 as a mask (n, n): True if the query of its row sees the key of its column,
+    which is its own token, those before it, or a window of them."""
     i = torch.arange(n, device=device)
-    age = i[:, None] - i[None, :]  # how many tokens before the query the key stands
-    return (age >= 0) & (age < (sliding_window or n))
+    distance = i[:, None] - i[None, :]  # how many tokens the key lies before the query
+    return (distance >= 0) & (distance < (sliding_window or n))
 
 
 def apply_rope(X, rope):
@@ -105,8 +105,8 @@ def rope_table(config, n, device):
 
 
 class FFN(nn.Module):
-    """Eq. 4: (sigma(X W_g) * X W_u) W_d. The input of W_d is X_d.in (Eq. 7), its output X_d.out
-    (Eq. 8)."""
+    """Eq. 4 without its residual: (sigma(X W_g) * X W_u) W_d. The input of W_d is X_d.in (Eq. 7),
+    its output X_d.out (Eq. 8)."""
 
     def __init__(self, config):
         super().__init__()
@@ -121,8 +121,8 @@ class FFN(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """LN of Eq. 1-2. LLaMA's is x / rms(x), in fp32, because a sink reaches thousands, and its
-    square would overflow fp16."""
+    """LN of Eq. 1-2, which in LLaMA is weight * x / rms(x). In fp32, because the outlier of a sink
+    reaches thousands, and its square would overflow fp16."""
 
     def __init__(self, d, eps):
         super().__init__()
@@ -174,7 +174,7 @@ class Llama(nn.Module):
         """Return a model from a Hugging Face directory: config.json and model.safetensors, or
         shards with their index. Weights go one by one from the memory-mapped file to the device, so
         there are never two copies of the model in memory. Raises FileNotFoundError or ValueError,
-        naming file and tensor, before the first weight is read."""
+        naming file and tensor; all errors are raised before any weight is read."""
         model, places = locate_weights(directory)
         set_weights(model, read_weights(places, device, dtype))
         return tie_output_layer(model)
@@ -196,6 +196,15 @@ ROPE_KEYS = {
 }
 
 
+REQUIRED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a model, under the names of Hugging Face's config.json."""
@@ -207,11 +216,11 @@ class LlamaConfig:
     num_attention_heads: int  # h
     num_key_value_heads: int  # h_kv; h_kv < h is Grouped-Query Attention
     head_dim: int  # d_k
-    max_position_embeddings: int  # the context that the model was trained at
+    max_position_embeddings: int  # the longest sequence it was trained on
     rms_norm_eps: float
     rope_theta: float = 10000.0
     rope_type: str = "default"
-    rope_factor: float = 1.0  # from here on, only the parameters that ROPE_KEYS lists are used
+    rope_factor: float = 1.0  # these four are used if ROPE_KEYS lists them for the type
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 1.0
     rope_original_context: float = 1.0
@@ -238,8 +247,8 @@ class LlamaConfig:
     @classmethod
     def from_dict(cls, raw):
         """Return the configuration that a parsed config.json describes. Missing keys have the
-        defaults of transformers. Raises ValueError, by name, for anything but a plain LLaMA or
-        Mistral in full precision."""
+        defaults of transformers. Raises ValueError, naming the field, for anything but a plain
+        LLaMA or Mistral in full precision."""
         mistral = check_architecture(raw) == "mistral"
         # Newer files keep all of RoPE in `rope_parameters`, older ones in `rope_scaling` and
         # `rope_theta`.
@@ -254,7 +263,7 @@ class LlamaConfig:
                 f"rope type {rope_type!r} is not supported: only {', '.join(ROPE_KEYS)} are"
             )
         try:
-            values = {field.name: raw[field.name] for field in fields(cls)[:5]}
+            values = {name: raw[name] for name in REQUIRED_FIELDS}
             values |= {ours: rope[theirs] for ours, theirs in ROPE_KEYS[rope_type].items()}
             d = raw["hidden_size"]
             h = raw["num_attention_heads"]
@@ -300,7 +309,8 @@ def check_architecture(raw):
 
 
 def check_fields(config):
-    """Raise ValueError, naming the field, if a value has the wrong type or the heads do not fit."""
+    """Raise ValueError, naming the field, if a value has the wrong type, if h is not a multiple of
+    h_kv, or if d_k is odd."""
     for field in fields(config):
         value = getattr(config, field.name)
         whole = field.type is int or field.name == "sliding_window" and value is not None
@@ -324,7 +334,7 @@ def check_fields(config):
 # --------------------------------------------------------------------------------------------------
 # The checkpoint
 
-# The paper's name (as in this file) -> the checkpoint's key. {l} counts blocks from 0, as
+# A parameter's name in this file -> its key in the checkpoint. {l} counts blocks from 0, as
 # checkpoints do.
 CHECKPOINT_KEYS = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -343,7 +353,7 @@ CHECKPOINT_KEYS = {
 
 
 def checkpoint_names(config):
-    """Return checkpoint key -> parameter name, for every tensor of the model."""
+    """Return a dict of all tensors of the model: checkpoint key -> parameter name."""
     names = {}
     for name, key in CHECKPOINT_KEYS.items():
         for l in range(config.num_hidden_layers if "{l}" in name else 1):
@@ -352,8 +362,8 @@ def checkpoint_names(config):
 
 
 def weight_files(directory):
-    """Return the safetensors files of a checkpoint -> the keys that its index lists for each (none
-    without an index). Raises FileNotFoundError or ValueError."""
+    """Return a dict: each safetensors file of a checkpoint -> the keys that its index lists for it
+    (none without an index). Raises FileNotFoundError or ValueError."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if single.is_file():  # it comes before an index that lies beside it, as in transformers
@@ -377,7 +387,8 @@ def weight_files(directory):
 
 
 def stored_tensors(directory):
-    """Return checkpoint key -> file, shape and dtype of every tensor that a model needs."""
+    """Return a dict of all stored tensors but RoPE's frequencies: checkpoint key -> file, shape and
+    dtype."""
     stored = {}
     for path, listed in weight_files(directory).items():
         try:
@@ -396,8 +407,8 @@ def stored_tensors(directory):
 
 
 def locate_weights(directory):
-    """Return a model without weights, and parameter name -> file and key for each of its tensors.
-    All are checked, none is read. Raises FileNotFoundError or ValueError."""
+    """Return a model without weights, and a dict: parameter name -> file and key of its tensor.
+    Check all tensors and read none. Raises FileNotFoundError or ValueError."""
     directory = Path(directory)
     config = LlamaConfig.from_pretrained(directory)
     stored = stored_tensors(directory)
@@ -450,8 +461,8 @@ def set_weights(module, weights):
 
 
 def tie_output_layer(model):
-    """Let the output layer share the embedding's storage if config.json ties them. An output layer
-    that the checkpoint stores, and that differs, is used as it is."""
+    """Let the output layer share the embedding's storage if config.json ties them; if the
+    checkpoint stores a different output layer, that one is used. Return the model, ready to run."""
     W = model.W_vocab.weight
     E = model.embedding.weight
     if model.config.tie_word_embeddings and (W.is_meta or torch.equal(W, E)):

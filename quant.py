@@ -4,12 +4,12 @@ static.
 Read top to bottom: the four equations; the groups that share one scale and zero (Figure 10); the
 range of a group; the Quantizer that puts them together.
 
-What this file does not do: it knows tensors only, no model, no layer, no sink. A mask tells it
-which tokens to leave out; kvsink.py says why. It rounds to nearest (RTN) and has no learned or
-non-uniform levels.
+What this file does not do: it handles tensors, and knows nothing of models, layers or sinks. A mask
+tells it which tokens to leave out; kvsink.py says why. It rounds to nearest (RTN) and has no
+learned or non-uniform levels.
 
 Tensors are (..., n, d): n tokens of d channels. In a model they are Keys or Values (b, h, n, d_k).
-Sequences and heads never share a scale, except that all sequences share static parameters.
+Each sequence and each head has scales of its own; all sequences share static scales.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 def scale(lo, hi, n):
     """Eq. 12: scale = (clipped_max(X) - clipped_min(X)) / (2^n - 1).
 
-    A constant group has no extent. Its scale is |x|, or 1 if x is 0: with that scale, Eq. 10, 11
-    and 13 give x back exactly.
+    If all numbers of a group are the same x, its scale is |x|, or 1 if x is 0: with that scale, Eq.
+    10, 11 and 13 give x back exactly.
     """
     s = (hi - lo) / (2**n - 1)
     return torch.where(s > 0, s, torch.where(lo == 0, 1.0, lo.abs()))
@@ -60,7 +60,7 @@ def check_granularity(granularity):
 
 
 def grouped(X, granularity, group_size=None, fill=0.0):
-    """Return X (..., n, d) cut into groups, which adds an axis, and the axes that one group spans.
+    """Cut X (..., n, d) into groups, which adds an axis. Return it and the axes within one group.
 
         "token"    group_size consecutive channels of one token    (..., n, d/g, g), axis -1
         "channel"  group_size consecutive tokens of one channel    (..., n/g, g, d), axis -2
@@ -68,7 +68,7 @@ def grouped(X, granularity, group_size=None, fill=0.0):
 
     Without a group size, or with one wider than X, a group is a whole token, channel or tensor. If
     the tokens do not fill the last group, `fill` stands in for the missing ones; `ungrouped` cuts
-    them off again. Raises ValueError if a group of channels does not divide d.
+    them off again. Raises ValueError if group_size does not divide d channels.
     """
     check_granularity(granularity)
     n, d = X.shape[-2:]
@@ -95,13 +95,13 @@ def clipped_range(
     `grouped(X)`.
 
     axes        further axes of the grouped X to reduce over (static ranges: sequences and tokens)
-    leave_out   a mask that broadcasts to X, True for numbers that must not count. A group of which
-                nothing is left has lo = inf and hi = -inf.
+    leave_out   a mask that broadcasts to X, True for numbers that must not count. A group with
+                every number masked has lo = inf and hi = -inf.
 
-    Eq. 12 and 13 speak of a clipped range, and the paper does not say how it clips. By default
-    nothing is clipped; these are the two usual ways:
+    Eq. 12 and 13 speak of a clipped range, and the paper does not say how it clips. Its Table 1
+    takes minimum and maximum, and so does this file by default. The two usual ways to clip:
 
-    quantile    the maximum is this quantile, the minimum the quantile at 1 - this level
+    quantile    the maximum is this quantile, the minimum the (1 - quantile) quantile
     ratio       the range shrinks to this fraction of itself, about its middle
     """
 
@@ -153,10 +153,10 @@ def check_finite(X):
 class Quantizer:
     """RTN quantization of one tensor to `bits` bits: asymmetric, dynamic or static (Appendix C).
 
-    Dynamic: scale and zero come from the tensor itself. Static: they come from the global minimum
-    and maximum of all tensors that `calibrate` has seen, and all tokens share them. So one pair
-    serves a group of channels ("token"), a channel ("channel") or a head ("tensor"), and a group
-    size along the tokens has no meaning.
+    Dynamic: scale and zero come from the tensor itself. Static: they come from the minimum and the
+    maximum over all tokens that `calibrate` has seen, and all tokens share them. So one pair serves
+    a group of channels ("token"), a channel ("channel") or a head ("tensor"), and a group size
+    along the tokens has no meaning.
 
     Raises ValueError for bits outside 1 to 8, an unknown granularity, a group size that does not
     divide, a static quantizer that has not been calibrated, and (in `calibrate`) for NaN or inf.
@@ -182,8 +182,9 @@ class Quantizer:
             self.group_size = None  # groups of tokens would need a scale for tokens yet to come
 
     def calibrate(self, X, leave_out=None):
-        """Widen the static range by X (..., h, n, d), except for the numbers that `leave_out` masks
-        (bool, broadcastable to X). A clipped range is clipped in each X by itself."""
+        """Widen the static range to include X (..., h, n, d), except for the numbers that
+        `leave_out` masks (bool, broadcastable to X). If ranges are clipped, each X is clipped by
+        itself."""
         check_finite(X)
         # Reduce over all sequences and all tokens: axis -3 of the grouped X, which is
         # (..., h, n, d/g, g) or (..., h, 1, n, d).
@@ -210,7 +211,7 @@ class Quantizer:
             hi = self.hi
         else:
             if self.granularity == "token":
-                leave_out = None  # a token has groups of its own: it disturbs no other
+                leave_out = None  # each token has ranges of its own: no need to mask another
             lo, hi = clipped_range(
                 X, self.granularity, self.group_size, (), leave_out, self.quantile, self.ratio
             )
@@ -228,7 +229,7 @@ class Quantizer:
     def __call__(self, X, leave_out=None):
         """Quantize X (..., n, d) and dequantize it again; `leave_out` masks the numbers that must
         not count for the ranges. A number that is not finite comes back as NaN and so reaches the
-        logits: an error here would wait for the GPU in each block."""
+        logits: to raise an error here, every block would have to wait for the GPU."""
         # fp16 cannot hold the quotients of Eq. 10 and 13.
         Xf = X.to(torch.promote_types(X.dtype, torch.float32))
         s, z = self.parameters(Xf, leave_out)
@@ -256,4 +257,4 @@ class Quantizer:
     @property
     def tokens_per_group(self):
         """The number of tokens that share a scale; 1 if each has its own or scales are static."""
-        return self.group_size if self.granularity == "channel" and not self.static else 1
+        return 1 if self.static or self.granularity == "token" else self.group_size

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import eval_ppl
 import kvsink
 import quant
-from kvsink import AUTO, Rule, Site, full_precision_cache, pfn, prefill
+from kvsink import AUTO, Rule, Site, full_precision_quantizers, pfn, prefill
 from llama import Llama, LlamaConfig, RMSNorm, apply_rope, attention, rope_table
 from quant import Quantizer
 from support import evaluate, hub, text
@@ -562,7 +562,7 @@ def test_the_planted_outliers_are_where_the_description_says(planted, sequences)
 
 def test_full_precision_prefill_is_the_model(planted, sequences):
     tokens, _ = sequences
-    H, S_sink = prefill(planted, planted.embedding(tokens), full_precision_cache(planted))
+    H, S_sink = prefill(planted, planted.embedding(tokens), full_precision_quantizers(planted))
     assert torch.equal(planted.logits(H), planted(tokens)) and not S_sink.any()
 
 
@@ -639,7 +639,7 @@ def test_sinks_are_predicted_once(planted, sequences):
     that channel."""
     tokens, expected = sequences
     model = copy_of(planted)
-    cache = full_precision_cache(model)
+    cache = full_precision_quantizers(model)
 
     def step(block, H, *rest):
         H = kvsink.decoder_block(block, H, *rest)
@@ -664,7 +664,7 @@ def test_a_sliding_window_holds_in_algorithm_1(tmp_path, compiled):
     for changed, differs in ((4, False), (5, True)):
         tokens[1] = tokens[0]
         tokens[1, changed] = (tokens[0, changed] + 1) % 97
-        H, _ = prefill(model, model.embedding(tokens), full_precision_cache(model), step=step)
+        H, _ = prefill(model, model.embedding(tokens), full_precision_quantizers(model), step=step)
         assert torch.equal(H[0, -1], H[1, -1]) != differs
 
 
@@ -674,10 +674,10 @@ def test_no_token_is_kept_up_to_the_emergence_block(planted, sequences):
     tokens, _ = sequences
     H = planted.embedding(tokens)
     cache = cache_of(planted, "token-dynamic", 2, tokens)
-    half = [*cache[:EMERGENCE], *full_precision_cache(planted)[EMERGENCE:]]
+    half = [*cache[:EMERGENCE], *full_precision_quantizers(planted)[EMERGENCE:]]
     kept, _ = prefill(planted, H, cache, *SITE, k=24)
     assert torch.equal(kept, prefill(planted, H, half)[0])
-    assert not torch.equal(kept, prefill(planted, H, full_precision_cache(planted))[0])
+    assert not torch.equal(kept, prefill(planted, H, full_precision_quantizers(planted))[0])
 
 
 def test_pfn_keeps_the_first_n_tokens_from_the_first_block(planted, sequences):
@@ -686,7 +686,7 @@ def test_pfn_keeps_the_first_n_tokens_from_the_first_block(planted, sequences):
     assert pfn(H, 3).tolist() == [[True] * 3 + [False] * 21] * 2
     cache = cache_of(planted, "token-dynamic", 2, tokens)
     everything, S_sink = prefill(planted, H, cache, **Rule(first=24).arguments(H))
-    assert torch.equal(everything, prefill(planted, H, full_precision_cache(planted))[0])
+    assert torch.equal(everything, prefill(planted, H, full_precision_quantizers(planted))[0])
     assert S_sink.all()
     nothing, S_sink = prefill(planted, H, cache, **Rule().arguments(H))
     assert torch.equal(nothing, prefill(planted, H, cache, S_sink=pfn(H, 0))[0])
@@ -704,7 +704,7 @@ def test_a_rule_is_its_arguments_its_size_and_its_name():
         Rule(first=1, k=2): (1, 2, True, "PFN-1+KVSink-2", ("pfn+kvsink", 2)),
     }
     for rule, (first, most, predicts, name, options) in rules.items():
-        assert (rule.most, rule.predicts, str(rule)) == (most, predicts, name)
+        assert (rule.max_kept, rule.predicts, str(rule)) == (most, predicts, name)
         assert rule_of(*options) == rule and options_of(rule) == options
         arguments = rule.at(Site(7, 3)).arguments(H)
         assert arguments.pop("S_sink").tolist() == [[i < first for i in range(5)]]
@@ -746,7 +746,11 @@ def test_prediction_without_k():
 def test_more_sinks_than_tokens_are_refused(planted, sequences):
     with pytest.raises(ValueError, match="cannot keep 25 of 24"):
         prefill(
-            planted, planted.embedding(sequences[0]), full_precision_cache(planted), *SITE, k=25
+            planted,
+            planted.embedding(sequences[0]),
+            full_precision_quantizers(planted),
+            *SITE,
+            k=25,
         )
 
 
@@ -763,7 +767,7 @@ def test_sequences_of_a_batch_do_not_touch_each_other(planted, sequences, scheme
 def test_keeping_the_sinks_brings_the_output_nearer(planted, sequences):
     tokens, _ = sequences
     H0 = planted.embedding(tokens)
-    exact, _ = prefill(planted, H0, full_precision_cache(planted))
+    exact, _ = prefill(planted, H0, full_precision_quantizers(planted))
 
     def error(rule):
         cache = cache_of(planted, "token-static", 4, tokens, rule)
@@ -785,7 +789,7 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
     its tokens in every block, KVSink its own after l_E and none before."""
     tokens, S_sink = sequences
     windows = [tokens[:1], tokens[1:]]
-    cache = kvsink.rtn_cache(planted, "channel-static", bits=4, group_size=4)
+    cache = kvsink.rtn_quantizers(planted, "channel-static", bits=4, group_size=4)
     calibrate(planted, windows, [cache], rule_of(keep, 2).at(SITE), STEPS[rope])
     projected, hooks = [], []
     for block in planted.blocks:
@@ -826,7 +830,7 @@ def test_one_pass_serves_all_schemes_and_widths_and_is_the_full_precision_model(
 ):
     tokens, H = sequences[0], planted.embedding(sequences[0])
     together = {
-        scheme: kvsink.rtn_cache(planted, scheme, 4, 8)
+        scheme: kvsink.rtn_quantizers(planted, scheme, 4, 8)
         for scheme in ("token-static", "channel-static")
     }
     rule = rule_of(keep, N).at(SITE)
@@ -965,7 +969,7 @@ def test_the_finder_says_when_there_is_nothing_or_no_agreement(planted, tmp_path
 def prefill_both_ways(model, tokens, scheme, device, dtype):
     """H^L eager and compiled, and the number of graphs that compiling the L blocks took."""
     tokens, model = tokens.to(device), model.to(device, dtype)
-    cache = kvsink.rtn_cache(model, scheme, 4, 8)
+    cache = kvsink.rtn_quantizers(model, scheme, 4, 8)
     if kvsink.SCHEMES[scheme].static:
         calibrate(model, [tokens], [cache], Rule(k=2, site=SITE))
     torch._dynamo.reset()
@@ -1069,7 +1073,7 @@ def test_the_command_of_the_card():
     (config,) = configs_of("--model llama2-7b --data some.txt")
     assert config.calib_windows == 4
     assert len(config.rows) == 1 + 3 * 2 * (1 + 2 * 4)
-    assert {row.rule.most for row in config.rows} == {0, 5, 10, 15, 20}
+    assert {row.rule.max_kept for row in config.rows} == {0, 5, 10, 15, 20}
     assert {row.bits for row in config.rows} == {16, 4, 2}
 
 
@@ -1088,7 +1092,7 @@ def test_a_row_is_algorithm_1_with_its_own_calibration(tiny, tmp_path, sample_ca
     documents = hub.documents("wiki-sample", "train")
     calibration = torch.tensor([*b"".join(document.encode() + b"\0" for document in documents)])
     calibration[calibration == 0] = 256  # <|endoftext|>, the id after the bytes
-    cache = kvsink.rtn_cache(model, "channel-static", 3, 8)
+    cache = kvsink.rtn_quantizers(model, "channel-static", 3, 8)
     rule = Rule(k=3, site=SITE)
     calibrate(model, calibration[:128].view(2, 1, 64), [cache], rule, STEPS[rope])
     tokens = torch.tensor([*text[:128]]).view(2, 64)
@@ -1130,7 +1134,7 @@ def test_another_setting_is_another_row(tiny):
     run = evaluate.Run(config, None, None, tokens, 8, SITE, "weights", None)
 
     def key(run=run, row=row, **changes):
-        return evaluate.result_key(replace(run, **changes), row)
+        return evaluate.result_settings(replace(run, **changes), row)
 
     assert key() == key()
     for change in (
@@ -1183,7 +1187,9 @@ def test_the_sinks_of_the_default_model_are_where_documents_end(default_model):
         assert expected.sum() > 2
         H = model.embedding(window[None])
         site = kvsink.table_site(hub.DEFAULT_MODEL)
-        _, S_sink = prefill(model, H, full_precision_cache(model), *site, k=int(expected.sum()))
+        _, S_sink = prefill(
+            model, H, full_precision_quantizers(model), *site, k=int(expected.sum())
+        )
         assert torch.equal(S_sink[0], expected)
 
 

@@ -83,11 +83,11 @@ def measure_rows(run, old_results):
     for row, result in evaluate.rows_with_results(run, old_results):
         if result is None:
             cache = evaluate.quantizers(run, row)
-            result = evaluate.result_key(run, row)
+            result = evaluate.result_settings(run, row)
             result |= evaluate.measure_row(run, row, cache, ppl_fp)
         if row == FULL_PRECISION:
             ppl_fp = result["ppl"]
-        yield evaluate.with_bits(run, row, result)
+        yield evaluate.add_bits(run, row, result)
 
 
 def heading(run):

@@ -107,7 +107,7 @@ class KVSinkCache(Cache):
         """Return one layer per block. Layers with a sliding window, and other kinds that are not
         plain ones, stay transformers' own."""
         layers = DynamicCache(config=self.decoder.config).layers
-        quantizers = kvsink.rtn_cache(DecoderView(self.decoder), scheme, bits, self.group_size)
+        quantizers = kvsink.rtn_quantizers(DecoderView(self.decoder), scheme, bits, self.group_size)
         for l, pair in enumerate(quantizers, start=1):
             if type(layers[l - 1]) is DynamicLayer:
                 pair = [replace(quantizer, fp16_params=True) for quantizer in pair]

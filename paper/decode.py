@@ -66,7 +66,7 @@ def check_prompt(prompt, cache, rule):
 
 def most_kept(rule, n):
     """Return the most tokens that a rule keeps of a prompt of n tokens: the k of its cache."""
-    return min(rule.most, n) if rule.k == AUTO else rule.most
+    return min(rule.max_kept, n) if rule.k == AUTO else rule.max_kept
 
 
 # --------------------------------------------------------------------------------------------------

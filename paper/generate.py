@@ -205,7 +205,7 @@ def print_cache(run, row, cache):
     fp16 = cache_bytes(run.model.config, cache.n, 16)
     share = f"{100 * size / fp16:.1f} % of the {fp16:,.0f} of fp16"
     print(f"cache for {cache.n} tokens: {size:,} bytes, {share}")
-    if row.rule.most:
+    if row.rule.max_kept:
         slots = [slot for slot in cache.blocks[-1].kept[0].tolist() if slot < cache.n]
         kept = [f"{slot} {run.tokenizer.decode([run.prompt[slot]])!r}" for slot in slots]
         print(f"kept: {', '.join(kept) or 'nothing'}")
@@ -315,7 +315,7 @@ def check_against_model(config, prompt, model_config):
         raise ValueError(
             f"the prompt has {len(prompt)} tokens: lower --sinks {most}, or give a longer prompt"
         )
-    most = max(row.rule.most for row in rows)
+    most = max(row.rule.max_kept for row in rows)
     calibrated = any(row.is_static or row.scheme == "kvquant" for row in rows)
     if calibrated and most > config.caches.calib_tokens - 2:
         raise ValueError(
@@ -363,12 +363,12 @@ def quantizers(caches, loaded, site):
     quantizers = {}
     for row in caches.rows:
         if row == FULL_PRECISION:
-            cache = kvsink.full_precision_cache(model)
+            cache = kvsink.full_precision_quantizers(model)
         elif row.scheme == "kvquant":
             calibration = calibrations[kvquant.Recipe(row.rule, row.rho)]
-            cache = kvquant.kvquant_cache(calibration, row.rho, row.bits)
+            cache = kvquant.kvquant_quantizers(calibration, row.rho, row.bits)
         else:
-            cache = kvsink.rtn_cache(model, row.scheme, row.bits, caches.group_size)
+            cache = kvsink.rtn_quantizers(model, row.scheme, row.bits, caches.group_size)
         if row.is_static:
             evaluate.calibrate(model, [cache], windows, row.rule.at(site), options)
         quantizers[row] = cache

@@ -143,7 +143,7 @@ def tail_size(rho, d):
 # The cache of a model, made of a Calibration
 
 
-def kvquant_cache(calibration, rho, bits, q_norm=False):
+def kvquant_quantizers(calibration, rho, bits, q_norm=False):
     """Return the cache of one recipe at a width of 2, 3 or 4 bits, as kvsink.prefill takes it with
     decoder_block_pre_rope."""
     device = calibration.lo.device

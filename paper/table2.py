@@ -101,9 +101,9 @@ def evaluate_rows(run, old_results):
 def quantizers(run, row, calibrations):
     """Return the cache of a row, as kvsink.prefill takes it."""
     if row == FULL_PRECISION:
-        return kvsink.full_precision_cache(run.model)
+        return kvsink.full_precision_quantizers(run.model)
     calibration = calibrations[kvquant.Recipe(row.rule, row.rho)]
-    return kvquant.kvquant_cache(calibration, row.rho, row.bits, run.config.q_norm)
+    return kvquant.kvquant_quantizers(calibration, row.rho, row.bits, run.config.q_norm)
 
 
 def calibration_config(run):
@@ -125,7 +125,7 @@ def calibration_config(run):
 def result_key(run, row):
     """Return all settings that the PPL of a row depends on: the key that identifies a finished
     result."""
-    key = evaluate.result_key(run, row)
+    key = evaluate.result_settings(run, row)
     if row == FULL_PRECISION:
         return key
     config = run.config
@@ -179,7 +179,7 @@ def check_against_model(config, model_config):
     calibration window can lose."""
     evaluate.check_against_model(config, model_config)
     tokens = config.calibration_tokens
-    if max(row.rule.most for row in config.rows) > tokens - 2:
+    if max(row.rule.max_kept for row in config.rows) > tokens - 2:
         raise ValueError(
             f"--sinks: KVQuant calibrates on windows of {tokens} tokens, too few to keep so many"
         )

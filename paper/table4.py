@@ -132,9 +132,9 @@ def quantizers(model, bits, scheme):
     """Return the quantizers of a cache (16 bits: full precision), calibrated on noise if they are
     static."""
     if bits == 16:
-        return kvsink.full_precision_cache(model)
+        return kvsink.full_precision_quantizers(model)
     config = model.config
-    cache = kvsink.rtn_cache(model, scheme, bits, min(128, config.head_dim))
+    cache = kvsink.rtn_quantizers(model, scheme, bits, min(128, config.head_dim))
     for pair in cache:
         for quantizer in pair:
             if quantizer.static:
@@ -197,7 +197,7 @@ def table_4_functions(benchmark):
     tokens = torch.randint(config.vocab_size, (n,), device=model.device).tolist()
     site = Site(1, config.hidden_size // 2)  # any will do: the work is the same
     H = torch.randn(1, n, config.hidden_size, device=model.device, dtype=model.dtype)
-    full = KVCache(model, kvsink.full_precision_cache(model), n)
+    full = KVCache(model, kvsink.full_precision_quantizers(model), n)
     packed = KVCache(model, quantizers(model, 2, benchmark.config.scheme), n, k=5)
 
     def prefill(cache, rule):
@@ -468,7 +468,7 @@ def prompt_functions(benchmark, theirs, tokens):
     An evaluation takes the loss, too."""
     model = benchmark.model
     n = tokens.shape[1]
-    full = kvsink.full_precision_cache(model)
+    full = kvsink.full_precision_quantizers(model)
     packed = quantizers(model, 2, benchmark.config.scheme)
     cache = KVCache(model, full, n)
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from kvsink import AUTO, Site
+from quant import NotFinite
 from support import hub
 from support.machine import out_of_memory_message
 
@@ -74,7 +75,7 @@ def fraction(text):
 
 
 # --------------------------------------------------------------------------------------------------
-# Options. `add` is the add_argument of a parser or of a group of its options.
+# Options. `add` is the `add_argument` of a parser or of an argument group.
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -114,7 +115,7 @@ def add_machine_options(add, compiler=True):
 
 
 def check_file(path):
-    """Raise ValueError if a file could not be written at the end of a run. `path` may be None."""
+    """Raise ValueError if `path`, which may be None, could not be written at the end of a run."""
     if path is None:
         return
     folder = path.absolute().parent
@@ -175,7 +176,7 @@ def clamp_group_size(group_size, head_dim):
 
 
 def run_command(program, work, advice):
-    """Do the work and return the exit status. An error that the user can mend is one line on
+    """Do the work and return the exit status. An error that the user can fix is one line on
     stderr and status 2, without a traceback; `advice` says what to do if memory is short."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -200,11 +201,13 @@ def run_command(program, work, advice):
 
 
 def print_error(program, error, advice):
-    """Print one line. Every rank reports until the process group exists, then rank 0 alone, because
-    a wrong option is wrong on all ranks; but a rank that ran out of memory always reports."""
+    """Print one line. Before the process group exists, every rank reports; afterwards rank 0 alone,
+    because a wrong option is wrong on all ranks. A rank that runs out of memory or meets NaN always
+    reports."""
     rank = os.environ.get("RANK", "0")
     memory = out_of_memory_message(error)
-    if rank != "0" and not memory and dist.is_initialized():
+    alone = memory or isinstance(error, NotFinite)  # an error that other ranks need not have
+    if rank != "0" and not alone and dist.is_initialized():
         return
     message = f"{memory}; {advice}" if memory else " ".join(str(error).split())
     prefix = f"rank {rank}: " if rank != "0" else ""

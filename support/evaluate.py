@@ -3,8 +3,8 @@
 Read top to bottom: what is evaluated; loading it; Algorithm 1 on windows; the perplexity of a row;
 the quantizers of a row and their calibration; rows that an earlier run has done.
 
-What this file does not do: Algorithm 1 is kvsink.py's. The loop over rows and windows of the main
-command stands in eval_ppl.py, with the parts that are here; `measure_row` is for the others.
+What this file does not do: Algorithm 1 is in kvsink.py. eval_ppl.py writes out its loop over rows
+and windows with the functions below; the other commands call `measure_row`.
 """
 
 import functools
@@ -61,7 +61,7 @@ class EvalConfig:
     seed: int = 0
     group_size: int = 128
     rope: str = "post"  # whether Keys are quantized after ("post") or before ("pre") RoPE
-    layer: int | None = None  # --layer and --channel; None: Table 3's, else the finder's
+    layer: int | None = None  # None: from Table 3, else from the finder
     channel: int | None = None
     machine: Machine = Machine()
     stream: bool = False
@@ -74,9 +74,9 @@ def check_against_model(config, model_config):
             f"--seq-len {config.seq_len} is above the model's context, "
             f"{model_config.max_position_embeddings}"
         )
-    most = max(row.rule.most for row in config.rows)
-    if most > config.seq_len:
-        raise ValueError(f"--sinks {most} is above the window of {config.seq_len} tokens")
+    N = max((row.rule.max_kept for row in config.rows if row.rule.k != kvsink.AUTO), default=0)
+    if N > config.seq_len:
+        raise ValueError(f"--sinks {N} is above the window of {config.seq_len} tokens")
     cli.clamp_group_size(config.group_size, model_config.head_dim)
 
 
@@ -91,8 +91,8 @@ class Loaded(NamedTuple):
 
 
 def load_model(name, machine, streamed=False):
-    """Return the model of this name with its directory and tokenizer, fetched first if it is not on
-    this machine. Raises OSError or ValueError, which say what to do."""
+    """Load a model by name, and fetch it first if necessary. Return its directory, model and
+    tokenizer. Raises OSError or ValueError with a message that says what to do."""
     directory = hub.model_directory(name)
     load = stream.from_pretrained if streamed else Llama.from_pretrained
     model = load(directory, machine.device, machine.torch_dtype)
@@ -106,7 +106,7 @@ class RunOptions:
 
     step: Callable
     loss: Callable
-    eager_step: Callable = kvsink.decoder_block
+    eager_step: Callable
     stream: bool = False
 
 
@@ -125,16 +125,16 @@ class Run:
     tokenizer: Tokenizer
     tokens: torch.Tensor  # the windows (W, n)
     group_size: int  # the config's, at most a head
-    site: kvsink.Site  # NOWHERE if no row predicts sinks
+    site: kvsink.Site  # where sinks are predicted; NOWHERE if nobody asks for it
     weights: str  # hub.fingerprint of the checkpoint
     options: RunOptions
-    # rule -> scheme -> cache, filled as rows need it
+    # rule -> scheme -> quantizers, filled as rows need them
     calibrated: dict = field(default_factory=dict)
 
 
 def load_runs(configs, check=check_against_model):
-    """Return a Run for each of `configs`, which are of one model on one machine. `check` is called
-    with each config and the model's before weights are read. Raises OSError or ValueError."""
+    """Return a Run for each of `configs`, which are of one model on one machine. Before weights are
+    read, `check(config, model_config)` is called for each. Raises OSError or ValueError."""
     first = configs[0]
     init_distributed(first.machine.device)
     directory = hub.model_directory(first.model)
@@ -195,9 +195,9 @@ def batches(model, tokens, options, label, step=None):
 
 
 def negative_log_likelihood(model, H, tokens):
-    """Return the sum over the n - 1 predicted tokens, in fp32. H is H^L (1, n, d), tokens (1, n).
-    Logits are made for 1,024 tokens at a time: with LLaMA-3's vocabulary, those of 4,096 take
-    2 GB."""
+    """Return the negative log-likelihood of the n - 1 predicted tokens, summed, in fp32. H is H^L
+    (1, n, d), tokens (1, n). Logits are made for 1,024 tokens at a time: with LLaMA-3's vocabulary,
+    those of 4,096 take 2 GB."""
     pieces = zip(H[0, :-1].split(1024), tokens[0, 1:].split(1024))
     return sum(
         F.cross_entropy(model.logits(H_).float(), targets, reduction="sum")
@@ -215,9 +215,9 @@ def window_losses(run, windows, H):
     return losses
 
 
-def check_losses(run, row, cache, windows, losses):
-    """Raise NotFinite if a loss of these windows, the last of `losses`, is NaN or inf. Run the
-    windows again, eager, to name the first block in which that happens."""
+def check_losses(run, row, quantizers, windows, losses):
+    """Raise NotFinite if a loss of these windows, the last of `losses`, is NaN or inf, after
+    running them again, eager, to name the block where that began."""
     if all(map(math.isfinite, losses[-len(windows) :])):
         return
     L = len(run.model.blocks)
@@ -232,24 +232,25 @@ def check_losses(run, row, cache, windows, losses):
     message = "NaN or inf first appeared in the output layer"
     try:
         for _, H, step in batches(run.model, windows, run.options, "finding NaN", checking_step):
-            kvsink.prefill(run.model, H, cache, step=step, **rule.arguments(H))
+            kvsink.prefill(run.model, H, quantizers, step=step, **rule.arguments(H))
     except NotFinite as error:
         message = str(error)
     raise NotFinite(f"{row_label(run, row)}: {message}; is --dtype wide enough?") from None
 
 
-def measure_row(run, row, cache, ppl_fp):
-    """Return what a row measures with the quantizers `cache`. This is the inner loop of
-    eval_ppl.py, for the other tables."""
+def measure_row(run, row, quantizers, ppl_fp):
+    """Return what a row measures with these quantizers. It is the inner loop of eval_ppl.py, for
+    other tables."""
     start = time.perf_counter()
     rule = row.rule.at(run.site)
     losses = []
     kept = []
-    for windows, H, step in row_batches(run, row):
-        H, S_sink = kvsink.prefill(run.model, H, cache, step=step, **rule.arguments(H))
+    for windows, H_0, step in row_batches(run, row):
+        arguments = rule.arguments(H_0)
+        H, S_sink = kvsink.prefill(run.model, H_0, quantizers, step=step, **arguments)
         losses += window_losses(run, windows, H)
         kept += S_sink.sum(1).tolist()
-        check_losses(run, row, cache, windows, losses)
+        check_losses(run, row, quantizers, windows, losses)
     return row_result(run, losses, kept, time.perf_counter() - start, ppl_fp)
 
 
@@ -264,9 +265,9 @@ def row_label(run, row):
 
 
 def row_result(run, losses, kept, seconds, ppl_fp):
-    """Return what a row measured. `losses` and `kept` are this rank's: of each of its windows the
-    negative log-likelihood and the number of tokens kept. `ppl_fp` is the PPL of full precision,
-    None for that row itself."""
+    """Return what a row measured. `losses` and `kept` hold, for each window of this rank, its
+    negative log-likelihood and the number of tokens kept. `ppl_fp` is the perplexity of full
+    precision, or None for that row itself."""
     n = run.config.seq_len
     losses = gather(run, losses)
     ppl = perplexity(losses, n)
@@ -279,9 +280,9 @@ def row_result(run, losses, kept, seconds, ppl_fp):
     }
 
 
-def with_bits(run, row, result):
-    """Return a result with the bits per number that its RTN cache takes: by Table 2's count, and as
-    the packed cache stores it."""
+def add_bits(run, row, result):
+    """Add to a result the bits per number of its RTN cache: as Table 2 counts them, and as the
+    packed cache stores it."""
     n = run.config.seq_len
     stored = stored_bits(row, run.model.config, n, run.group_size)
     if "avg_bits" not in result:
@@ -293,7 +294,8 @@ def with_bits(run, row, result):
 
 
 def gather(run, numbers):
-    """Return one number per window, float64, from the lists that each rank has for its share."""
+    """Combine the ranks' numbers, one per window, into one float64 tensor in the order of the
+    windows."""
     rank, ranks = rank_and_world_size()
     gathered = torch.zeros(len(run.tokens), dtype=torch.float64)
     gathered[rank::ranks] = torch.tensor(numbers, dtype=torch.float64)
@@ -306,7 +308,7 @@ def gather(run, numbers):
 def perplexity(losses, n):
     """Return exp of the mean negative log-likelihood of all predicted tokens; `losses` (W,) are of
     windows of n tokens."""
-    # exp(710) overflows; a model with either number is broken.
+    # exp(710) overflows; a model with a mean that large is broken anyway.
     return math.exp(min(losses.sum().item() / (len(losses) * (n - 1)), 700))
 
 
@@ -315,27 +317,30 @@ def perplexity(losses, n):
 
 
 def quantizers(run, row):
-    """Return the cache of a row, as kvsink.prefill takes it. Static ranges are calibrated when the
-    first row needs them: one pass for each rule serves all schemes and widths of the run."""
+    """Return the quantizers of a row, as kvsink.prefill takes them. Static ranges are calibrated
+    when the first row needs them: one pass for each rule serves all schemes and widths of the
+    run."""
     model = run.model
     if row == FULL_PRECISION:
-        return kvsink.full_precision_cache(model)
+        return kvsink.full_precision_quantizers(model)
     if not row.is_static:
-        return kvsink.rtn_cache(model, row.scheme, row.bits, run.group_size)
+        return kvsink.rtn_quantizers(model, row.scheme, row.bits, run.group_size)
     if row.rule not in run.calibrated:
         same_rule = [r for r in run.config.rows if r.is_static and r.rule == row.rule]
         schemes = dict.fromkeys(r.scheme for r in same_rule)
-        caches = {s: kvsink.rtn_cache(model, s, 8, run.group_size) for s in schemes}
+        width = 8  # any: ranges do not depend on it
+        by_scheme = {s: kvsink.rtn_quantizers(model, s, width, run.group_size) for s in schemes}
         calibrate(
-            model, caches.values(), calibration_windows(run), row.rule.at(run.site), run.options
+            model, by_scheme.values(), calibration_windows(run), row.rule.at(run.site), run.options
         )
-        run.calibrated[row.rule] = caches
-    return kvsink.with_bits(run.calibrated[row.rule][row.scheme], row.bits)
+        run.calibrated[row.rule] = by_scheme
+    return kvsink.add_bits(run.calibrated[row.rule][row.scheme], row.bits)
 
 
-def calibrate(model, caches, windows, rule, options):
-    """Calibrate static `caches` on windows (W, n): Algorithm 1 with observers, eager."""
-    observers = kvsink.observers(caches)
+def calibrate(model, schemes, windows, rule, options):
+    """Calibrate the static quantizers of `schemes`, a list of lists, on windows (W, n): Algorithm 1
+    with observers, eager."""
+    observers = kvsink.observers(schemes)
     for _, H, step in batches(model, windows, options, "calibrating", options.eager_step):
         kvsink.prefill(model, H, observers, step=step, **rule.arguments(H))
 
@@ -344,18 +349,19 @@ def calibration_windows(run):
     """Return the windows (calib_windows, seq_len) of the training split."""
     config = run.config
     data = config.data if config.data in hub.TEXTS else text.PACKED  # a file has no second split
-    return text.calibration_windows(
+    tokens = text.calibration_windows(
         run.tokenizer, data, config.seq_len, config.calib_windows, config.seed
     )
+    text.check_vocabulary(tokens, run.model.config, config.model)
+    return tokens
 
 
 # --------------------------------------------------------------------------------------------------
 # Rows that an earlier run has done
 
 
-def result_key(run, row):
-    """Return all settings that the PPL of a row depends on: the key that identifies a finished
-    result."""
+def result_settings(run, row):
+    """Return all settings that the PPL of a row depends on: they identify a finished result."""
     config = run.config
     keep, N = options_of(row.rule)
     l_E, c = row.rule.at(run.site).site
@@ -381,13 +387,13 @@ def result_key(run, row):
     }
 
 
-def rows_with_results(run, old_results, key=result_key):
+def rows_with_results(run, old_results, settings_of=result_settings):
     """Yield each row with its result from an earlier run, or with None if it has to be measured.
-    `key(run, row)` are the settings that a result must have. Rank 0 decides which rows are
+    `settings_of(run, row)` are the settings that a result must have. Rank 0 decides which rows are
     measured; the other ranks see these rows only."""
     finished = {}
     for row in run.config.rows:
-        settings = key(run, row)
+        settings = settings_of(run, row)
         for old in old_results:
             if settings.items() <= old.items():
                 finished[row] = old

@@ -64,7 +64,7 @@ def pick_machine(args):
 @functools.cache
 def has_compiler(device):
     """Return whether torch.compile works here; if not, say so in one line."""
-    # Compiled code goes to our cache, for the next run too.
+    # Keep compiled code in our cache, where the next run finds it.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
     try:
         # Takes a second and needs the whole toolchain.
@@ -105,8 +105,8 @@ def is_first_rank():
 
 
 def no_progress_bar():
-    """Return what tqdm calls `disable`: True on every rank but 0; None, on rank 0, leaves the
-    decision to whether stderr is a terminal."""
+    """Return tqdm's `disable`: True on every rank but 0; None on rank 0, which shows the bar only
+    on a terminal."""
     return None if is_first_rank() else True
 
 
@@ -115,7 +115,7 @@ def no_progress_bar():
 
 
 def free_memory(device):
-    """Return the bytes that are free: on a GPU its own memory, else the host's."""
+    """Return the free bytes of a CUDA GPU, or of the host for any other device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

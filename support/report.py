@@ -1,4 +1,4 @@
-"""What is shown of results: the table, printed line by line; paired comparisons; Figure 9.
+"""How results are shown: the table, printed line by line; paired comparisons; Figure 9.
 
 What this file does not do: it measures nothing. A result is a dict, as in the JSON file.
 """
@@ -25,7 +25,7 @@ class Column(NamedTuple):
 
     title: str
     width: int
-    text: Callable  # result -> what stands in the column
+    text: Callable  # result -> the text of its cell
 
 
 STORED_BITS = Column("stored bits", 13, lambda result: f"{result['stored_bits']:.2f}")
@@ -152,7 +152,7 @@ SAME_IN_A_PANEL = (
 def figure_9(results):
     """Return Figure 9: PPL over N, PFN against KVSink, full precision as a line; one panel per
     model, text, scheme and width. A bar is one standard error of the distance to full precision,
-    paired over windows. "auto" is a point by itself, at the mean number of its tokens.
+    paired over windows. --sinks auto is a single point, at the mean number of tokens that it keeps.
 
     Raises ValueError if there is nothing to draw, or if a panel would mix results of runs with
     different settings."""
@@ -193,8 +193,8 @@ def check_panel(panel, rows):
 
 
 def draw_curves(axis, rows, full):
-    """Draw one line per rule, through the PPL of its N tokens, and a point if it finds N itself.
-    `full` is the result of full precision, or None; then there are no error bars."""
+    """Draw one line per rule, PPL over N, and a single point for --sinks auto. `full` is the result
+    of full precision, or None; then there are no error bars."""
     for keep, label, marker in CURVES:
         rule_rows = [row for row in rows if row["keep"] == keep]
         auto = [row for row in rule_rows if row["sinks"] == AUTO]

@@ -15,7 +15,7 @@ MEASURED = {"ppl", "ppl_fp", "avg_bits", "stored_bits", "seconds", "nll", "kept"
 
 def read_results(path):
     """Return the results of earlier runs, or [] if there is no such file. Raises ValueError if the
-    file holds anything else; then it stays as it is."""
+    file holds anything else; the file is not changed."""
     if not path or not path.exists():
         return []
     try:

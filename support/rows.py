@@ -1,4 +1,4 @@
-"""A row of a table: a scheme at a width, and a rule of preservation; and its bits per number.
+"""A row of a table: a scheme at a width, and a rule of which tokens are kept; its bits per number.
 
 What this file does not do: it measures nothing. A rule is kvsink.py's; the words of the options
 --keep and --sinks become rules here, and nowhere else.
@@ -61,19 +61,19 @@ FULL_PRECISION = Row("full", 16, Rule())
 
 
 def row_of(result):
-    """Return the row that a result (a dict, as in the JSON file) is of."""
+    """Return the Row to which a result (a dict, as in the JSON file) belongs."""
     rule = rule_of(result["keep"], result["sinks"])
     return Row(result["scheme"], result["bits"], rule, result.get("outliers", 0.0))
 
 
 def expand_rows(groups, keeps, sinks):
-    """Return the rows for every (scheme, bits, rho) of `groups`, every word of --keep and every
-    number of --sinks, in the order of the table. "none" and N = 0 are the same row; PFN has no
-    AUTO. Raises ValueError if no row is left."""
+    """Return the rows for every (scheme, bits) or (scheme, bits, rho) of `groups`, every word of
+    --keep and every number of --sinks, in the order of the table. "none" and N = 0 are the same
+    row; PFN has no AUTO. Raises ValueError if no row is left."""
     rows = []
-    for (scheme, bits, rho), keep, N in itertools.product(groups, keeps, sinks):
+    for (scheme, bits, *rho), keep, N in itertools.product(groups, keeps, sinks):
         if (keep, N) != ("pfn", AUTO):
-            rows.append(Row(scheme, bits, rule_of(keep, N), rho))
+            rows.append(Row(scheme, bits, rule_of(keep, N), *rho))
     if not rows:
         rule_of("pfn", AUTO)  # raises, and says why
     return list(dict.fromkeys(rows))
@@ -123,5 +123,5 @@ def stored_bits(row, config, n, group_size):
     per_token, once = rtn_bits(row, config, group_size)
     g = group_size if row.scheme == "channel-dynamic" else 1  # tokens that share a scale
     residual = g * d * 16 if g > 1 else 0
-    kept = row.rule.most * (2 * d * 16 + 64)
+    kept = row.rule.max_kept * (2 * d * 16 + 64)
     return (-(-n // g) * g * per_token + once + residual + kept) / (2 * d * n)

@@ -1,5 +1,5 @@
-"""Models larger than the device: blocks come from disk one by one, hidden states lie in host
-memory.
+"""Models larger than the device: blocks are read from disk one by one, and hidden states stay in
+host memory.
 
 No sequence of a batch depends on another. So Algorithm 1 runs over the batch of all windows at once
 (kvsink.prefill does not change), and its `step` takes them through a block one at a time, to the
@@ -24,7 +24,8 @@ from support.machine import format_duration, free_memory
 
 class BlocksOnDisk(nn.ModuleList):
     """The blocks of a model, with their weights on disk. A loop over them, forwards or backwards,
-    has one block on the device while it reads the next. A block taken by its index has no weights.
+    loads one block to the device while the next is read. A block taken by its index has no
+    weights.
 
     read    a function that yields names and weights of block l, counted from 0, in host memory
     """
@@ -67,8 +68,8 @@ def from_pretrained(directory, device, dtype):
         prefix = f"blocks.{l}."
         weights = []
         for name, W in read_weights(places, "cpu", dtype, (prefix,)):
-            # A memory-mapped file is read only when somebody looks at it, so copy it now. A pinned
-            # copy goes to a GPU in one go.
+            # A memory-mapped file is read on first access, so copy it now. A pinned copy goes to a
+            # GPU faster, and asynchronously.
             W = W.pin_memory() if "cuda" in str(device) else W.clone()
             weights.append((name.removeprefix(prefix), W))
         return weights
@@ -124,8 +125,8 @@ def one_at_a_time(step, device):
 
 
 def announce(model, tokens, passes):
-    """Say on stderr how much memory a run takes, and about how long. `tokens` are the windows of
-    the largest pass (W, n), `passes` the number of windows of each pass through all blocks."""
+    """Log the memory that a run takes, and an estimate of its time. `tokens` are the windows of the
+    largest pass (W, n), `passes` the number of windows of each pass through all blocks."""
     L = len(model.blocks)
     read_time, window_time = time_block(model, tokens[0])
     # A block is read while another one computes.

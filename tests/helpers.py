@@ -258,7 +258,7 @@ def calibrate(model, windows, caches, rule=None, step=None):
 def cache_of(model, scheme, bits, tokens, rule=None, step=None):
     """Return the planted model's cache in groups of 8. If it is static, it is calibrated on tokens
     (1, n)."""
-    cache = kvsink.rtn_cache(model, scheme, bits, 8)
+    cache = kvsink.rtn_quantizers(model, scheme, bits, 8)
     if kvsink.SCHEMES[scheme].static:
         calibrate(model, [tokens], [cache], rule, step)
     return cache

@@ -76,7 +76,7 @@ def with_ranges(cache):
 def test_algorithm_1_stays_on_the_card(model, scheme, rule):
     """A batch of two texts longer than Mistral's window; no look at the host inside the loop over
     blocks."""
-    cache = with_ranges(kvsink.rtn_cache(model, scheme, 3, 8))
+    cache = with_ranges(kvsink.rtn_quantizers(model, scheme, 3, 8))
     H = model.embedding(torch.zeros(2, 40, dtype=torch.int64, device=CARD))
     with CopiesToTheHost() as copies:
         H, S_sink = prefill(model, H, cache, **rule.arguments(H))
@@ -99,7 +99,7 @@ def test_the_watch_sees_what_it_should():
 def test_calibration_stays_on_the_card(model, rule):
     """All but the check whether each Key and Value is finite."""
     schemes = ("token-static", "channel-static")
-    caches = [kvsink.rtn_cache(model, scheme, 4, 8) for scheme in schemes]
+    caches = [kvsink.rtn_quantizers(model, scheme, 4, 8) for scheme in schemes]
     H = model.embedding(torch.zeros(1, 40, dtype=torch.int64, device=CARD))
     prefill(model, H, observers(caches), **rule.arguments(H))
     for cache in caches:
@@ -119,9 +119,9 @@ def test_the_finder_stays_on_the_card_until_it_decides(model, monkeypatch):
 @pytest.mark.parametrize("scheme", [*kvsink.SCHEMES, "full"])
 def test_the_packed_cache_stays_on_the_card(model, scheme, pre_rope):
     """Prefill of a prompt, then three tokens."""
-    quantizers = kvsink.full_precision_cache(model)
+    quantizers = kvsink.full_precision_quantizers(model)
     if scheme != "full":
-        quantizers = with_ranges(kvsink.rtn_cache(model, scheme, 3, 8))
+        quantizers = with_ranges(kvsink.rtn_quantizers(model, scheme, 3, 8))
     cache = KVCache(model, quantizers, 48, k=2, pre_rope=pre_rope)
     logits = decode.prefill(model, cache, [[0] * 30], Rule(k=2, site=SITE))
     with CopiesToTheHost() as copies:

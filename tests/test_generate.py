@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvsink
-from kvsink import AUTO, Rule, full_precision_cache
+from kvsink import AUTO, Rule, full_precision_quantizers
 from llama import Llama
 from paper import decode, generate, kvquant
 from paper.kvcache import KVCache
@@ -52,7 +52,7 @@ def test_logits_that_are_not_finite_are_no_text(value):
 def test_text_ends_where_the_model_ends_it(planted, sequences):
     prompt = sequences[0][0][:20].tolist()
     for stop_ids, expected in ({}, [9, 8, 7, 6]), ({7}, [9, 8, 7]), ({9}, [9]):
-        cache = KVCache(planted, full_precision_cache(planted), 24)
+        cache = KVCache(planted, full_precision_quantizers(planted), 24)
         choices = iter([9, 8, 7, 6])
         logits = decode.prefill(planted, cache, [prompt])
         tokens = generate.generate_tokens(
@@ -69,8 +69,8 @@ def test_text_ends_where_the_model_ends_it(planted, sequences):
 
 def test_kl_divergence_against_numpy(planted, sequences):
     tokens = sequences[0][0]
-    quantizers = kvsink.rtn_cache(planted, "token-dynamic", 3, 8)
-    full, _ = decoded(planted, tokens, 10, full_precision_cache(planted))
+    quantizers = kvsink.rtn_quantizers(planted, "token-dynamic", 3, 8)
+    full, _ = decoded(planted, tokens, 10, full_precision_quantizers(planted))
     other, _ = decoded(planted, tokens, 10, quantizers)
     p, q = (np.exp(x.double().numpy()) for x in (full[:14], other[:14]))
     p = p / p.sum(1, keepdims=True)
@@ -130,11 +130,11 @@ def test_what_generate_does_without_options(tiny, capsys):
         assert re.findall(r"(\d+) '", report[-1]) == ["1"]
     model = Llama.from_pretrained(tiny[1])
     prompt = [65, STRONG, *range(70, 90)]
-    cache = KVCache(model, kvsink.rtn_cache(model, "channel-dynamic", 4, 8), 32, k=20)
+    cache = KVCache(model, kvsink.rtn_quantizers(model, "channel-dynamic", 4, 8), 32, k=20)
     decode.prefill(model, cache, [prompt], Rule(first=1, k=AUTO, site=SITE))
     slots = [[slot for slot in block.kept[0].tolist() if slot < cache.n] for block in cache.blocks]
     assert slots == [[0]] * SITE.l_E + [[1]] * (6 - SITE.l_E)
-    small_cache = KVCache(model, full_precision_cache(model), 32, k=5)
+    small_cache = KVCache(model, full_precision_quantizers(model), 32, k=5)
     message = "cannot keep 20 tokens in a cache that was made to keep 5"
     with pytest.raises(ValueError, match=message):
         decode.prefill(model, small_cache, [prompt], Rule(k=AUTO, site=SITE))
@@ -156,10 +156,10 @@ def test_static_caches_are_calibrated_by_their_own_rule(tiny, long_calibration):
         calib_tokens=64,
     )
     quantizers = generate.quantizers(caches, run, SITE)
-    assert quantizers[FULL_PRECISION] == full_precision_cache(model)
+    assert quantizers[FULL_PRECISION] == full_precision_quantizers(model)
     windows = text.calibration_windows(run.tokenizer, "wikitext2", 64, 2, seed=0)
     for row in rows:
-        expected = kvsink.rtn_cache(model, row.scheme, 3, 8)
+        expected = kvsink.rtn_quantizers(model, row.scheme, 3, 8)
         rule = row.rule.at(SITE)
         calibrate(model, windows[:, None], [expected], rule, kvsink.decoder_block_pre_rope)
         for pair, expected_pair in zip(quantizers[row], expected):
@@ -279,15 +279,15 @@ def test_the_distance_to_full_precision_of_the_default_model(default_model):
         reference.append(logits)
         return int(logits.argmax())
 
-    cache = KVCache(model, full_precision_cache(model), n)
+    cache = KVCache(model, full_precision_quantizers(model), n)
     logits = decode.prefill(model, cache, [prompt])
     tokens = list(generate.generate_tokens(model, cache, logits, choose, max_new_tokens=12))
     means = {}
     for bits in (16, 8, 4):
-        quantizers = full_precision_cache(model)
+        quantizers = full_precision_quantizers(model)
         rule = Rule()
         if bits < 16:
-            quantizers = kvsink.rtn_cache(model, "token-dynamic", bits, 64)
+            quantizers = kvsink.rtn_quantizers(model, "token-dynamic", bits, 64)
             rule = Rule(k=2, site=kvsink.table_site("smollm2-135m"))
         cache = KVCache(model, quantizers, n, k=2)
         logits = decode.prefill(model, cache, [prompt], rule)

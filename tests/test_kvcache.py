@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
 
 import kvsink
-from kvsink import Rule, full_precision_cache, pfn
+from kvsink import Rule, full_precision_quantizers, pfn
 from llama import Llama, LlamaConfig, apply_rope, rope_table
 from paper import decode, kvquant
 from paper.kvcache import (
@@ -151,7 +151,7 @@ def sparse_cache(bits, device="cpu"):
     quantile is one of them, and rounding would decide."""
     lo, hi, fisher = (part.to(device) for part in kvquant_calibrations()[RECIPES[-1]])
     calibration = kvquant.Calibration(1.01 * lo, 1.01 * hi, fisher)
-    return kvquant.kvquant_cache(calibration, 0.1, bits)
+    return kvquant.kvquant_quantizers(calibration, 0.1, bits)
 
 
 def rtn_quantizers(model, scheme, bits, tokens, rule=None, *, pre_rope=False):
@@ -164,7 +164,7 @@ def decoded(model, tokens, prompt, quantizers, rule=None, *, pre_rope=False, ste
     """Return the logits (n - prompt + 1, vocab) after the prompt and each further token of tokens
     (n,), from a packed cache of n tokens, or of more room; and the cache."""
     rule = rule or Rule()
-    cache = KVCache(model, quantizers, room or len(tokens), k=rule.most, pre_rope=pre_rope)
+    cache = KVCache(model, quantizers, room or len(tokens), k=rule.max_kept, pre_rope=pre_rope)
     logits = [decode.prefill(model, cache, [tokens[:prompt].tolist()], rule)]
     for token in tokens[prompt:]:
         logits.append(decode.decode(model, cache, token[None], step))
@@ -251,7 +251,7 @@ def test_a_packed_cache_of_kvquant_gives_the_logits_of_quantizing_and_dequantizi
     here."""
     tokens = torch.cat((ordinary_tokens(24, 5), ordinary_tokens(10, 3)))
     tokens[[6, 17]] = torch.tensor([WEAK, STRONG])
-    quantizers = kvquant.kvquant_cache(kvquant_calibrations()[recipe], recipe.rho, bits)
+    quantizers = kvquant.kvquant_quantizers(kvquant_calibrations()[recipe], recipe.rho, bits)
     rule = recipe.rule.at(SITE)
     expected = step_by_step(planted, tokens, 19, quantizers, rule, pre_rope=True)
     logits, cache = decoded(planted, tokens, 19, quantizers, rule, pre_rope=True)
@@ -286,9 +286,9 @@ def test_decoding_in_full_precision_is_the_model(family, tmp_path):
     model = Llama.from_pretrained(write_model(tmp_path / "model", {**SMALL, **FAMILIES[family]}))
     tokens = torch.tensor(np.random.RandomState(1).randint(0, 97, 40))
     for pre_rope in (False, True):
-        logits, _ = decoded(model, tokens, 10, full_precision_cache(model), pre_rope=pre_rope)
+        logits, _ = decoded(model, tokens, 10, full_precision_quantizers(model), pre_rope=pre_rope)
         torch.testing.assert_close(logits, model(tokens[None])[0, 9:], rtol=1e-4, atol=1e-4)
-    quantizers = kvsink.rtn_cache(model, "token-dynamic", 8, 16)
+    quantizers = kvsink.rtn_quantizers(model, "token-dynamic", 8, 16)
     logits_8, _ = decoded(model, tokens, 10, quantizers)  # PackedStore sees the same tokens
     assert 0 < (logits_8 - logits).norm() < 0.02 * logits.norm()
 
@@ -304,7 +304,7 @@ def test_scores_and_weighted_sum_are_products_with_what_comes_back(scheme, n, d_
     K, V = torch.randn(2, 2, 2, n, d_k, generator=draw)
     q = torch.randn(2, 2, 3, d_k, generator=draw)
     p = torch.randn(2, 2, 3, n, generator=draw).softmax(-1)
-    quantize_K, quantize_V = as_stored(kvsink.rtn_cache(blocks(1), scheme, 3, group))[0]
+    quantize_K, quantize_V = as_stored(kvsink.rtn_quantizers(blocks(1), scheme, 3, group))[0]
     scores = filled_store(quantize_K, K).scores(q, None, torch.full((2, 1), n))  # the next token
     expected = q @ quantize_K(K).mT
     torch.testing.assert_close(torch.stack(scores, dim=2), expected, rtol=1e-4, atol=1e-4)
@@ -327,7 +327,7 @@ def cache_shape(b, h_kv, n, d_k):
 
 
 def blocks(L):
-    """Return what rtn_cache and full_precision_cache need of a model with L blocks."""
+    """Return what rtn_quantizers and full_precision_quantizers need of a model with L blocks."""
     return SimpleNamespace(blocks=range(L))
 
 
@@ -431,7 +431,7 @@ def test_the_sinks_of_the_prompt_are_kept_for_the_whole_generation(planted, sequ
     """Bit for bit and with their slots, in the blocks after l_E; new tokens are not kept, whatever
     they are."""
     tokens = torch.cat((sequences[0][0], torch.tensor([STRONG, WEAK, 20])))
-    quantizers = kvsink.rtn_cache(planted, "token-dynamic", 2, 8)
+    quantizers = kvsink.rtn_quantizers(planted, "token-dynamic", 2, 8)
     cache = KVCache(planted, quantizers, 27, k=2)
     stored = []  # the Keys and the Values of each block
 
@@ -469,9 +469,9 @@ def test_a_prompt_may_fill_the_cache(planted, sequences, scheme):
     many, for either."""
     tokens = sequences[0][0]
     rule = Rule() if scheme == "full" else KVSINK_2
-    quantizers = stored = full_precision_cache(planted)
+    quantizers = stored = full_precision_quantizers(planted)
     if scheme != "full":
-        quantizers = kvsink.rtn_cache(planted, scheme, 3, 8)
+        quantizers = kvsink.rtn_quantizers(planted, scheme, 3, 8)
         stored = as_stored(quantizers)
     for prompt in (22, 24):
         expected = step_by_step(planted, tokens, prompt, stored, rule)
@@ -485,12 +485,12 @@ def test_a_prompt_may_fill_the_cache(planted, sequences, scheme):
 
 
 def test_a_cache_that_is_full_or_asked_for_too_much(planted):
-    cache = KVCache(planted, full_precision_cache(planted), 6)
+    cache = KVCache(planted, full_precision_quantizers(planted), 6)
     with pytest.raises(ValueError, match="the prompt has 7 tokens, and the cache was made for 6"):
         decode.prefill(planted, cache, [[20] * 7])
     with pytest.raises(ValueError, match="empty"):
         decode.prefill(planted, cache, [[]])
-    keeping = KVCache(planted, kvsink.rtn_cache(planted, "token-dynamic", 2, 8), 16, k=5)
+    keeping = KVCache(planted, kvsink.rtn_quantizers(planted, "token-dynamic", 2, 8), 16, k=5)
     for rule in (Rule(first=5), Rule()):
         with pytest.raises(ValueError, match="cannot keep 5 of 4"):
             decode.prefill(planted, keeping, [[20] * 4], rule)
@@ -513,7 +513,7 @@ def test_a_cache_can_be_filled_again(planted, sequences, scheme):
     tokens = sequences[0][1]
     pre_rope = scheme == "kvquant"
     if pre_rope:
-        quantizers = kvquant.kvquant_cache(kvquant_calibrations()[RECIPES[-1]], 0.1, 3)
+        quantizers = kvquant.kvquant_quantizers(kvquant_calibrations()[RECIPES[-1]], 0.1, 3)
     else:
         quantizers = rtn_quantizers(planted, scheme, 3, sequences[0], KVSINK_2)
     expected, _ = decoded(planted, tokens, 15, quantizers, KVSINK_2, pre_rope=pre_rope)
@@ -543,7 +543,7 @@ def shaped(**changes):
 
 def noise_quantizers(scheme, bits, g):
     """Return the quantizers of three blocks of three heads, calibrated on noise if static."""
-    quantizers = kvsink.rtn_cache(blocks(3), scheme, bits, g)
+    quantizers = kvsink.rtn_quantizers(blocks(3), scheme, bits, g)
     for pair in quantizers:
         for quantizer in pair:
             if quantizer.static:
@@ -575,7 +575,7 @@ def test_the_bytes_of_a_cache_are_those_of_table_4(scheme, bits):
     d_kv = 192
     numbers = 2 * L * n * d_kv
     if scheme == "full":
-        cache = KVCache(model, full_precision_cache(blocks(L)), n)
+        cache = KVCache(model, full_precision_quantizers(blocks(L)), n)
         assert cache.bytes() == pytest.approx(numbers * 2, rel=0.01)
     else:
         cache = KVCache(model, noise_quantizers(scheme, bits, g), n, k=k)
@@ -599,7 +599,7 @@ def test_stored_bits_are_the_bytes_of_the_cache(scheme, N):
     count in 16 bits."""
     model = shaped()
     row = Row(scheme, 3, Rule(k=N))
-    cache = KVCache(model, noise_quantizers(scheme, 3, 64), 100, k=row.rule.most)
+    cache = KVCache(model, noise_quantizers(scheme, 3, 64), 100, k=row.rule.max_kept)
     parameters = []
     for c in cache.blocks:
         for store in (c.K, c.V):
@@ -683,7 +683,7 @@ def test_compiled_decoding_is_one_graph_that_never_holds_the_dequantized_cache(
     if scheme.endswith("%"):
         quantizers = sparse_cache(2)
     elif pre_rope:
-        quantizers = kvquant.kvquant_cache(kvquant_calibrations()[RECIPES[-2]], 0.0, 2)
+        quantizers = kvquant.kvquant_quantizers(kvquant_calibrations()[RECIPES[-2]], 0.0, 2)
     else:
         quantizers = rtn_quantizers(planted, scheme, 2, tokens[None], KVSINK_2)
     n = 1024
@@ -715,7 +715,7 @@ def test_compiled_attention_is_fused_for_other_heads(h, h_kv, d_k, scheme, bits)
         num_hidden_layers=1, num_attention_heads=h, num_key_value_heads=h_kv, head_dim=d_k
     )
     n = 1024
-    cache = KVCache(model, kvsink.rtn_cache(blocks(1), scheme, bits, 64), n, k=2)
+    cache = KVCache(model, kvsink.rtn_quantizers(blocks(1), scheme, bits, 64), n, k=2)
     step = kvsink.compiled(decode.attention, **decode.FUSE)
     Q = torch.randn(1, h, 1, d_k)
     _, codes = run_and_get_code(step, Q, cache.blocks[0], cache.next_slot, cache.rope)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import kvsink
 import quant
-from kvsink import AUTO, Rule, Site, decoder_block_pre_rope, full_precision_cache, prefill
+from kvsink import AUTO, Rule, Site, decoder_block_pre_rope, full_precision_quantizers, prefill
 from llama import Llama, LlamaConfig, apply_rope, attention, rope_table
 from paper import kvquant
 from support.rows import Row, average_bits
@@ -162,7 +162,7 @@ def test_kvquant_under_algorithm_1(
     """Kept tokens are untouched and the others quantized, Keys before RoPE; and a batch gives what
     its sequences give one by one."""
     calibrations, _ = calibrated
-    cache = kvquant.kvquant_cache(calibrations[recipe], recipe.rho, 2)
+    cache = kvquant.kvquant_quantizers(calibrations[recipe], recipe.rho, 2)
     H = planted.embedding(sequences[0])
     used = []  # K and V of each block, as attention sees them
     entered = []  # what enters each block
@@ -194,7 +194,7 @@ def test_kvquant_under_algorithm_1(
 @pytest.mark.parametrize("recipe", RECIPES[2:4])
 def test_kvquant_compiled_is_kvquant_eager(planted, calibrated, sequences, recipe, quick_codebooks):
     """One graph per block, whatever is kept; with outliers and without."""
-    cache = kvquant.kvquant_cache(calibrated[0][recipe], recipe.rho, 2)
+    cache = kvquant.kvquant_quantizers(calibrated[0][recipe], recipe.rho, 2)
     H = planted.embedding(sequences[0])
     step = torch.compile(decoder_block_pre_rope, fullgraph=True)
     H_L, S = run_algorithm_1(planted, H, cache, recipe.rule)
@@ -209,7 +209,7 @@ def test_outliers_are_stored_apart_only_if_rho_says_so(calibrated, recipe, quick
     """Keys far outside the calibrated range come back as they were, in 16 bits; with rho 0 they
     come back at the end of the range."""
     calibration = calibrated[0][recipe]
-    cache = kvquant.kvquant_cache(calibration, recipe.rho, 2)
+    cache = kvquant.kvquant_quantizers(calibration, recipe.rho, 2)
     signposts, _ = kvquant.codebooks(calibration, 2)
     for l, (quantize_K, quantize_V) in enumerate(cache):
         lo = calibration.lo[l].numpy()
@@ -239,10 +239,10 @@ def test_kvquant_on_cuda(planted, calibrated, sequences, dtype):
         for a, b in zip(ours[recipe][:2], calibrations[recipe][:2]):
             assert (a.cpu() - b).norm() <= tolerance * b.norm()
         H = planted.embedding(sequences[0])
-        full = full_precision_cache(planted)
+        full = full_precision_quantizers(planted)
         expected, _ = run_algorithm_1(planted, H, full, recipe.rule, kvsink.decoder_block)
         H = H.to("cuda", dtype)
-        cache = kvquant.kvquant_cache(ours[recipe], recipe.rho, 4)
+        cache = kvquant.kvquant_quantizers(ours[recipe], recipe.rho, 4)
         found, _ = run_algorithm_1(model, H, cache, recipe.rule, step)
         eager, _ = run_algorithm_1(model, H, cache, recipe.rule)
         assert (found.float() - eager.float()).norm() <= 10 * tolerance * eager.float().norm()

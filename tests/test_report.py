@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 import eval_ppl
-from kvsink import AUTO, Rule, prefill, rtn_cache
+from kvsink import AUTO, Rule, prefill, rtn_quantizers
 from llama import Llama
 from support import report, text
 from support.rows import FULL_PRECISION, Row, options_of
@@ -137,7 +137,7 @@ def test_auto_says_how_many_tokens_it_kept_and_is_compared_with_the_best_pfn(
     tokenizer = Tokenizer.from_pretrained(tiny[1])
     for window, N in zip(text.windows(tokenizer, tiny[3], "test", 64, 3, 0), kept):
         H = model.embedding(window[None])
-        _, S_sink = prefill(model, H, rtn_cache(model, "token-dynamic", 3, 8), *SITE, k=AUTO)
+        _, S_sink = prefill(model, H, rtn_quantizers(model, "token-dynamic", 3, 8), *SITE, k=AUTO)
         assert S_sink.sum() == N
 
 

@@ -17,7 +17,7 @@ def test_rules_of_all_options_in_words():
     expanded = rows.expand_rows(GROUP, rows.KEEPS, [0, 5, AUTO])
     names = "nothing PFN-5 KVSink-5 KVSink-auto PFN-1+KVSink-5 PFN-1+KVSink-auto"
     assert " ".join(str(row.rule) for row in expanded) == names
-    assert [row.rule.most for row in expanded] == [0, 5, 5, 20, 5, 20]
+    assert [row.rule.max_kept for row in expanded] == [0, 5, 5, 20, 5, 20]
     for row in expanded:
         assert rows.rule_of(*rows.options_of(row.rule)) == row.rule
     with pytest.raises(ValueError, match="--sinks auto is for --keep kvsink"):

@@ -309,7 +309,7 @@ def test_a_row_is_algorithm_1_with_its_own_calibration(tiny, tmp_path, our_cache
     train = text.windows(tokenizer, "wiki-sample", "train", 64, 2, 0)
     recipe = kvquant.Recipe(Rule(k=2), 0.1)
     calibrations = kvquant.calibrate(model, train, [recipe], SITE)
-    cache = kvquant.kvquant_cache(calibrations[recipe], 0.1, 3)
+    cache = kvquant.kvquant_quantizers(calibrations[recipe], 0.1, 3)
     loss = 0.0
     for window in text.windows(tokenizer, tiny[3], "test", 64, 2, 0):
         H = model.embedding(window[None])

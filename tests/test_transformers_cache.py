@@ -148,7 +148,7 @@ def test_logits_of_the_default_model(default_llama, default_theirs, scheme):
     is_static = SCHEMES[scheme].static
     for bits, (keep, N) in zip((4, 2), OPTIONS[0 if is_static else 1 :: 2]):
         rule = rule_of(keep, N).at(kvsink.table_site(hub.DEFAULT_MODEL))
-        quantizers = kvsink.rtn_cache(default_llama, scheme, bits, 64)
+        quantizers = kvsink.rtn_quantizers(default_llama, scheme, bits, 64)
         # It finds the site by the directory's name.
         cache = KVSinkCache(default_theirs, bits, scheme, keep=keep, sinks=N)
         if is_static:
