@@ -147,7 +147,7 @@ PROBLEMS = (
             "of those to leave out; throw away what it returns for a sink. k may be `AUTO`: then "
             "`predict_sinks` returns what `predict_sinks_without_k` does, which is given at the "
             "end of the file. Sinks are left out of calibration, too: `observers` returns, in "
-            "place of a cache, functions that record ranges and change nothing, so that "
+            "place of quantizers, functions that record ranges and change nothing, so that "
             "calibration is `prefill` itself."
         ),
         hint=(

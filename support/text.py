@@ -1,4 +1,4 @@
-"""Windows of token ids, cut from a text by the protocol that its literature uses.
+"""Windows of token ids, cut from a text as is customary for that text.
 
 What this file does not do: the documents come from hub.py, the ids from tokenizer.py.
 """
@@ -16,7 +16,7 @@ PACKED = "wiki-sample"
 def windows(tokenizer, name, split, seq_len, count, seed):
     """Return windows of a text (count, seq_len) int64, or all its windows if `count` is None.
 
-    wiki-sample   articles packed end to end, an end-of-text id after each; windows in order
+    wiki-sample   articles packed end to end, with an end-of-text id after each; windows in order
     c4            as for KVQuant and GPTQ: each at a random offset of a random document that is long
                   enough; None means 256
     others        the whole text tokenized once; windows of "test" in order, of "train" at random
@@ -49,8 +49,9 @@ def packed(tokenizer, documents):
     before the first only."""
     if tokenizer.eot is None:
         raise ValueError(
-            f"the articles of {PACKED} are packed, and this tokenizer has no end-of-text token to "
-            "put between them: choose another text"
+            f"the articles of {PACKED}, on which a text file is calibrated too, are packed, and this "
+            "tokenizer has no end-of-text token to put between them: choose wikitext2 or c4, or a "
+            "dynamic scheme, which needs no calibration"
         )
     ids = tokenizer.encode("")
     for document in documents:
@@ -79,9 +80,10 @@ def calibration_windows(tokenizer, name, seq_len, count, seed):
     return tokens
 
 
-def check_vocabulary(tokens, config, directory):
-    """Raise ValueError if the model has not all of these ids: the tokenizer is another model's."""
+def check_vocabulary(tokens, config, name):
+    """Raise ValueError if a token id is outside the model's vocabulary, as with another model's
+    tokenizer. `name`, of the model or of the text, begins the message."""
     if tokens.max() >= config.vocab_size:
         raise ValueError(
-            f"{directory}: its tokenizer gives id {tokens.max()}, the model has {config.vocab_size}"
+            f"{name}: the tokenizer gives id {tokens.max()}; the model has {config.vocab_size} ids"
         )

@@ -22,11 +22,11 @@ import tokenizers
 
 class Tokenizer:
     """Text to token ids and back, exactly as the model's own tokenizer does it: each file is read
-    by the library of those who made its format.
+    by the library of the format's authors.
 
-    tokenizer.model, SentencePiece    LLaMA-2, Mistral           special tokens in a text are text
-    tokenizer.model, tiktoken format  LLaMA-3, as Meta ships it  the same
-    tokenizer.json                    all others                 special tokens are recognized
+    tokenizer.model, SentencePiece    LLaMA-2, Mistral       special tokens are read as plain text
+    tokenizer.model, tiktoken format  LLaMA-3, Meta's files  special tokens are read as plain text
+    tokenizer.json                    all others             special tokens are recognized
 
     bos        the id that goes before every text, or None if there is none (SmolLM2)
     eot        the id that ends a document, put between packed ones, or None if the files name none
@@ -60,8 +60,8 @@ class Tokenizer:
         return [self.bos, *ids] if bos and self.bos is not None else ids
 
     def decode(self, ids):
-        """Return the text of token ids. A model may have more ids than its tokenizer, to round
-        their number up: those have no text."""
+        """Return the text of token ids. A padded vocabulary has more ids than the tokenizer; those
+        are skipped."""
         return self._backend.decode([i for i in ids if i in self._backend.ids])
 
 
@@ -176,7 +176,8 @@ def read_tokenizer_json(path):
     """Return the Backend of a tokenizer.json. The file does not say which token ends a text; if it
     has "</s>", that one does."""
     text = path.read_text(encoding="utf-8")
-    tokenizer = tokenizers.Tokenizer.from_str(text)  # raises for most damage; the checks for others
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    # That raises for most damage; the checks below find the rest.
     raw = json.loads(text)
     vocabulary = tokenizer.get_vocab()
     special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}

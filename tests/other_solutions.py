@@ -130,7 +130,7 @@ def attention(Q, K, V, sliding_window=None):
 KVSINK = """
 import torch
 
-def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, step=None):
+def prefill(model, H, quantizers, l_E=0, c=0, k=0, S_sink=None, step=None):
     n = H.shape[1]
     if k != AUTO and k > n:
         raise ValueError("too many")
@@ -140,7 +140,7 @@ def prefill(model, H, cache, l_E=0, c=0, k=0, S_sink=None, step=None):
         step = decoder_block
     rope = rope_table(model.config, n, H.device)
     for l in range(1, len(model.blocks) + 1):
-        K, V = cache[l - 1]
+        K, V = quantizers[l - 1]
         H = step(model.blocks[l - 1], H, S_sink, K, V, rope)
         if l == l_E and k == AUTO:
             S_sink = predict_sinks_without_k(H, c)
@@ -175,18 +175,18 @@ def pfn(H, N):
     S_sink[:, :N] = True
     return S_sink
 
-def observers(caches):
-    caches = list(caches)
+def observers(schemes):
+    schemes = list(schemes)
     def make(l, part):
         def look(X, leave_out=None):
             try:
-                for cache in caches:
-                    cache[l][part].calibrate(X, leave_out=leave_out)
+                for scheme in schemes:
+                    scheme[l][part].calibrate(X, leave_out=leave_out)
             except NotFinite as error:
                 raise NotFinite(f"NaN or inf in block {l + 1}") from error
             return X
         return look
-    return [[make(l, 0), make(l, 1)] for l in range(len(caches[0]))]
+    return [[make(l, 0), make(l, 1)] for l in range(len(schemes[0]))]
 
 def stable_outliers(model, tokens):
     states, hooks = [], []

@@ -151,22 +151,23 @@ WRONG = {
         ("half precision comes back as fp32", ".to(X.dtype)", ""),
     ],
     "causal_mask": [
-        ("the window is one too long", "(age < (", "(age <= ("),
-        ("a token does not see itself", "age >= 0", "age > 0"),
+        ("the window is one too long", "(distance < (", "(distance <= ("),
+        ("a token does not see itself", "distance >= 0", "distance > 0"),
         ("the mask is transposed", "i[:, None] - i[None, :]", "i[None, :] - i[:, None]"),
     ],
     "attention": [
         (
             "heads are repeated, not repeat-interleaved",
-            "K.repeat_interleave(group, dim=1)\n    V = V.repeat_interleave(group, dim=1)",
-            "K.repeat(1, group, 1, 1)\n    V = V.repeat(1, group, 1, 1)",
+            "K.repeat_interleave(queries_per_head, dim=1)\n"
+            "    V = V.repeat_interleave(queries_per_head, dim=1)",
+            "K.repeat(1, queries_per_head, 1, 1)\n    V = V.repeat(1, queries_per_head, 1, 1)",
         ),
         ("tokens see the future", "is_causal=M is None", "is_causal=False"),
         ("sqrt(d_k) is forgotten", "attn_mask=M", "attn_mask=M, scale=1.0"),
         (
             "heads and tokens are mixed up",
-            "A.transpose(1, 2).flatten(2)",
-            "A.reshape(len(A), n, -1)",
+            "AV.transpose(1, 2).flatten(2)",
+            "AV.reshape(len(AV), n, -1)",
         ),
         ("the window is forgotten", "if sliding_window and n > sliding_window:", "if False:"),
     ],
@@ -175,13 +176,13 @@ WRONG = {
         ("l_E is off by one: late", "if l == l_E:", "if l == l_E + 1:"),
         ("l_E is off by one: early", "if l == l_E:", "if l == l_E - 1:"),
         ("sinks are predicted again in each block", "if l == l_E:", "if l >= l_E:"),
-        ("token 0 is always kept", "S_sink = pfn(H, 0) if", "S_sink = pfn(H, 1) if"),
+        ("token 0 is always kept", "S_sink = empty_set(H) if", "S_sink = pfn(H, 1) if"),
         (
             "sinks are kept before l_E",
-            "pfn(H, 0) if S_sink is None else S_sink",
+            "empty_set(H) if S_sink is None else S_sink",
             "predict_sinks(H, c, k)",
         ),
-        ("all blocks have the same quantizers", "cache[l - 1]", "cache[0]"),
+        ("all blocks have the same quantizers", "quantizers[l - 1]", "quantizers[0]"),
         (
             "the given mask is kept after l_E too",
             "S_sink = predict_sinks(H, c, k)",
@@ -202,7 +203,7 @@ WRONG = {
             "    K_quant = apply_rope(torch.where(sink, K, quantize_K(K, sink)), rope)",
         ),
         ("K is never rotated", "K = apply_rope(K, rope)", "pass"),
-        ("the residual is forgotten", "block.W_o(A) + H", "block.W_o(A)"),
+        ("the residual is forgotten", "block.W_o(AV) + H", "block.W_o(AV)"),
         ("the wrong norm", "block.LN_ffn(H)", "block.LN_mhsa(H)"),
         (
             "a mask of channels, not of tokens",
@@ -221,9 +222,9 @@ WRONG = {
         ),
         (
             "top-k over the batch",
-            "return nothing.scatter(1, S_outliers, True)",
-            "return nothing.flatten().scatter("
-            "0, H[:, :, c].abs().flatten().topk(k).indices, True).view_as(nothing)",
+            "return empty_set(H).scatter(1, S_outliers, True)",
+            "return empty_set(H).flatten().scatter("
+            "0, H[:, :, c].abs().flatten().topk(k).indices, True).view(H.shape[:2])",
         ),
         ("all channels", "H[:, :, c].abs()", "H.abs().amax(-1)"),
         ("the smallest", "topk(k, dim=1)", "topk(k, dim=1, largest=False)"),
@@ -249,11 +250,11 @@ WRONG = {
         ),
         (
             "blocks are counted from 0",
-            "enumerate(zip(*caches), start=1)",
-            "enumerate(zip(*caches))",
+            "enumerate(zip(*schemes), start=1)",
+            "enumerate(zip(*schemes))",
         ),
         (
-            "only the first cache is calibrated",
+            "only the first scheme is calibrated",
             "for quantizer in quantizers:",
             "for quantizer in quantizers[:1]:",
         ),

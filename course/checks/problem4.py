@@ -26,7 +26,7 @@ def test_prefill_takes_each_block_in_turn(run):
     steps = np.arange(3 * 24, dtype=np.float32).reshape(3, 2, 4, 3)
     seen = run(prefill_rule, ZERO, steps, {})
     same(seen["block"], [1, 2, 3], "blocks")
-    same(seen["cache"], [["K1", "V1"], ["K2", "V2"], ["K3", "V3"]], "quantizers")
+    same(seen["quantizers"], [["K1", "V1"], ["K2", "V2"], ["K3", "V3"]], "quantizers")
     same(seen["rope"], ["config, 4 tokens"] * 3, "rope")
     close(seen["H"], steps.sum(0), "H^L")
     assert not seen["kept"].any(), "nothing should be kept"

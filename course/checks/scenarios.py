@@ -164,20 +164,20 @@ def prediction_refused(H, c, k):
 def algorithm_1(H, steps, S_sink=None, **rule):
     """Run prefill on a model whose block l adds steps[l - 1] to H. Return H^L, the tokens kept
     after the last block, and what the step was given in each block."""
-    seen = {"block": [], "S_sink": [], "cache": [], "rope": []}
+    seen = {"block": [], "S_sink": [], "quantizers": [], "rope": []}
 
     def step(block, H, S_sink, quantize_K, quantize_V, rope):
         seen["block"].append(block)
         seen["S_sink"].append(S_sink.clone())
-        seen["cache"].append([quantize_K, quantize_V])
+        seen["quantizers"].append([quantize_K, quantize_V])
         seen["rope"].append(rope)
         return H + tensor(steps[block - 1])
 
     model = SimpleNamespace(config="config", blocks=list(range(1, len(steps) + 1)))
-    cache = [(f"K{l}", f"V{l}") for l in model.blocks]
+    quantizers = [(f"K{l}", f"V{l}") for l in model.blocks]
     options = {"S_sink": tensor(S_sink), "step": step, **rule}
     with patch.object(kvsink, "rope_table", lambda config, n, device: f"{config}, {n} tokens"):
-        H, S_sink = kvsink.prefill(model, tensor(H), cache, **options)
+        H, S_sink = kvsink.prefill(model, tensor(H), quantizers, **options)
     return plain({**seen, "H": H, "kept": S_sink})
 
 
@@ -194,8 +194,8 @@ def first(H, N):
     return plain(kvsink.pfn(tensor(H), N))
 
 
-def observed(caches, L, X, leave_out, broken=None):
-    """Call observers for this number of caches, each of L blocks, with Keys l X and Values -l X in
+def observed(schemes, L, X, leave_out, broken=None):
+    """Call observers for this number of schemes, each of L blocks, with Keys l X and Values -l X in
     block l. Return what `calibrate` of each quantizer was given, and what the observers returned.
     The quantizers of block `broken` raise NotFinite."""
     seen = {}
@@ -213,7 +213,7 @@ def observed(caches, L, X, leave_out, broken=None):
     blocks = range(1, L + 1)
     made = {
         i: [(quantizer(f"{i} {l} K", l), quantizer(f"{i} {l} V", l)) for l in blocks]
-        for i in range(caches)
+        for i in range(schemes)
     }
     pairs = kvsink.observers(made.values())
     returned = [

@@ -117,8 +117,8 @@ def test_pfn_of_none_and_of_more(run):
         same([mask.tolist(), mask.dtype.name], [expected, "bool"], f"N = {N}")
 
 
-def test_observers_serve_several_caches(run):
-    """Three caches of four blocks, in one pass: each quantizer gets its own block's Keys or Values,
+def test_observers_serve_several_schemes(run):
+    """Three schemes of four blocks, in one pass: each quantizer gets its own block's Keys or Values,
     without the sinks."""
     X = drawn(7, 2, 3, 5, 4)
     mask = drawn(8, 2, 1, 5, 1) > 0
