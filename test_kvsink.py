@@ -38,11 +38,11 @@ from tests.helpers import (
     SITE,
     SMALL,
     STRONG,
-    cache_of,
     calibrate,
     default_results,
     ordinary_tokens,
     perplexities,
+    quantizers_for,
     results_of,
     write_model,
     write_weights,
@@ -108,7 +108,9 @@ def test_attention_against_numpy(window):
     """Eq. 3 written out in float64: every query of every head by itself, over the keys that it may
     see."""
     draw = np.random.RandomState(0)
-    Q, K, V = draw.randn(2, 4, 9, 8), draw.randn(2, 2, 9, 8), draw.randn(2, 2, 9, 8)
+    Q = draw.randn(2, 4, 9, 8)
+    K = draw.randn(2, 2, 9, 8)
+    V = draw.randn(2, 2, 9, 8)
     expected = np.zeros((2, 9, 4, 8))
     for b, h, t in np.ndindex(2, 4, 9):
         seen = slice(max(0, t - window + 1) if window else 0, t + 1)
@@ -293,10 +295,8 @@ def test_frequencies_and_a_second_embedding_in_a_checkpoint_are_no_error(tmp_pat
 def test_of_two_copies_of_weights_the_one_is_read_that_transformers_reads(tmp_path):
     """model.safetensors goes before an index beside it; a stored output layer that differs is used,
     tied or not; shards may lie in a subfolder of the model's directory and nowhere else."""
-    new, old = (
-        write_model(tmp_path / "new", SMALL),
-        write_model(tmp_path / "old", SMALL, shards=2, seed=1),
-    )
+    new = write_model(tmp_path / "new", SMALL)
+    old = write_model(tmp_path / "old", SMALL, shards=2, seed=1)
     expected = Llama.from_pretrained(new)(GOLDEN_TOKENS)
     for shard in old.glob("model-*"):
         shard.rename(new / shard.name)
@@ -326,7 +326,9 @@ def test_of_two_copies_of_weights_the_one_is_read_that_transformers_reads(tmp_pa
 
 def test_equations_by_hand():
     """X = (-1, 0, 0.4, 2), n = 2: scale = 3/3, zero = 1, codes (0, 1, 1, 3), X' = (-1, 0, 0, 2)."""
-    X, lo, hi = torch.tensor([-1, 0, 0.4, 2]), torch.tensor(-1.0), torch.tensor(2.0)
+    X = torch.tensor([-1, 0, 0.4, 2])
+    lo = torch.tensor(-1.0)
+    hi = torch.tensor(2.0)
     s = quant.scale(lo, hi, 2)
     z = quant.zero(lo, s)
     codes = quant.quantize(X, s, z, 2)
@@ -337,7 +339,9 @@ def test_equations_by_hand():
 def test_zero_is_not_clamped():
     """X = (10, 10.5, 11.5), n = 1: scale = 1.5, zero = -round(6.67) = -7, codes (0, 0, 1), X' =
     (10.5, 10.5, 12)."""
-    X, lo, hi = torch.tensor([10, 10.5, 11.5]), torch.tensor(10.0), torch.tensor(11.5)
+    X = torch.tensor([10, 10.5, 11.5])
+    lo = torch.tensor(10.0)
+    hi = torch.tensor(11.5)
     s = quant.scale(lo, hi, 1)
     z = quant.zero(lo, s)
     codes = quant.quantize(X, s, z, 1)
@@ -346,7 +350,8 @@ def test_zero_is_not_clamped():
 
 
 def test_halves_are_rounded_to_even():
-    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    one = torch.tensor(1.0)
+    zero = torch.tensor(0.0)
     assert quant.quantize(torch.tensor([0.5, 1.5, 2.5, 3.5]), one, zero, 3).tolist() == [0, 2, 2, 4]
     assert quant.zero(torch.tensor([-0.5, -1.5, -2.5]), one).tolist() == [0, 2, 2]
 
@@ -371,14 +376,17 @@ def groups_numpy(n, d, granularity, g):
 def rtn_numpy(X, bits, groups):
     """Equations 10-13 in float64, group by group. Also a scale for every number, and whether it
     lies so near a rounding edge that fp32 may fall on the other side."""
-    X_, S, edge = np.zeros_like(X), np.zeros_like(X), np.zeros(X.shape, dtype=bool)
+    X_ = np.zeros_like(X)
+    S = np.zeros_like(X)
+    edge = np.zeros(X.shape, dtype=bool)
     for at in groups:
         x = X[at]
         s = (x.max() - x.min()) / (2**bits - 1)
         if s == 0:
             s = abs(x.max()) or 1.0
         z = -np.round(x.min() / s)
-        X_[at], S[at] = s * (np.clip(np.round(x / s) + z, 0, 2**bits - 1) - z), s
+        X_[at] = s * (np.clip(np.round(x / s) + z, 0, 2**bits - 1) - z)
+        S[at] = s
         near = np.abs(np.abs(x / s - np.floor(x / s)) - 0.5) < 1e-6 * max(1, np.abs(x / s).max())
         edge[at] = (
             near | near[x == x.min()].any()
@@ -417,7 +425,8 @@ def test_quantizer_against_numpy(granularity, group_size, n, kind):
 @pytest.mark.parametrize("granularity", quant.GRANULARITIES)
 def test_low_precision_inputs_are_computed_in_fp32(granularity, dtype, tolerance):
     X = torch.tensor(INPUTS["a sink"](np.random.RandomState(0), (1, 2, 20, 32))).to(dtype)
-    out, expected = Quantizer(4, granularity, 8)(X), Quantizer(4, granularity, 8)(X.float())
+    out = Quantizer(4, granularity, 8)(X)
+    expected = Quantizer(4, granularity, 8)(X.float())
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=0)
 
@@ -493,7 +502,8 @@ def test_static_quantization_against_numpy(granularity):
     quantizer = Quantizer(3, granularity, 4, static=True)
     seen = []  # (h, tokens, d) of what counts
     for n in (5, 12):
-        X, left_out = draw.randn(2, 3, n, 8).astype(np.float32), draw.rand(2, n) < 0.3
+        X = draw.randn(2, 3, n, 8).astype(np.float32)
+        left_out = draw.rand(2, n) < 0.3
         quantizer.calibrate(torch.tensor(X), torch.tensor(left_out)[:, None, :, None])
         seen += [X[b][:, ~left_out[b]] for b in range(2)]
     seen = np.concatenate(seen, axis=1).astype(np.float64)
@@ -546,7 +556,8 @@ STEPS = {"post": kvsink.decoder_block, "pre": kvsink.decoder_block_pre_rope}
 
 def test_the_planted_outliers_are_where_the_description_says(planted, sequences):
     tokens, S_sink = sequences
-    hidden, hooks = [], []
+    hidden = []
+    hooks = []
     for block in planted.blocks:
         hooks.append(
             block.register_forward_hook(lambda module, inputs, output: hidden.append(output))
@@ -555,7 +566,8 @@ def test_the_planted_outliers_are_where_the_description_says(planted, sequences)
     for hook in hooks:
         hook.remove()
     for l, H in enumerate(hidden, start=1):
-        at_sinks, elsewhere = H[:, :, CHANNEL].abs()[S_sink], H[:, :, CHANNEL].abs()[~S_sink]
+        at_sinks = H[:, :, CHANNEL].abs()[S_sink]
+        elsewhere = H[:, :, CHANNEL].abs()[~S_sink]
         assert elsewhere.max() == 0
         assert at_sinks.min() > 1000 if l >= EMERGENCE else at_sinks.max() == 0
 
@@ -578,7 +590,7 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
     Values."""
     tokens, expected = sequences
     rule = rule_of(keep, k).at(SITE)
-    cache = cache_of(planted, scheme, 2, tokens, rule, STEPS[rope])
+    quantizers = quantizers_for(planted, scheme, 2, tokens, rule, STEPS[rope])
     seen = []
 
     def watch(quantize):  # what goes into lines 8 and 9
@@ -594,7 +606,7 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
         attended.append((K, V))
         return attention(Q, K, V, window)
 
-    watched = [(watch(K), watch(V)) for K, V in cache]
+    watched = [(watch(K), watch(V)) for K, V in quantizers]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kvsink, "attention", watch_attention)
         H = planted.embedding(tokens)
@@ -604,7 +616,8 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
     before = torch.zeros(2, 24, dtype=torch.bool)
     before[:, 0] = keep == "pfn+kvsink"  # token 0, up to l_E
     for l in range(1, 7):
-        (K, left_out), (V, left_out_V) = seen[2 * l - 2], seen[2 * l - 1]
+        K, left_out = seen[2 * l - 2]
+        V, left_out_V = seen[2 * l - 1]
         empty_or_sinks = (expected if l > EMERGENCE else before)[:, None, :, None]
         assert torch.equal(left_out, empty_or_sinks) and torch.equal(left_out_V, empty_or_sinks), (
             f"block {l}"
@@ -619,7 +632,7 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
 
 
 def test_keys_are_quantized_after_rope_or_before_it(planted, sequences):
-    """What goes into line 8, against the output of W_k."""
+    """The input of line 8, against the output of W_k."""
     table = rope_table(planted.config, 24, "cpu")
     projected = []
     hook = planted.blocks[0].W_k.register_forward_hook(
@@ -627,8 +640,8 @@ def test_keys_are_quantized_after_rope_or_before_it(planted, sequences):
     )
     for rope, step in STEPS.items():
         seen = []
-        cache = [(lambda X, _, seen=seen: seen.append(X) or X, kvsink.unquantized)] * 6
-        prefill(planted, planted.embedding(sequences[0]), cache, step=step)
+        quantizers = [(lambda X, _, seen=seen: seen.append(X) or X, kvsink.unquantized)] * 6
+        prefill(planted, planted.embedding(sequences[0]), quantizers, step=step)
         K = projected.pop().unflatten(-1, (2, 8)).transpose(1, 2)
         assert torch.equal(seen[0], K if rope == "pre" else apply_rope(K, table))
     hook.remove()
@@ -639,7 +652,7 @@ def test_sinks_are_predicted_once(planted, sequences):
     that channel."""
     tokens, expected = sequences
     model = copy_of(planted)
-    cache = full_precision_quantizers(model)
+    quantizers = full_precision_quantizers(model)
 
     def step(block, H, *rest):
         H = kvsink.decoder_block(block, H, *rest)
@@ -647,7 +660,7 @@ def test_sinks_are_predicted_once(planted, sequences):
             H[:, 0, CHANNEL] = 1e6
         return H
 
-    _, S_sink = prefill(model, model.embedding(tokens), cache, *SITE, k=2, step=step)
+    _, S_sink = prefill(model, model.embedding(tokens), quantizers, *SITE, k=2, step=step)
     assert torch.equal(S_sink, expected)
 
 
@@ -669,13 +682,13 @@ def test_a_sliding_window_holds_in_algorithm_1(tmp_path, compiled):
 
 
 def test_no_token_is_kept_up_to_the_emergence_block(planted, sequences):
-    """With k = n every token is kept after l_E, so that what differs from full precision comes from
+    """If k = n, every token is kept after l_E, so that what differs from full precision comes from
     blocks 1 to l_E."""
     tokens, _ = sequences
     H = planted.embedding(tokens)
-    cache = cache_of(planted, "token-dynamic", 2, tokens)
-    half = [*cache[:EMERGENCE], *full_precision_quantizers(planted)[EMERGENCE:]]
-    kept, _ = prefill(planted, H, cache, *SITE, k=24)
+    quantizers = quantizers_for(planted, "token-dynamic", 2, tokens)
+    half = [*quantizers[:EMERGENCE], *full_precision_quantizers(planted)[EMERGENCE:]]
+    kept, _ = prefill(planted, H, quantizers, *SITE, k=24)
     assert torch.equal(kept, prefill(planted, H, half)[0])
     assert not torch.equal(kept, prefill(planted, H, full_precision_quantizers(planted))[0])
 
@@ -684,17 +697,17 @@ def test_pfn_keeps_the_first_n_tokens_from_the_first_block(planted, sequences):
     tokens, _ = sequences
     H = planted.embedding(tokens)
     assert pfn(H, 3).tolist() == [[True] * 3 + [False] * 21] * 2
-    cache = cache_of(planted, "token-dynamic", 2, tokens)
-    everything, S_sink = prefill(planted, H, cache, **Rule(first=24).arguments(H))
+    quantizers = quantizers_for(planted, "token-dynamic", 2, tokens)
+    everything, S_sink = prefill(planted, H, quantizers, **Rule(first=24).arguments(H))
     assert torch.equal(everything, prefill(planted, H, full_precision_quantizers(planted))[0])
     assert S_sink.all()
-    nothing, S_sink = prefill(planted, H, cache, **Rule().arguments(H))
-    assert torch.equal(nothing, prefill(planted, H, cache, S_sink=pfn(H, 0))[0])
+    nothing, S_sink = prefill(planted, H, quantizers, **Rule().arguments(H))
+    assert torch.equal(nothing, prefill(planted, H, quantizers, S_sink=pfn(H, 0))[0])
     assert not S_sink.any()
 
 
 def test_a_rule_is_its_arguments_its_size_and_its_name():
-    """By hand: nothing, PFN-3, KVSink-2, and what is not the paper's."""
+    """Nothing, PFN-3, KVSink-2, and what is not the paper's, worked by hand."""
     H = torch.zeros(1, 5, 4)
     rules = {
         Rule(): (0, 0, False, "nothing", ("none", 0)),
@@ -721,7 +734,8 @@ def test_prediction_is_the_top_k_of_one_channel():
     """Lines 15-16 by hand: |H| in channel 1 is 1, 9, 3, 5 and 7, 0, 2, 8; the signs do not
     matter."""
     H = torch.zeros(2, 4, 3)
-    H[0, :, 1], H[1, :, 1] = torch.tensor([1.0, -9, 3, 5]), torch.tensor([-7.0, 0, 2, -8])
+    H[0, :, 1] = torch.tensor([1.0, -9, 3, 5])
+    H[1, :, 1] = torch.tensor([-7.0, 0, 2, -8])
     H[:, 2, 0] = 100.0  # another channel
     assert kvsink.predict_sinks(H, c=1, k=2).tolist() == [
         [False, True, False, True],
@@ -731,10 +745,13 @@ def test_prediction_is_the_top_k_of_one_channel():
 
 
 def test_prediction_without_k():
-    """By hand: those of the largest 20 that reach a tenth of the largest. Where all are alike, 20
-    are kept."""
+    """Of the largest 20, those that reach a tenth of the largest, worked by hand. If all are alike,
+    20 are kept."""
     H = torch.zeros(3, 24, 2)
-    H[0, :, 1], H[0, 5, 1], H[0, 9, 1], H[0, 11, 1] = 90.0, -1000.0, 100.0, 99.9
+    H[0, :, 1] = 90.0
+    H[0, 5, 1] = -1000.0
+    H[0, 9, 1] = 100.0
+    H[0, 11, 1] = 99.9
     H[1, :, 1] = 21544.0  # one token again and again
     H[2, :, 1] = torch.linspace(1, 1.5, 24)  # no gap: a model that broke down before l_E
     S_sink = kvsink.predict_sinks(H, c=1, k=AUTO)
@@ -757,10 +774,10 @@ def test_more_sinks_than_tokens_are_refused(planted, sequences):
 @pytest.mark.parametrize("scheme", TABLE_SCHEMES)
 def test_sequences_of_a_batch_do_not_touch_each_other(planted, sequences, scheme):
     tokens, _ = sequences
-    cache = cache_of(planted, scheme, 3, tokens, Rule(k=2, site=SITE))
-    H, _ = prefill(planted, planted.embedding(tokens), cache, *SITE, k=2)
+    quantizers = quantizers_for(planted, scheme, 3, tokens, Rule(k=2, site=SITE))
+    H, _ = prefill(planted, planted.embedding(tokens), quantizers, *SITE, k=2)
     for b in range(2):
-        alone, _ = prefill(planted, planted.embedding(tokens[b : b + 1]), cache, *SITE, k=2)
+        alone, _ = prefill(planted, planted.embedding(tokens[b : b + 1]), quantizers, *SITE, k=2)
         torch.testing.assert_close(alone[0], H[b], rtol=1e-4, atol=1e-4)
 
 
@@ -770,8 +787,8 @@ def test_keeping_the_sinks_brings_the_output_nearer(planted, sequences):
     exact, _ = prefill(planted, H0, full_precision_quantizers(planted))
 
     def error(rule):
-        cache = cache_of(planted, "token-static", 4, tokens, rule)
-        H, _ = prefill(planted, H0, cache, **rule.arguments(H0))
+        quantizers = quantizers_for(planted, "token-static", 4, tokens, rule)
+        H, _ = prefill(planted, H0, quantizers, **rule.arguments(H0))
         return (H - exact).norm().item()
 
     assert error(Rule(first=24)) == 0 < error(Rule(k=20, site=SITE)) < error(Rule())
@@ -789,9 +806,10 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
     its tokens in every block, KVSink its own after l_E and none before."""
     tokens, S_sink = sequences
     windows = [tokens[:1], tokens[1:]]
-    cache = kvsink.rtn_quantizers(planted, "channel-static", bits=4, group_size=4)
-    calibrate(planted, windows, [cache], rule_of(keep, 2).at(SITE), STEPS[rope])
-    projected, hooks = [], []
+    quantizers = kvsink.rtn_quantizers(planted, "channel-static", bits=4, group_size=4)
+    calibrate(planted, windows, [quantizers], rule_of(keep, 2).at(SITE), STEPS[rope])
+    projected = []
+    hooks = []
     for block in planted.blocks:
         for linear in (block.W_k, block.W_v):
             hooks.append(
@@ -813,7 +831,7 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
         )  # (2, 2, 24, 8)
         K = K if rope == "pre" else apply_rope(K, table)
         K, V = (X.transpose(1, 2)[~left_out].numpy() for X in (K, V))  # (tokens that count, 2, 8)
-        K_quantizer, V_quantizer = cache[l - 1]
+        K_quantizer, V_quantizer = quantizers[l - 1]
         np.testing.assert_allclose(K_quantizer.lo.view(2, 8), K.min(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(K_quantizer.hi.view(2, 8), K.max(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(
@@ -828,7 +846,8 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
 def test_one_pass_serves_all_schemes_and_widths_and_is_the_full_precision_model(
     planted, sequences, keep, N
 ):
-    tokens, H = sequences[0], planted.embedding(sequences[0])
+    tokens = sequences[0]
+    H = planted.embedding(sequences[0])
     together = {
         scheme: kvsink.rtn_quantizers(planted, scheme, 4, 8)
         for scheme in ("token-static", "channel-static")
@@ -836,9 +855,9 @@ def test_one_pass_serves_all_schemes_and_widths_and_is_the_full_precision_model(
     rule = rule_of(keep, N).at(SITE)
     out, _ = prefill(planted, H, kvsink.observers(together.values()), **rule.arguments(H))
     assert torch.equal(planted.logits(out), planted(tokens))
-    for scheme, cache in together.items():
-        alone = cache_of(planted, scheme, 4, tokens, rule)
-        for one, other, narrow in zip(cache, alone, kvsink.with_bits(cache, 2)):
+    for scheme, quantizers in together.items():
+        alone = quantizers_for(planted, scheme, 4, tokens, rule)
+        for one, other, narrow in zip(quantizers, alone, kvsink.with_bits(quantizers, 2)):
             for a, b, c in zip(one, other, narrow):
                 assert torch.equal(a.lo, b.lo) and torch.equal(a.hi, b.hi)
                 assert (
@@ -896,7 +915,8 @@ def test_the_finder_passes_over_a_weaker_emergence(planted):
     """Block 1 too puts an outlier into the channel, four hundred times smaller (in SmolLM2 it is
     forty)."""
     model = copy_of(planted)
-    first, second = model.blocks[0], model.blocks[1]
+    first = model.blocks[0]
+    second = model.blocks[1]
     first.LN_ffn.weight[0] = 1.0
     for name in ("W_g", "W_u"):
         getattr(first.FFN, name).weight[3] = getattr(second.FFN, name).weight[3]
@@ -917,7 +937,7 @@ def test_the_finder_names_the_block_of_a_nan(planted):
     with pytest.raises(quant.NotFinite, match="block 4 of 6"):
         kvsink.find_site(model, [[1, 2, 3]])
     with pytest.raises(quant.NotFinite, match="block 5 "):
-        cache_of(model, "token-static", 4, torch.tensor([[1, 2, 3]]))
+        quantizers_for(model, "token-static", 4, torch.tensor([[1, 2, 3]]))
 
 
 class Scripted(torch.nn.Module):
@@ -947,7 +967,8 @@ def test_the_thresholds_of_the_finder_and_the_order_of_channels():
     H[1:, :, 6] = 500.0  # every token has it: no outlier
     with pytest.raises(ValueError, match="no stable outliers"):
         found()
-    H[1:, 3, 2], H[1:, 5, 4] = 120.0, -340.0
+    H[1:, 3, 2] = 120.0
+    H[1:, 5, 4] = -340.0
     assert found() == (2, (4, 2), (340.0, 120.0))
 
 
@@ -968,14 +989,15 @@ def test_the_finder_says_when_there_is_nothing_or_no_agreement(planted, tmp_path
 
 def prefill_both_ways(model, tokens, scheme, device, dtype):
     """H^L eager and compiled, and the number of graphs that compiling the L blocks took."""
-    tokens, model = tokens.to(device), model.to(device, dtype)
-    cache = kvsink.rtn_quantizers(model, scheme, 4, 8)
+    tokens = tokens.to(device)
+    model = model.to(device, dtype)
+    quantizers = kvsink.rtn_quantizers(model, scheme, 4, 8)
     if kvsink.SCHEMES[scheme].static:
-        calibrate(model, [tokens], [cache], Rule(k=2, site=SITE))
+        calibrate(model, [tokens], [quantizers], Rule(k=2, site=SITE))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     results = [
-        prefill(model, model.embedding(tokens), cache, *SITE, k=2, step=step)
+        prefill(model, model.embedding(tokens), quantizers, *SITE, k=2, step=step)
         for step in (kvsink.decoder_block, torch.compile(kvsink.decoder_block))
     ]
     return results, torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -1092,11 +1114,11 @@ def test_a_row_is_algorithm_1_with_its_own_calibration(tiny, tmp_path, sample_ca
     documents = hub.documents("wiki-sample", "train")
     calibration = torch.tensor([*b"".join(document.encode() + b"\0" for document in documents)])
     calibration[calibration == 0] = 256  # <|endoftext|>, the id after the bytes
-    cache = kvsink.rtn_quantizers(model, "channel-static", 3, 8)
+    quantizers = kvsink.rtn_quantizers(model, "channel-static", 3, 8)
     rule = Rule(k=3, site=SITE)
-    calibrate(model, calibration[:128].view(2, 1, 64), [cache], rule, STEPS[rope])
+    calibrate(model, calibration[:128].view(2, 1, 64), [quantizers], rule, STEPS[rope])
     tokens = torch.tensor([*text[:128]]).view(2, 64)
-    H, _ = prefill(model, model.embedding(tokens), cache, *SITE, k=3, step=STEPS[rope])
+    H, _ = prefill(model, model.embedding(tokens), quantizers, *SITE, k=3, step=STEPS[rope])
     nll = F.cross_entropy(model.logits(H)[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
     assert results_of(out)[1]["ppl"] == pytest.approx(nll.exp().item(), rel=1e-4)
 
@@ -1104,7 +1126,8 @@ def test_a_row_is_algorithm_1_with_its_own_calibration(tiny, tmp_path, sample_ca
 def test_compiled_and_eager_runs_agree(tiny, tmp_path, sample_calibration):
     if not has_compiler("cpu"):
         pytest.skip("no compiler on this machine")
-    eager, compiled = tmp_path / "eager.json", tmp_path / "compiled.json"
+    eager = tmp_path / "eager.json"
+    compiled = tmp_path / "compiled.json"
     rows = ["--sinks", "3", "--bits", "4", "3", "--limit", "2"]
     assert eval_ppl.main([*tiny, *rows, "--json", str(eager)]) == 0
     with_compiler = [option for option in tiny if option != "--no-compile"]
@@ -1161,26 +1184,20 @@ def test_another_setting_is_another_row(tiny):
 
 
 def test_the_finder_agrees_with_the_table_on_the_default_model(default_model):
-    model, tokenizer = (
-        Llama.from_pretrained(default_model),
-        Tokenizer.from_pretrained(default_model),
-    )
+    model = Llama.from_pretrained(default_model)
+    tokenizer = Tokenizer.from_pretrained(default_model)
     prompts = [tokenizer.encode(prompt) for prompt in kvsink.PROMPTS]
     assert kvsink.find_site(model, prompts) == kvsink.table_site(hub.DEFAULT_MODEL)
-    found, row = (
-        kvsink.stable_outliers(model, torch.tensor(prompts[:1])),
-        kvsink.TABLE_3[hub.DEFAULT_MODEL],
-    )
+    found = kvsink.stable_outliers(model, torch.tensor(prompts[:1]))
+    row = kvsink.TABLE_3[hub.DEFAULT_MODEL]
     assert found.channels[: len(row.channels)] == row.channels
 
 
 def test_the_sinks_of_the_default_model_are_where_documents_end(default_model):
     """Packed text: of each window, the outliers sit at token 0 and at every <|endoftext|>, nowhere
     else."""
-    model, tokenizer = (
-        Llama.from_pretrained(default_model),
-        Tokenizer.from_pretrained(default_model),
-    )
+    model = Llama.from_pretrained(default_model)
+    tokenizer = Tokenizer.from_pretrained(default_model)
     for window in text.windows(tokenizer, "wiki-sample", "test", 1024, 1, 0):
         expected = window == tokenizer.eot
         expected[0] = True

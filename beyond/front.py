@@ -1,5 +1,5 @@
-"""The setting to use: perplexity against the bits that a number takes, over all schemes, widths,
-group sizes and rules of preservation.
+"""The setting to use: perplexity against stored bits per number, over all schemes, widths, group
+sizes and rules of preservation.
 
     python -m beyond.front --json front.json --plot front.png
 
@@ -12,7 +12,6 @@ Read top to bottom: the front; the settings and their measurement; the picture; 
 What this file does not do: support/evaluate.py loads the model and measures a row.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def front(results):
 
 
 def print_front(results):
-    print("\nthe front: every other setting has more bits or a higher perplexity")
+    print("\nthe front: no setting has fewer stored bits without a higher perplexity")
     print(f"{'stored bits':>11}{'PPL':>10}   setting")
     for result in front(results):
         print(f"{result['stored_bits']:>11.2f}{result['ppl']:>10.3f}   {setting(result)}")
@@ -82,9 +81,9 @@ def measure_rows(run, old_results):
     ppl_fp = None
     for row, result in evaluate.rows_with_results(run, old_results):
         if result is None:
-            cache = evaluate.quantizers(run, row)
+            quantizers = evaluate.quantizers(run, row)
             result = evaluate.result_settings(run, row)
-            result |= evaluate.measure_row(run, row, cache, ppl_fp)
+            result |= evaluate.measure_row(run, row, quantizers, ppl_fp)
         if row == FULL_PRECISION:
             ppl_fp = result["ppl"]
         yield evaluate.add_bits(run, row, result)
@@ -107,8 +106,8 @@ def all_rows():
 
 
 def group_sizes(head_dim):
-    """Return those of GROUP_SIZES that divide a head; a larger one would be a head again. Raises
-    ValueError if none does."""
+    """Return those of GROUP_SIZES that divide a head; larger ones would only repeat the whole head.
+    Raises ValueError if none does."""
     sizes = [size for size in GROUP_SIZES if head_dim % size == 0]
     if not sizes:
         numbers = ", ".join(map(str, GROUP_SIZES))
@@ -145,7 +144,7 @@ def picture(results):
     best = front(quantized)
     bits = [result["stored_bits"] for result in best]
     axis.plot(bits, [percent_above(result) for result in best], "k-", linewidth=1, zorder=0)
-    axis.set(xlabel="stored bits a number", ylabel="PPL above full precision, %", yscale="log")
+    axis.set(xlabel="stored bits per number", ylabel="PPL above full precision, %", yscale="log")
     windows = f"{full['windows']} windows of {full['seq_len']} tokens"
     axis.set_title(f"{Path(full['model']).name} on {full['data']}, {windows}", fontsize=10)
     axis.legend(handles=legend(), fontsize=8)
@@ -180,10 +179,10 @@ def percent_above(result):
 
 def main(argv=None):
     def work():
-        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        args = parse_arguments(argv)
         measure_settings(eval_configs(args), args.json, args.plot)
 
-    return cli.run_command("beyond.front", work, "name another --device")
+    return cli.run_command("beyond.front", work, "try --device cpu")
 
 
 def eval_configs(args):

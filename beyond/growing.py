@@ -41,8 +41,8 @@ class GrowingStore:
     def update(self, X, S_sink, attended, is_prompt):
         """Store new tokens X (b, h_kv, m, d_k), and return all tokens (b, h_kv, n, d_k) as
         attention reads them. The masks S_sink and `attended`, which is False for padding, are
-        (b, n). Only tokens of a prompt become sinks, and a sink stays one, because the codes of its
-        group were made without it."""
+        (b, n). Only tokens of a prompt become sinks, and a token that became a sink stays one,
+        because the codes of its group were made without it."""
         past = self.length
         self.append(X, S_sink | ~attended, is_prompt)
         X_ = self.dequantized()
@@ -61,7 +61,8 @@ class GrowingStore:
         # once more: it is encoded when the next token comes.
         waiting = 1 if self.g > 1 and not is_prompt else 0
         complete = (residual.shape[2] - waiting) // self.g * self.g
-        self.parts["residual"] = residual[:, :, complete:]
+        # Cloned, because a view would keep the whole prompt in memory.
+        self.parts["residual"] = residual[:, :, complete:].clone()
         if complete:
             first = len(self.group)
             leave_out = leave_out[:, None, first : first + complete, None]

@@ -32,7 +32,7 @@ from beyond.growing import GrowingStore
 from beyond.sites import DecoderView, head_dim, site_of
 from kvsink import AUTO, NOWHERE, predict_sinks
 from paper.kvcache import check_head
-from support.rows import KEEPS, rule_of
+from support.rows import rule_of
 
 try:
     import transformers
@@ -64,7 +64,8 @@ class KVSinkCache(Cache):
     predict     a function in the place of Algorithm 1, lines 15-16, from H^{l_E} (b, n, d) to a
                 mask (b, n). For example, RotateKV looks at all channels:
                 lambda H: predict_sinks(H.abs().amax(-1, keepdim=True), c=0, k=min(20, H.shape[1]))
-    site        kvsink.Site(l_E, c) (default: Table 3's, else the one that the finder finds)
+    site        kvsink.Site(l_E, c), or kvsink.NOWHERE to predict no sinks (default: Table 3's,
+                else the one that the finder finds)
     tokenizer   for the finder (default: the model's own)
 
     Sinks are predicted in prompts. A prompt is the first forward pass, and every later one of two
@@ -78,11 +79,11 @@ class KVSinkCache(Cache):
     def __init__(self, model, bits=4, scheme="channel-dynamic", *, group_size=None,
                  keep="pfn+kvsink", sinks=AUTO, predict=None, site=None, tokenizer=None):
         # fmt: on
-        check_options(scheme, keep, sinks)
+        check_options(scheme, sinks)
+        self.rule = rule_of(keep, sinks)
         self.decoder = decoder_of(model)
         self.group_size = choose_group_size(group_size, head_dim(self.decoder.config))
         self.predict = predict
-        self.rule = rule_of(keep, sinks)
         check_site(site, self.decoder)
         if self.rule.predicts:
             self.rule = self.rule.at(site or site_of(self.decoder, tokenizer))
@@ -104,8 +105,8 @@ class KVSinkCache(Cache):
         self.close = self.register_hooks()
 
     def make_layers(self, scheme, bits):
-        """Return one layer per block. Layers with a sliding window, and other kinds that are not
-        plain ones, stay transformers' own."""
+        """Return one layer per block. Layers with a sliding window, and any other layer than
+        DynamicLayer, stay transformers' own."""
         layers = DynamicCache(config=self.decoder.config).layers
         quantizers = kvsink.rtn_quantizers(DecoderView(self.decoder), scheme, bits, self.group_size)
         for l, pair in enumerate(quantizers, start=1):
@@ -205,7 +206,7 @@ class KVSinkCache(Cache):
     def crop(self, tokens_to_remove):
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop({tokens_to_remove}): the number of tokens to remove has to be negative"
+                f"crop({tokens_to_remove}): pass minus the number of tokens to remove"
             )
         others = [layer for layer in self.layers if layer not in self.quantized_layers]
         for layer in (*others, *self.quantized_layers):  # the others first, which may refuse
@@ -368,20 +369,18 @@ def choose_group_size(group_size, d_k):
     return group_size
 
 
-def check_options(scheme, keep, sinks):
+def check_options(scheme, sinks):
+    """Raise ValueError if there is no such scheme or number of sinks."""
     if scheme not in kvsink.SCHEMES:
         raise ValueError(f"scheme={scheme!r} is none of {', '.join(kvsink.SCHEMES)}")
-    if keep not in KEEPS:
-        raise ValueError(f"keep={keep!r} is none of {', '.join(KEEPS)}")
     is_number = type(sinks) is int and sinks >= 0
     if not (is_number or sinks == AUTO):
         raise ValueError(f"sinks={sinks!r} is neither a number of tokens nor {AUTO!r}")
-    if (keep, sinks) == ("pfn", AUTO):
-        raise ValueError(f"sinks={AUTO!r} needs a `keep` that predicts sinks, and 'pfn' does not")
 
 
 def check_site(site, decoder):
-    if site is None:
+    """Raise ValueError if a model has no such block or channel. NOWHERE fits every model."""
+    if site in (None, NOWHERE):
         return
     L = len(decoder.layers)
     d = decoder.config.hidden_size

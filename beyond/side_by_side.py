@@ -8,7 +8,6 @@ Read top to bottom: the table; what is measured of a cache; the command.
 What this file does not do: the caches are those of transformers and of beyond/kvsink_cache.py.
 """
 
-import sys
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -63,25 +62,26 @@ def measure_cache(comparison, cache, name, full):
     if this is full precision. Return the predictions for each text, and the bytes per token."""
     windows = comparison.windows.split(1)
     with tqdm(windows, desc=name, unit="text", leave=False, disable=no_progress_bar()) as bar:
-        texts = [decode(comparison, window, cache) for window in bar]
-    predictions = [decoded.log_p for decoded in texts]
-    size = sum(decoded.bytes_per_token for decoded in texts) / len(texts)
+        decoded = [decode(comparison, window, cache) for window in bar]
+    predictions = [result.log_p for result in decoded]
+    size = sum(result.bytes_per_token for result in decoded) / len(decoded)
     bits = 8 * size / numbers_per_token(comparison.model.config)
-    tokens_per_second = 1 / min(decoded.seconds_per_token for decoded in texts)
-    loss = kl_divergence(predictions, full) if full else ""
-    print(f"{name:<42}{bits:>12.2f}{loss:>21}{tokens_per_second:>11.1f}", flush=True)
+    tokens_per_second = 1 / min(result.seconds_per_token for result in decoded)
+    kl = kl_divergence(predictions, full) if full else ""
+    print(f"{name:<42}{bits:>12.2f}{kl:>21}{tokens_per_second:>11.1f}", flush=True)
     return predictions, size
 
 
 def finest_cache(comparison, bits, most_bytes):
     """Return the KVSinkCache with the smallest groups that takes at most `most_bytes` per token on
-    the first text, or the one with the largest groups if all take more."""
+    the first text, or the one with the largest groups if all take more. If no group of 16 or more
+    channels divides a head, it has the group size that KVSinkCache chooses."""
     d_k = head_dim(text_config(comparison.model.config))
-    for group_size in (16, 32, 64, 128):
-        if d_k % min(group_size, d_k) == 0:
-            cache = KVSinkCache(comparison.model, bits, group_size=group_size, site=comparison.site)
-            if decode(comparison, comparison.windows[:1], cache).bytes_per_token <= most_bytes:
-                break
+    sizes = [size for size in (16, 32, 64, 128) if d_k % min(size, d_k) == 0]
+    for group_size in sizes or [None]:
+        cache = KVSinkCache(comparison.model, bits, group_size=group_size, site=comparison.site)
+        if decode(comparison, comparison.windows[:1], cache).bytes_per_token <= most_bytes:
+            break
     return cache
 
 
@@ -125,12 +125,19 @@ def decode(comparison, window, cache):
     size = 0
     seconds = 0
     for n, token in enumerate(window[0, prompt:], start=prompt + 1):
-        start = time.perf_counter()
+        start = synchronized_time(window.device)
         logits = model(token.view(1, 1), past_key_values=cache).logits[0, -1]
         log_p.append(logits.float().log_softmax(-1))
-        seconds += time.perf_counter() - start
+        seconds += synchronized_time(window.device) - start
         size += stored_bytes(cache) / n
     return Decoded(torch.stack(log_p), size / len(log_p), seconds / len(log_p))
+
+
+def synchronized_time(device):
+    """Return the time in seconds, after a CUDA device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def stored_bytes(cache):
@@ -171,7 +178,7 @@ def numbers_per_token(config):
 
 def main(argv=None):
     def work():
-        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        args = parse_arguments(argv)
         comparison = load_comparison(args)
         texts = f"{args.windows} texts of packed articles"
         print(f"{args.model}, {texts}: {args.prompt} tokens of prompt, {args.tokens} decoded")
@@ -212,7 +219,7 @@ def parse_arguments(argv):
         "Wikipedia articles in a prompt (default: %(default)s)")
     add("--tokens", type=cli.number(1), default=100, metavar="M", help="tokens after the prompt, "
         "which are decoded (default: %(default)s)")
-    add("--windows", type=cli.number(1), default=4, help="how many such texts (default: "
+    add("--windows", type=cli.number(1), default=4, help="number of such texts (default: "
         "%(default)s)")
     add = parser.add_argument_group("how to run it").add_argument
     cli.add_site_options(add)

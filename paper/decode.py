@@ -1,4 +1,4 @@
-"""Prefill, then decode, with a KV cache that is really small (Equations 5 and 6).
+"""Prefill, then decode, with a KV cache that is stored in its low-bit form (Equations 5 and 6).
 
 Read top to bottom: prefill, which is Algorithm 1 filling a cache; decoding, one token of each
 sequence at a time; a decoding step as one CUDA graph.
@@ -29,7 +29,7 @@ def prefill(model, cache, prompts, rule=None, step=None):
     length, padding could be predicted as a sink.
 
     `rule` says which tokens are kept; by default none are. `step` is lines 6-13, eager by default;
-    if it is compiled, each length of a prompt has code of its own.
+    if it is compiled, it is recompiled for each prompt length.
 
     Raises ValueError if a prompt is empty, longer than the cache, or shorter than what the cache
     keeps, and if the rule may keep more or fewer tokens than the cache.
@@ -83,6 +83,7 @@ def decode(model, cache, tokens, step=None):
     for block_cache in cache.blocks:
         block_cache.make_room()
     if cache.next_slot.is_cuda:
+        # Captured once: later calls with this cache replay the first call's model and step.
         cache.replay = cache.replay or capture_cuda_graph(model, cache, step)
         logits = cache.replay(tokens)
     else:
@@ -93,7 +94,7 @@ def decode(model, cache, tokens, step=None):
 
 
 def decode_step(model, cache, step, tokens):
-    """Do what a decoding step does on the device."""
+    """The part of `decode` that runs on the device."""
     H = model.embedding(tokens[:, None])  # (b, 1, d)
     for block, block_cache in zip(model.blocks, cache.blocks):
         H = step(block, H, block_cache, cache.next_slot, cache.rope)
@@ -110,12 +111,12 @@ def decode_block(block, H, cache, slot, rope):
     if not cache.pre_rope:
         K = apply_rope(K, rope_of_slot)
     cache.append(K, V, slot)  # Eq. 6
-    A = attention(Q, cache, slot, rope, block.sliding_window)  # (b, 1, h d_k)
+    A = masked_attention(Q, cache, slot, rope, block.sliding_window)  # (b, 1, h d_k)
     H = block.W_o(A) + H
     return block.FFN(block.LN_ffn(H)) + H
 
 
-def attention(Q, cache, slot, rope, sliding_window=None):
+def masked_attention(Q, cache, slot, rope, sliding_window=None):
     """Eq. 3 for one query of each sequence, (b, h, 1, d_k), over all tokens in the cache: (b, 1, h
     d_k). The query sees its own slot and the slots before it, or a window of them."""
     slots = torch.arange(cache.n + 1, device=Q.device)  # one past the end is never seen
@@ -126,7 +127,7 @@ def attention(Q, cache, slot, rope, sliding_window=None):
 # How torch.compile compiles `decode_block`. With its own limits, Inductor would write the unpacked
 # Keys and Values to memory, because all G queries read them: without limits, it computes everything
 # in the kernel that reads it. A scale stored in 16 bits has to be rounded before codes are made
-# with it; without emulated casts, Inductor skips that. Not dynamic: each n has code of its own.
+# with it; without emulated casts, Inductor skips that. Not dynamic: it is recompiled for each n.
 FUSE = {
     "dynamic": False,
     "options": {
@@ -147,8 +148,8 @@ def capture_cuda_graph(model, cache, step):
     kernel launches per block there is one per token.
 
     A graph repeats the same work on the same addresses. So caches have their full size from the
-    start, and `next_slot` lies on the device. KVQuant's outliers grow: a cache with outliers is not
-    captured, and its `decode_step` is returned as it is, as it is if the capture fails.
+    start, and `next_slot` lies on the device. KVQuant's outliers grow, so a cache that has them is
+    not captured. In that case, and if the capture fails, this returns the plain `decode_step`.
     """
     run_step = functools.partial(decode_step, model, cache, step)
     if cache.has_outliers:

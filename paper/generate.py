@@ -384,7 +384,7 @@ def kvquant_calibrations(caches, loaded, site):
         recipes=recipes,
         site=site,
         weights=hub.fingerprint(loaded.directory),
-        text=caches.calib_text,
+        data=caches.calib_text,
         windows=caches.calib_windows,
         tokens=caches.calib_tokens,
         seed=0,

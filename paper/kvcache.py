@@ -1,5 +1,5 @@
-"""A KV cache that is really small: codes in as many bits as they have, and the kept tokens beside
-them (Table 4).
+"""A KV cache that is stored in its low-bit form: packed codes, and the kept tokens beside them
+(Table 4).
 
 Read top to bottom: the cache of a model and of one block, with attention over it; the two ways to
 store Keys or Values, in full precision and as packed codes; KVQuant's outliers; codes as bytes;
@@ -33,8 +33,8 @@ from llama import apply_rope, rope_table
 class KVCache:
     """The cache of b sequences of up to n tokens each, of which k are kept.
 
-    quantizers   a list of L pairs, as `kvsink.prefill` takes it. The cache stores their codes, or
-                 numbers in full precision if they are `kvsink.unquantized`.
+    quantizers   a list of L pairs, as `kvsink.prefill` takes it. Their codes are stored at their
+                 width, or numbers in full precision if they are `kvsink.unquantized`.
     pre_rope     whether codes of Keys are made before RoPE
     """
 
@@ -68,7 +68,7 @@ class KVCache:
 
     def finish_groups(self):
         """Make codes of the newest group of tokens of each sequence in which it has become full.
-        To be called after each token."""
+        Call this after each token."""
         if self.g == 1:
             return
         full = [i for i, length in enumerate(self.lengths) if length % self.g == 0]
@@ -104,8 +104,8 @@ class CacheShape:
 
 class BlockCache:
     """The Keys and Values of one block, each in a store; and beside them the k kept tokens, in the
-    model's dtype and in the order of their slots. If fewer are kept, as by KVSink up to block l_E,
-    the unused entries have the slot n, one past the end."""
+    model's dtype and in the order of their slots. If a block keeps fewer (KVSink does up to block
+    l_E), the unused entries have the slot n, one past the end."""
 
     def __init__(self, K, V, shape):
         self.K = K
@@ -136,7 +136,7 @@ class BlockCache:
 
     def append(self, K, V, slot):
         """Eq. 6: store one token of every sequence, K and V (b, h_kv, 1, d_k), in `slot` (b, 1).
-        `make_room` has to be called before."""
+        Call `make_room` before."""
         sequences = torch.arange(len(K), device=K.device)[:, None]
         self.K.append(sequences, slot, K)
         self.V.append(sequences, slot, V)
@@ -240,9 +240,9 @@ class PackedStore:
     zero, or KVQuant's middle and half width. Dynamic parameters are stored in 16 bits, a pair for
     every token or for every g tokens; static ones are stored once.
 
-    If g tokens share a scale, it is known when all g have come. Until the next token comes,
-    `residual` (b, h_kv, g, d_k) holds the newest group in full precision, as in KIVI; then the
-    group gets its codes.
+    If g tokens share a scale, it can be computed only once all g have arrived. Until the next token
+    comes, `residual` (b, h_kv, g, d_k) holds the newest group in full precision, as in KIVI; then
+    the group gets its codes.
     """
 
     def __init__(self, quantizer, shape):
@@ -265,7 +265,7 @@ class PackedStore:
             ]
         self.outliers = None
         if getattr(quantizer, "sparse", False):
-            self.outliers = Outliers(shape.b, shape.n, shape.h_kv * shape.d_k, shape.device)
+            self.outliers = SparseOutliers(shape.b, shape.n, shape.h_kv * shape.d_k, shape.device)
 
     def empty_codes(self, shape):
         """Return codes (b, h_kv, n, bytes). If they are decoded by arithmetic, the tokens come last
@@ -420,7 +420,7 @@ to_float32_unfused.register_fake(lambda X: torch.empty_like(X, dtype=torch.float
 # KVQuant's outliers
 
 
-class Outliers:
+class SparseOutliers:
     """KVQuant's sparse part. Each sequence has a list of its outliers in 16 bits, token by token,
     with the channel of each, counted through all heads (d = h_kv d_k); `counts` says how many each
     token has. The code of an outlier is the lowest or the highest. Their number is not known
@@ -620,7 +620,7 @@ def with_fp16_params(quantizer):
 
 
 def cache_bytes(config, n, bits, k=0):
-    """Return what Table 4 counts: the bytes of a cache of n tokens at a width, and of k of them in
-    16 bits besides, but none of scales."""
+    """Return the bytes that Table 4 counts for a cache of n tokens: `bits` per number, plus 16 bits
+    per number for each of the k kept tokens. Scales and zeros are not counted."""
     numbers = 2 * config.num_hidden_layers * config.d_kv
     return numbers * n * bits / 8 + numbers * k * 2

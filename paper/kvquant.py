@@ -12,12 +12,12 @@ The idea in eight lines:
   7 the first token is a sink and is kept (PFN-1); KVSink-5 keeps the five predicted ones instead;
   8 tokens that are kept are left out of the calibration.
 
-Read top to bottom: the quantizer; the cache of a model, with its codebooks; the calibration that
-they come from; weighted k-means; the file of a calibration.
+Read top to bottom: the quantizer; the quantizers of a model, with their codebooks; the calibration
+that these come from; weighted k-means; the file of a calibration.
 
-What this file does not do: Algorithm 1 is kvsink.py's. These quantizers take the places of
-quant.py's in its cache, and the ranges of Keys come from it with an observer in the place of a
-quantizer. Table 2 itself is table2.py's.
+What this file does not do: Algorithm 1 is kvsink.py's. It runs with these quantizers in the place
+of quant.py's, and the ranges of Keys come from it with an observer in the place of a quantizer.
+Table 2 itself is table2.py's.
 
 Keys, before RoPE, and Values are (b, h_kv, n, d_k) as in kvsink.py; d = h_kv d_k is the length of a
 token's vector.
@@ -133,34 +133,35 @@ def token_range(V, tail_size):
     return lo[:, None, :, None], hi[:, None, :, None]
 
 
-def tail_size(rho, d):
+def outliers_per_end(rho, d):
     """Return how many of a token's d Values are outliers at each end: half of the fraction rho, to
     the nearest whole number."""
     return round(rho * d / 2)
 
 
 # --------------------------------------------------------------------------------------------------
-# The cache of a model, made of a Calibration
+# The quantizers of a model, made of a Calibration
 
 
 def kvquant_quantizers(calibration, rho, bits, q_norm=False):
-    """Return the cache of one recipe at a width of 2, 3 or 4 bits, as kvsink.prefill takes it with
+    """Return the quantizers of one recipe at 2, 3 or 4 bits, as kvsink.prefill takes them with
     decoder_block_pre_rope."""
     device = calibration.lo.device
     L, h_kv, _, d_k = calibration.lo.shape
     signposts, levels = codebooks(calibration, bits, q_norm)
-    midpoints = (signposts[..., 1:] + signposts[..., :-1]) / 2
+    midpoints = midpoints_of(signposts)
     sparse = rho > 0
-    cache = []
+    tail_size = outliers_per_end(rho, h_kv * d_k)
+    quantizers = []
     for l in range(L):
         midpoints_K, midpoints_V = midpoints[l].to(device)
         levels_K, levels_V = levels[l].to(device)
         lo = calibration.lo[l]
         hi = calibration.hi[l]
         quantize_K = NonUniformQuantizer(midpoints_K, levels_K, sparse, lo=lo, hi=hi)
-        quantize_V = NonUniformQuantizer(midpoints_V, levels_V, sparse, tail_size(rho, h_kv * d_k))
-        cache.append((quantize_K, quantize_V))
-    return cache
+        quantize_V = NonUniformQuantizer(midpoints_V, levels_V, sparse, tail_size)
+        quantizers.append((quantize_K, quantize_V))
+    return quantizers
 
 
 def codebooks(calibration, bits, q_norm=False):
@@ -176,13 +177,16 @@ def codebooks(calibration, bits, q_norm=False):
     signposts = weighted_kmeans(x, weight, 2**bits)
     levels = signposts
     if q_norm:
-        midpoints = (signposts[:, 1:] + signposts[:, :-1]) / 2
-        x_ = signposts.gather(1, torch.searchsorted(midpoints, x))
+        x_ = signposts.gather(1, torch.searchsorted(midpoints_of(signposts), x))
         mean, deviation = moments(x, count)
         mean_, deviation_ = moments(x_, count)
         stretch = torch.where(deviation_ > 0, deviation / deviation_, 1.0)
         levels = (signposts - mean_) * stretch + mean
     return [table.float().unflatten(0, (-1, 2)) for table in (signposts, levels)]
+
+
+def midpoints_of(signposts):
+    return (signposts[..., 1:] + signposts[..., :-1]) / 2
 
 
 def moments(x, count):
@@ -198,7 +202,7 @@ def kvquant_bits(row, config):
     takes them. A token has codes, the range of its Values, its outliers in 16 bits with their
     channels, and their number. The ranges of Keys and two codebooks are stored once."""
     d = config.d_kv
-    outliers = 32 * (row.rho * d + 2 * tail_size(row.rho, d)) + 2 * 16 if row.rho else 0
+    outliers = 32 * (row.rho * d + 2 * outliers_per_end(row.rho, d)) + 2 * 16 if row.rho else 0
     return 2 * d * row.bits + 2 * 16 + outliers, 2 * 16 * d + 2 * 16 * 2**row.bits
 
 
@@ -226,7 +230,7 @@ class Calibration(NamedTuple):
 
     lo: torch.Tensor  # (L, h_kv, 1, d_k)
     hi: torch.Tensor
-    # (L, 2, 3, BINS), for Keys and Values: how many numbers, their sum of F, and of F times number
+    # (L, 2, 3, BINS), for Keys and Values. Per bin: the count, the sum of F, the sum of F times x.
     fisher: torch.Tensor
 
 
@@ -262,7 +266,8 @@ def calibrate(model, windows, recipes, site):
             S_sink = S_sinks[recipe.rule][int(l > recipe.rule.at(site).site.l_E)]
             leave_out = S_sink[w, None, None, :, None].to(model.device)  # (1, 1, n, 1)
             range_K = ranges[recipe][:, l - 1]
-            range_V = token_range(V.float(), tail_size(recipe.rho, model.config.d_kv))
+            tail_size = outliers_per_end(recipe.rho, model.config.d_kv)
+            range_V = token_range(V.float(), tail_size)
             fisher[recipe][l - 1, 0] += histogram(K, F_K, *range_K, leave_out).cpu()
             fisher[recipe][l - 1, 1] += histogram(V, F_V, *range_V, leave_out).cpu()
     return {recipe: Calibration(*ranges[recipe], fisher[recipe].float()) for recipe in recipes}
@@ -449,7 +454,7 @@ def lloyd(x, w, centers, iterations):
     running = F.pad(torch.stack((w, w * x, w * x * x)).cumsum(-1), (1, 0))  # (3, B, N + 1)
     running = running[:, :, None].expand(-1, -1, restarts, -1)
     for i in range(iterations):
-        midpoints = (centers[..., 1:] + centers[..., :-1]) / 2
+        midpoints = midpoints_of(centers)
         edges = torch.searchsorted(x, midpoints.flatten(1)).view_as(midpoints)
         edges = F.pad(F.pad(edges, (1, 0)), (0, 1), value=N)  # a cluster lies between two of them
         sums = running.gather(-1, edges.expand(3, -1, -1, -1)).diff(dim=-1)
@@ -473,7 +478,7 @@ class CalibrationConfig:
     recipes: list[Recipe]
     site: kvsink.Site
     weights: str  # hub.fingerprint of the checkpoint
-    text: str
+    data: str  # the name of a text; the file calls it "text"
     windows: int
     tokens: int  # per window
     seed: int
@@ -482,9 +487,16 @@ class CalibrationConfig:
     def settings(self):
         """Return the settings as the file has them. The site is None if no rule predicts sinks."""
         predicts = any(recipe.rule.predicts for recipe in self.recipes)
-        names = ("weights", "text", "windows", "tokens", "seed", "dtype")
-        settings = {name: getattr(self, name) for name in names}
-        return settings | {"site": list(self.site) if predicts else None, "bins": BINS}
+        return {
+            "weights": self.weights,
+            "text": self.data,
+            "windows": self.windows,
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "site": list(self.site) if predicts else None,
+            "bins": BINS,
+        }
 
 
 def cache_file(config):
@@ -498,9 +510,9 @@ def load_or_calibrate(model, tokenizer, config, path=None):
     """Return recipe -> Calibration for a CalibrationConfig: loaded from a file if an earlier run
     saved them with the same settings, else calibrated and saved there.
 
-    The file is `path`, or one of our cache. A damaged file of our cache is made again; a `path`
-    that is damaged or does not fit is refused with ValueError. If several runs or ranks need the
-    same file, one of them calibrates and the others wait.
+    The file is `path`, or one of our cache. A damaged file of our cache is recreated. A `path` that
+    is damaged, or has other settings, raises ValueError. If several runs or ranks need the same
+    file, one of them calibrates and the others wait.
     """
     file = path or cache_file(config)
     settings = config.settings()
@@ -510,8 +522,9 @@ def load_or_calibrate(model, tokenizer, config, path=None):
             return load_calibrations(file, settings, config.recipes, model.device)
         cli.check_folder("the calibration's folder", file.parent)
         windows = text.calibration_windows(
-            tokenizer, config.text, config.tokens, config.windows, config.seed
+            tokenizer, config.data, config.tokens, config.windows, config.seed
         )
+        text.check_vocabulary(windows, model.config, config.data)
         W, n = windows.shape
         log(
             f"calibrating KVQuant on {W} windows of {n} tokens: "

@@ -1,9 +1,8 @@
 """Table 2: KVQuant at 2 bits with the first token kept (PFN-1), as its authors have it, and with
 KVSink-5 instead.
 
-    python -m paper.table2                      the embedded default: a real model, a real text
-    python -m paper.table2 --model llama2-7b    this model's part of the printed table: WikiText-2,
-                                                then C4
+    python -m paper.table2                      the default model on Wikipedia articles
+    python -m paper.table2 --model llama2-7b    its columns of Table 2: WikiText-2, then C4
 
 Read top to bottom: Table 2 as printed; the rows of a run and how they are measured; the command;
 its options.
@@ -23,7 +22,7 @@ from kvsink import Rule
 from paper import kvquant
 from support import cli, evaluate, hub, report, stream, text
 from support.evaluate import EvalConfig
-from support.machine import is_first_rank, pick_machine
+from support.machine import is_first_rank, pick_machine, rank_and_world_size
 from support.results import read_results
 from support.rows import FULL_PRECISION, KEEPS, Row, average_bits, expand_rows, row_of, rtn_bits
 
@@ -70,8 +69,8 @@ class KVQuantConfig(EvalConfig):
 
     @property
     def calibration_tokens(self):
-        """The tokens per calibration window: KVQuant's own paper has 2,048, if a window here is as
-        long."""
+        """Tokens per calibration window: 2,048 as in KVQuant's paper, or --seq-len if that is
+        smaller."""
         return min(2048, self.seq_len)
 
 
@@ -83,23 +82,23 @@ def evaluate_rows(run, old_results):
     pre_rope_run = replace(run, options=pre_rope)
     calibrations = None
     ppl_fp = None
-    for row, result in evaluate.rows_with_results(run, old_results, result_key):
+    for row, result in evaluate.rows_with_results(run, old_results, result_settings):
         if result is None:
             # The first row calibrates for all, or refuses a file, before anything is measured.
             calibrations = calibrations or kvquant.load_or_calibrate(
                 run.model, run.tokenizer, calibration_config(run), config.calibration
             )
-            cache = quantizers(run, row, calibrations)
             row_run = run if row == FULL_PRECISION else pre_rope_run
-            result = evaluate.measure_row(row_run, row, cache, ppl_fp)
-            result = result_key(run, row) | with_bits(run, row, result)
+            row_quantizers = quantizers(run, row, calibrations)
+            result = evaluate.measure_row(row_run, row, row_quantizers, ppl_fp)
+            result = result_settings(run, row) | add_bits(run, row, result)
         if row == FULL_PRECISION:
             ppl_fp = result["ppl"]
         yield result
 
 
 def quantizers(run, row, calibrations):
-    """Return the cache of a row, as kvsink.prefill takes it."""
+    """Return the quantizers of a row, as kvsink.prefill takes them."""
     if row == FULL_PRECISION:
         return kvsink.full_precision_quantizers(run.model)
     calibration = calibrations[kvquant.Recipe(row.rule, row.rho)]
@@ -107,14 +106,14 @@ def quantizers(run, row, calibrations):
 
 
 def calibration_config(run):
-    """Return what the calibration of all rows depends on, finished rows included, so that one file
-    has all. As in KVQuant, WikiText-2 calibrates for C4 too."""
+    """Return the recipes of all rows, finished rows included, so that one file serves all rows, and
+    the settings of their calibration. As in KVQuant, WikiText-2 calibrates for C4 too."""
     config = run.config
     return kvquant.CalibrationConfig(
         recipes=[kvquant.Recipe(r.rule, r.rho) for r in config.rows if r != FULL_PRECISION],
         site=run.site,
         weights=run.weights,
-        text="wikitext2" if config.data in TEXTS else text.PACKED,
+        data="wikitext2" if config.data in TEXTS else text.PACKED,
         windows=config.calib_windows,
         tokens=config.calibration_tokens,
         seed=config.seed,
@@ -122,14 +121,13 @@ def calibration_config(run):
     )
 
 
-def result_key(run, row):
-    """Return all settings that the PPL of a row depends on: the key that identifies a finished
-    result."""
-    key = evaluate.result_settings(run, row)
+def result_settings(run, row):
+    """Return all settings that the PPL of a row depends on: they identify a finished result."""
+    settings = evaluate.result_settings(run, row)
     if row == FULL_PRECISION:
-        return key
+        return settings
     config = run.config
-    return key | {
+    return settings | {
         "rope": "pre",
         "calib_windows": config.calib_windows,
         "outliers": row.rho,
@@ -137,7 +135,7 @@ def result_key(run, row):
     }
 
 
-def with_bits(run, row, result):
+def add_bits(run, row, result):
     """Return a result with the bits per number by Table 2's count."""
     model_config = run.model.config
     if row == FULL_PRECISION:
@@ -186,16 +184,17 @@ def check_against_model(config, model_config):
 
 
 def announce_streaming(run, old_results):
-    """Log how long the rows that are not finished will take, if there are any."""
-    rows = evaluate.rows_with_results(run, old_results, result_key)
+    """Log an estimate of the memory and the time for the unfinished rows, if there are any."""
+    rows = evaluate.rows_with_results(run, old_results, result_settings)
     unfinished = [row for row, result in rows if result is None]
     if unfinished and is_first_rank():
-        passes = [len(run.tokens)] * len(unfinished) + calibration_passes(run)
-        stream.announce(run.model, run.tokens, passes)
+        tokens = run.tokens[:: rank_and_world_size()[1]]  # the share of one rank
+        windows_per_pass = [len(tokens)] * len(unfinished) + calibration_passes(run)
+        stream.announce(run.model, tokens, windows_per_pass)
 
 
 def calibration_passes(run):
-    """Return the passes through all blocks that the calibration takes, in windows of the text: one
+    """Return the number of windows in each pass through all blocks that the calibration takes: one
     forward pass for each rule, and a backward pass, which takes three times as long. The list is
     empty if there is a file."""
     config = run.config
@@ -274,7 +273,7 @@ def kvquant_configs(args):
 
 
 def parse_arguments(argv):
-    """Return the options. Raises ValueError, in one line, if they cannot be."""
+    """Return the options. Raises ValueError if they are invalid."""
     parser = cli.Parser(
         prog="python -m paper.table2",
         description="Table 2: perplexity with KVQuant (2 bits, or other widths). The first token\n"

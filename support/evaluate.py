@@ -334,7 +334,7 @@ def quantizers(run, row):
             model, by_scheme.values(), calibration_windows(run), row.rule.at(run.site), run.options
         )
         run.calibrated[row.rule] = by_scheme
-    return kvsink.add_bits(run.calibrated[row.rule][row.scheme], row.bits)
+    return kvsink.with_bits(run.calibrated[row.rule][row.scheme], row.bits)
 
 
 def calibrate(model, schemes, windows, rule, options):

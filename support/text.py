@@ -49,9 +49,9 @@ def packed(tokenizer, documents):
     before the first only."""
     if tokenizer.eot is None:
         raise ValueError(
-            f"the articles of {PACKED}, on which a text file is calibrated too, are packed, and this "
-            "tokenizer has no end-of-text token to put between them: choose wikitext2 or c4, or a "
-            "dynamic scheme, which needs no calibration"
+            f"the articles of {PACKED} are packed, and this tokenizer has no end-of-text token to "
+            f"put between them: choose wikitext2 or c4 (text files calibrate on {PACKED}), or a "
+            "dynamic scheme, which needs no calibration text"
         )
     ids = tokenizer.encode("")
     for document in documents:

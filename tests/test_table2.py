@@ -161,7 +161,7 @@ def test_a_model_of_the_paper_runs_both_texts():
             recipes=[kvquant.Recipe(row.rule, row.rho) for row in rows[1:]],
             site=SITE,
             weights="abc",
-            text="wikitext2",
+            data="wikitext2",
             windows=16,
             tokens=2048,
             seed=0,
@@ -173,7 +173,7 @@ def test_the_default_model_runs_wiki_sample():
     (config,) = configs_of("")
     setting = (config.model, config.data, config.seq_len, config.limit)
     assert setting == ("smollm2-135m", "wiki-sample", 1024, 8)
-    assert calibration_config(config).text == "wiki-sample"
+    assert calibration_config(config).data == "wiki-sample"
     assert config.rows == (FULL_PRECISION, *DEFAULT_ROWS)
 
 
@@ -272,7 +272,7 @@ def test_a_damaged_calibration_of_our_cache_is_made_again(
     assert table2.main([*command, str(second)]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and file.name in lines[0]
-    assert "made again" in lines[0] and "calibrating" in lines[1]
+    assert "recreating it" in lines[0] and "calibrating" in lines[1]
     assert [r["ppl"] for r in results_of(first)] == [r["ppl"] for r in results_of(second)]
     assert file.read_bytes() == content
 
@@ -309,11 +309,11 @@ def test_a_row_is_algorithm_1_with_its_own_calibration(tiny, tmp_path, our_cache
     train = text.windows(tokenizer, "wiki-sample", "train", 64, 2, 0)
     recipe = kvquant.Recipe(Rule(k=2), 0.1)
     calibrations = kvquant.calibrate(model, train, [recipe], SITE)
-    cache = kvquant.kvquant_quantizers(calibrations[recipe], 0.1, 3)
+    quantizers = kvquant.kvquant_quantizers(calibrations[recipe], 0.1, 3)
     loss = 0.0
     for window in text.windows(tokenizer, tiny[3], "test", 64, 2, 0):
         H = model.embedding(window[None])
-        H, _ = prefill(model, H, cache, *SITE, k=2, step=decoder_block_pre_rope)
+        H, _ = prefill(model, H, quantizers, *SITE, k=2, step=decoder_block_pre_rope)
         loss += F.cross_entropy(model.logits(H)[0, :-1], window[1:]).item() / 2
     assert results_of(out)[1]["ppl"] == pytest.approx(np.exp(loss), rel=1e-6)
 

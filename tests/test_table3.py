@@ -87,7 +87,7 @@ def test_a_tokenizer_of_another_model_finds_nothing(drawable, capsys, tmp_path):
     write_model(tmp_path / "model", PLANTED)  # 64 tokens
     write_bpe(tmp_path / "model", bytes_vocabulary(), DIGITS)
     options = ["--model", str(tmp_path / "model")]
-    refuse(options, ["its tokenizer gives id", "the model has 64"], capsys, table3)
+    refuse(options, ["the tokenizer gives id", "the model has 64"], capsys, table3)
 
 
 def test_the_row_of_the_default_model(default_model, default_llama, capsys):

@@ -32,8 +32,8 @@ from tests.helpers import (
     STRONG,
     WEAK,
     bytes_vocabulary,
-    cache_of,
     ordinary_tokens,
+    quantizers_for,
     refuse,
     results_of,
 )
@@ -111,7 +111,7 @@ def test_logits_are_those_of_the_packed_cache(theirs, planted, sequences, scheme
     prompt = windows[0].tolist()
     more = ordinary_tokens(10, 5).tolist()
     rule = rule_of(keep, N).at(SITE)
-    quantizers = cache_of(planted, scheme, bits, windows, rule)
+    quantizers = quantizers_for(planted, scheme, bits, windows, rule)
     expected = reference_logits(planted, quantizers, prompt, more, rule)
     cache = make_cache(theirs, scheme, bits, keep=keep, sinks=N)
     if SCHEMES[scheme].static:
@@ -193,7 +193,9 @@ def test_codes_are_made_once_and_an_incomplete_group_waits(theirs, sequences):
     for i, store in enumerate(stores_of(cache)):
         with_codes = 24 if i % 2 == 0 else 29
         assert store.parts["codes"].shape[2] == with_codes
-        assert store.parts["residual"].shape[2] == 29 - with_codes
+        residual = store.parts["residual"]
+        assert residual.shape[2] == 29 - with_codes
+        assert residual.untyped_storage().nbytes() == residual.nbytes  # the prompt is freed
         before.append({name: store.parts[name].clone() for name in ("codes", "scale", "zero")})
     for token in range(20, 40):
         logits_after(theirs, cache, [[token]])
@@ -254,7 +256,7 @@ def test_cutting_off_the_end(theirs, sequences, scheme):
     logits_after(theirs, cache, [second_prompt])
     assert cache.sinks() == [[6, 12]]
     assert cache.get_seq_length() == 21
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match=r"crop\(3\): pass minus the number"):
         cache.crop(3)
     cache.crop(-100)
     assert cache.get_seq_length() == 0
@@ -491,6 +493,9 @@ def test_the_site(theirs):
     assert warned[0].filename == __file__
     logits_after(model, cache, [[5, 6, 7, 8]])
     assert cache.sinks() == [[0]]
+    cache = KVSinkCache(model, site=kvsink.NOWHERE)  # the same without the warning
+    logits_after(model, cache, [[5, 6, 7, 8]])
+    assert cache.sinks() == [[0]]
     listed = random_model("Llama", hidden_size=2048, num_hidden_layers=16, head_dim=8)
     for name in ("meta-llama/Llama-3.2-1B", "/somewhere/llama3.2-1b/"):
         listed.config._name_or_path = name
@@ -555,7 +560,7 @@ def test_two_caches_do_not_meet_and_hooks_go(theirs, sequences):
     [
         ({"scheme": "kivi"}, "scheme='kivi' is none of token-static"),
         ({"keep": "first"}, "pfn"),
-        ({"keep": "pfn", "sinks": "auto"}, "sinks='auto'"),
+        ({"keep": "pfn", "sinks": "auto"}, "auto is for --keep kvsink"),
         ({"sinks": -1}, "sinks=-1"),
         ({"keep": "pfn", "predict": torch.abs}, "predict="),
         ({"bits": 9}, "9 bits"),
@@ -695,6 +700,15 @@ def test_the_command(tiny, capsys, monkeypatch):
     assert all("+-" in line for line in lines[3:])
     assert "32.00" in lines[2]
     refuse(["--model", "nobody"], ["no model", "nobody"], capsys, side_by_side)
+
+
+def test_a_head_that_no_common_group_size_divides():
+    """Of 24 channels the whole head is a group. Of 200, KVSinkCache makes groups of 8."""
+    windows = torch.arange(3, 33)[None]
+    for d_k, group_size in ((24, 24), (200, 8)):
+        model = random_model("Llama", head_dim=d_k)
+        comparison = side_by_side.Comparison(model, windows, 20, Site(2, 7))
+        assert side_by_side.finest_cache(comparison, 4, 1e9).group_size == group_size
 
 
 # --------------------------------------------------------------------------------------------------

@@ -118,8 +118,8 @@ def test_pfn_of_none_and_of_more(run):
 
 
 def test_observers_serve_several_schemes(run):
-    """Three schemes of four blocks, in one pass: each quantizer gets its own block's Keys or Values,
-    without the sinks."""
+    """Three schemes of four blocks, in one pass: each quantizer gets its own block's Keys or
+    Values, without the sinks."""
     X = drawn(7, 2, 3, 5, 4)
     mask = drawn(8, 2, 1, 5, 1) > 0
     seen, returned = run(observed, 3, 4, X, mask)
