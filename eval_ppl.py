@@ -2,7 +2,7 @@
 number of kept tokens.
 
     python eval_ppl.py                                            a real model, a real text
-    python eval_ppl.py --model llama2-7b --sinks 5 --bits 2       the paper
+    python eval_ppl.py --model llama2-7b --sinks 5 --bits 2       the paper: points of Figure 9
     python eval_ppl.py --model llama2-70b --stream                a model larger than the memory
 
 Read top to bottom: the evaluation loop, the command, and its options.
@@ -33,13 +33,14 @@ def evaluate_rows(run, old_results):
     for row, result in evaluate.rows_with_results(run, old_results):
         if result is None:  # it is not in --json, so it has to be measured
             quantizers = evaluate.quantizers(run, row)  # a pair for each block
-            rule = row.rule.at(run.site)  # which tokens are kept
+            rule = row.rule.with_site(run.site)  # which tokens are kept
             losses = []  # the negative log-likelihood of each window
             kept = []  # the number of tokens kept in each window
             start = time.perf_counter()
-            # A batch is one window, or all windows with --stream. H_0 is its H^0 (b, n, d).
+            # A batch is one window, or all windows with --stream. H_0 is its H^0 (b, n, d), and
+            # `step` does lines 6-13 of Algorithm 1.
             for windows, H_0, step in evaluate.row_batches(run, row):
-                arguments = rule.arguments(H_0)  # l_E, c, k and S_sink
+                arguments = rule.prefill_arguments(H_0)  # l_E, c, k and S_sink
                 H, S_sink = kvsink.prefill(run.model, H_0, quantizers, step=step, **arguments)
                 losses += evaluate.window_losses(run, windows, H)
                 kept += S_sink.sum(1).tolist()
@@ -61,7 +62,7 @@ def main(argv=None):
         args = parse_arguments(argv)
         evaluate_texts(eval_configs(args), args.json, args.plot)
 
-    return cli.run_command("eval_ppl.py", work, "lower --seq-len, or run with --stream")
+    return cli.run_command("eval_ppl.py", work, advice="lower --seq-len, or run with --stream")
 
 
 def evaluate_texts(configs, json_path=None, plot_path=None):
@@ -103,8 +104,8 @@ def announce_streaming(run, old_results):
 
 SINKS = (0, 5, 10, 15, 20)  # of Figure 9
 
-# The rows of `python eval_ppl.py`, which take a few minutes on two cores: where sinks lie in the
-# middle of the text, KVSink-5 beats PFN-5 and even PFN-20.
+# The rows of `python eval_ppl.py`, which take a few minutes on two cores. Sinks lie in the middle
+# of its text, and KVSink-5 beats PFN-5.
 DEFAULT_ROWS = [
     *expand_rows([("channel-static", 4)], ["none", "pfn", "kvsink"], [5, 20]),
     *expand_rows([("channel-static", 3)], ["pfn"], [5, 20]),

@@ -1,10 +1,10 @@
 """KVSink: predict the attention sinks from one channel of one block's output, and keep their Keys
 and Values in full precision while all others are quantized (Algorithm 1).
 
-Read top to bottom: Algorithm 1, in the order of the printed one, and PFN, its rival; the Rule that
-says which tokens a run keeps; the schemes of Section 5.1 and their calibration, which is Algorithm
-1 with observers in place of quantizers; Table 3, which says where the outliers of each model
-emerge, and a finder for a model that it does not list; last, two additions to the paper.
+Read top to bottom: Algorithm 1, in the printed order, and PFN, its rival; the Rule that says which
+tokens a run keeps; the schemes of Section 5.1 and their calibration, which is Algorithm 1 with
+observers in place of quantizers; Table 3, which says where the outliers of each model emerge, and a
+finder for a model that it does not list; last, KVSink without k, and the block for KVQuant.
 
 What this file does not do: the parts of the transformer come from llama.py, the equations of
 quantization from quant.py. It stores no cache: Keys and Values are quantized and dequantized in
@@ -117,7 +117,7 @@ NOWHERE = Site(0, 0)  # blocks are counted from 1, so nothing is predicted
 
 @dataclass(frozen=True)
 class Rule:
-    """The tokens that keep their Keys and Values in full precision, as `prefill` takes it.
+    """The choice of tokens that keep their Keys and Values in full precision.
 
         Rule()                 nothing is kept
         Rule(first=N)          PFN-N: the first N tokens, in every block
@@ -125,7 +125,7 @@ class Rule:
         Rule(first=1, k=k)     not the paper's: token 0 up to block l_E, and after block l_E the
                                k predicted tokens
 
-    k may be AUTO. The site belongs to a model: `at` adds it.
+    k may be AUTO. The site belongs to a model: `with_site` adds it.
     """
 
     first: int = 0
@@ -141,10 +141,10 @@ class Rule:
         """The most tokens that it keeps in a block."""
         return max(self.first, MAX_AUTO_SINKS if self.k == AUTO else self.k)
 
-    def at(self, site):
+    def with_site(self, site):
         return replace(self, site=site) if self.predicts else self
 
-    def arguments(self, H):
+    def prefill_arguments(self, H):
         """Return the arguments that make `prefill` follow this rule on H (b, n, d)."""
         l_E, c = self.site
         return {"l_E": l_E, "c": c, "k": self.k, "S_sink": pfn(H, self.first)}
@@ -220,11 +220,11 @@ def observers(schemes):
 
         return observe
 
-    found = []
+    pairs_of_observers = []
     for l, pairs in enumerate(zip(*schemes), start=1):  # each scheme's pair for block l
         K_quantizers, V_quantizers = zip(*pairs)
-        found.append((observer(l, K_quantizers), observer(l, V_quantizers)))
-    return found
+        pairs_of_observers.append((observer(l, K_quantizers), observer(l, V_quantizers)))
+    return pairs_of_observers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ PROMPTS = (  # Appendix D
     "The sun rises early in the summer.\n The days are short in the winter.\n ",
 )
 # A stable outlier is at least OUTLIER times the median magnitude of its block's hidden state. It is
-# also SPARSE times the median token in its channel, so that only few tokens have it.
+# also SPARSE times the median over the tokens of its channel, so that only a few tokens have it.
 OUTLIER = 100
 SPARSE = 10
 
@@ -291,8 +291,8 @@ def stable_outliers(model, tokens):
     """Return the stable outliers (Section 3.1) that a prompt (1, n) shows. Raises ValueError if it
     shows none, NotFinite if a hidden state holds NaN or inf."""
     L = len(model.blocks)
-    peak = []  # of each block (d,): the largest token of each channel
-    ordinary = []  # of each block (d,): the median token of each channel
+    peak = []  # of each block (d,): the maximum over tokens, channel by channel
+    ordinary = []  # of each block (d,): the median over tokens, channel by channel
     typical = []  # of each block: the median of all its numbers
 
     def look(block, inputs, H):  # H^l (1, n, d)
@@ -343,15 +343,15 @@ def find_site(model, prompts):
 
 
 # --------------------------------------------------------------------------------------------------
-# Two additions to the paper: KVSink without k, and Keys that are quantized before RoPE
+# Not in Algorithm 1: KVSink without k, and Keys quantized before RoPE, as KVQuant has them
 
 MAX_AUTO_SINKS = 20  # the most tokens that auto mode keeps: the paper's largest N
 
 
 def predict_sinks_without_k(H, c):
-    """Lines 15-16 for k = AUTO: of the MAX_AUTO_SINKS tokens with the largest |H^{l_E}| (b, n, d)
-    in channel c, mark those with at least a tenth of the largest magnitude of their sequence: (b,
-    n).
+    """Lines 15-16 for k = AUTO: return a mask (b, n) of those of the MAX_AUTO_SINKS tokens with the
+    largest |H^{l_E}| (b, n, d) in channel c that have at least a tenth of the largest of their
+    sequence.
 
     Sinks are some hundred times larger than the rest, so the exact threshold hardly matters. The
     limit on their number matters only if there is no such gap, as in a text that repeats one

@@ -70,8 +70,8 @@ def attention(Q, K, V, sliding_window=None):
 
 
 def causal_mask(n, sliding_window, device):
-    """Return M of Eq. 3 as a mask (n, n): True if the query of its row sees the key of its column,
-    which is its own token, those before it, or a window of them."""
+    """Return a mask (n, n), True if query i (row) may attend to key j (column): j <= i and, if
+    there is a window, i - j < sliding_window. (M of Eq. 3 is 0 there, and -inf elsewhere.)"""
     i = torch.arange(n, device=device)
     distance = i[:, None] - i[None, :]  # how many tokens the key lies before the query
     return (distance >= 0) & (distance < (sliding_window or n))
@@ -328,7 +328,10 @@ def check_fields(config):
     h_kv = config.num_key_value_heads
     d_k = config.head_dim
     if h % h_kv or d_k % 2:
-        raise ValueError(f"{h} query heads and {h_kv} Key heads of {d_k} channels do not fit")
+        raise ValueError(
+            f"{h} query heads, {h_kv} Key heads, {d_k} channels per head do not fit: query heads "
+            "have to be a multiple of Key heads, and channels even"
+        )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -153,10 +153,9 @@ def check_finite(X):
 class Quantizer:
     """RTN quantization of one tensor to `bits` bits: asymmetric, dynamic or static (Appendix C).
 
-    Dynamic: scale and zero come from the tensor itself. Static: they come from the minimum and the
-    maximum over all tokens that `calibrate` has seen, and all tokens share them. So one pair serves
-    a group of channels ("token"), a channel ("channel") or a head ("tensor"), and a group size
-    along the tokens has no meaning.
+    Dynamic: scale and zero come from the tensor itself. Static: they come from all tokens that
+    `calibrate` has seen, and all tokens share them. So "token" has one scale per group of channels,
+    "channel" one per channel and "tensor" one per head; groups of tokens do not exist.
 
     Raises ValueError for bits outside 1 to 8, an unknown granularity, a group size that does not
     divide, a static quantizer that has not been calibrated, and (in `calibrate`) for NaN or inf.
@@ -229,7 +228,8 @@ class Quantizer:
     def __call__(self, X, leave_out=None):
         """Quantize X (..., n, d) and dequantize it again; `leave_out` masks the numbers that must
         not count for the ranges. A number that is not finite comes back as NaN and so reaches the
-        logits: to raise an error here, every block would have to wait for the GPU."""
+        logits. No error is raised here, because the check would make every block wait for the
+        GPU."""
         # fp16 cannot hold the quotients of Eq. 10 and 13.
         Xf = X.to(torch.promote_types(X.dtype, torch.float32))
         s, z = self.parameters(Xf, leave_out)

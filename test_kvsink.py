@@ -589,7 +589,7 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
     """Lines 4-16: which tokens are left out block by block, and what becomes of their Keys and
     Values."""
     tokens, expected = sequences
-    rule = rule_of(keep, k).at(SITE)
+    rule = rule_of(keep, k).with_site(SITE)
     quantizers = quantizers_for(planted, scheme, 2, tokens, rule, STEPS[rope])
     seen = []
 
@@ -610,7 +610,7 @@ def test_sinks_are_predicted_for_each_sequence_and_kept_bit_for_bit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kvsink, "attention", watch_attention)
         H = planted.embedding(tokens)
-        _, S_sink = prefill(planted, H, watched, step=STEPS[rope], **rule.arguments(H))
+        _, S_sink = prefill(planted, H, watched, step=STEPS[rope], **rule.prefill_arguments(H))
     assert torch.equal(S_sink, expected)
     table = rope_table(planted.config, 24, "cpu")
     before = torch.zeros(2, 24, dtype=torch.bool)
@@ -698,10 +698,10 @@ def test_pfn_keeps_the_first_n_tokens_from_the_first_block(planted, sequences):
     H = planted.embedding(tokens)
     assert pfn(H, 3).tolist() == [[True] * 3 + [False] * 21] * 2
     quantizers = quantizers_for(planted, "token-dynamic", 2, tokens)
-    everything, S_sink = prefill(planted, H, quantizers, **Rule(first=24).arguments(H))
+    everything, S_sink = prefill(planted, H, quantizers, **Rule(first=24).prefill_arguments(H))
     assert torch.equal(everything, prefill(planted, H, full_precision_quantizers(planted))[0])
     assert S_sink.all()
-    nothing, S_sink = prefill(planted, H, quantizers, **Rule().arguments(H))
+    nothing, S_sink = prefill(planted, H, quantizers, **Rule().prefill_arguments(H))
     assert torch.equal(nothing, prefill(planted, H, quantizers, S_sink=pfn(H, 0))[0])
     assert not S_sink.any()
 
@@ -719,7 +719,7 @@ def test_a_rule_is_its_arguments_its_size_and_its_name():
     for rule, (first, most, predicts, name, options) in rules.items():
         assert (rule.max_kept, rule.predicts, str(rule)) == (most, predicts, name)
         assert rule_of(*options) == rule and options_of(rule) == options
-        arguments = rule.at(Site(7, 3)).arguments(H)
+        arguments = rule.with_site(Site(7, 3)).prefill_arguments(H)
         assert arguments.pop("S_sink").tolist() == [[i < first for i in range(5)]]
         l_E, c = (7, 3) if predicts else (0, 0)
         assert arguments == {"l_E": l_E, "c": c, "k": rule.k}
@@ -788,7 +788,7 @@ def test_keeping_the_sinks_brings_the_output_nearer(planted, sequences):
 
     def error(rule):
         quantizers = quantizers_for(planted, "token-static", 4, tokens, rule)
-        H, _ = prefill(planted, H0, quantizers, **rule.arguments(H0))
+        H, _ = prefill(planted, H0, quantizers, **rule.prefill_arguments(H0))
         return (H - exact).norm().item()
 
     assert error(Rule(first=24)) == 0 < error(Rule(k=20, site=SITE)) < error(Rule())
@@ -807,7 +807,7 @@ def test_calibration_sees_what_the_rule_does_not_preserve(planted, sequences, ke
     tokens, S_sink = sequences
     windows = [tokens[:1], tokens[1:]]
     quantizers = kvsink.rtn_quantizers(planted, "channel-static", bits=4, group_size=4)
-    calibrate(planted, windows, [quantizers], rule_of(keep, 2).at(SITE), STEPS[rope])
+    calibrate(planted, windows, [quantizers], rule_of(keep, 2).with_site(SITE), STEPS[rope])
     projected = []
     hooks = []
     for block in planted.blocks:
@@ -852,8 +852,8 @@ def test_one_pass_serves_all_schemes_and_widths_and_is_the_full_precision_model(
         scheme: kvsink.rtn_quantizers(planted, scheme, 4, 8)
         for scheme in ("token-static", "channel-static")
     }
-    rule = rule_of(keep, N).at(SITE)
-    out, _ = prefill(planted, H, kvsink.observers(together.values()), **rule.arguments(H))
+    rule = rule_of(keep, N).with_site(SITE)
+    out, _ = prefill(planted, H, kvsink.observers(together.values()), **rule.prefill_arguments(H))
     assert torch.equal(planted.logits(out), planted(tokens))
     for scheme, quantizers in together.items():
         alone = quantizers_for(planted, scheme, 4, tokens, rule)

@@ -86,7 +86,7 @@ class KVSinkCache(Cache):
         self.predict = predict
         check_site(site, self.decoder)
         if self.rule.predicts:
-            self.rule = self.rule.at(site or site_of(self.decoder, tokenizer))
+            self.rule = self.rule.with_site(site or site_of(self.decoder, tokenizer))
         elif predict:
             raise ValueError(f"predict= has no effect with keep={keep!r} and sinks={sinks!r}")
         # The tensors (b, n) that all layers share, with one number per token so far:

@@ -43,7 +43,7 @@ def prefill(model, cache, prompts, rule=None, step=None):
         H = model.embedding(torch.tensor([prompt], device=cache.next_slot.device))
         sequence = torch.tensor([[i]], device=cache.next_slot.device)
         quantizers = [block_cache.storing_quantizers(sequence) for block_cache in cache.blocks]
-        H, _ = kvsink.prefill(model, H, quantizers, step=step, **rule.arguments(H))
+        H, _ = kvsink.prefill(model, H, quantizers, step=step, **rule.prefill_arguments(H))
         logits.append(model.logits(H[:, -1]))
         cache.lengths[i] = len(prompt)
         cache.next_slot[i] = len(prompt)

@@ -156,7 +156,7 @@ class TextRun:
             k=most_kept(row.rule, len(self.prompt)),
             pre_rope=self.config.caches.pre_rope,
         )
-        return cache, prefill(self.model, cache, [self.prompt], row.rule.at(self.site))
+        return cache, prefill(self.model, cache, [self.prompt], row.rule.with_site(self.site))
 
     def generate(self, cache, logits, choose):
         return generate_tokens(
@@ -370,7 +370,7 @@ def quantizers(caches, loaded, site):
         else:
             cache = kvsink.rtn_quantizers(model, row.scheme, row.bits, caches.group_size)
         if row.is_static:
-            evaluate.calibrate(model, [cache], windows, row.rule.at(site), options)
+            evaluate.calibrate(model, [cache], windows, row.rule.with_site(site), options)
         quantizers[row] = cache
     return quantizers
 

@@ -257,13 +257,15 @@ def calibrate(model, windows, recipes, site):
     with tqdm(desc="ranges of Keys", total=L * W * len(rules), **progress) as bar:
         for rule in rules:
             rhos = [recipe.rho for recipe in recipes if recipe.rule == rule]
-            by_rho, S_sinks[rule] = key_ranges(model, rule.at(site), rhos, hidden_states, bar)
+            by_rho, S_sinks[rule] = key_ranges(
+                model, rule.with_site(site), rhos, hidden_states, bar
+            )
             ranges |= {Recipe(rule, rho): lo_hi for rho, lo_hi in by_rho.items()}
     fisher = {recipe: torch.zeros(L, 2, 3, BINS, dtype=torch.float64) for recipe in recipes}
     gradients = fisher_information(model, windows, hidden_states)
     for l, w, K, V, F_K, F_V in tqdm(gradients, desc="Fisher information", total=L * W, **progress):
         for recipe in recipes:
-            S_sink = S_sinks[recipe.rule][int(l > recipe.rule.at(site).site.l_E)]
+            S_sink = S_sinks[recipe.rule][int(l > recipe.rule.with_site(site).site.l_E)]
             leave_out = S_sink[w, None, None, :, None].to(model.device)  # (1, 1, n, 1)
             range_K = ranges[recipe][:, l - 1]
             tail_size = outliers_per_end(recipe.rho, model.config.d_kv)
@@ -303,7 +305,7 @@ def key_ranges(model, rule, rhos, hidden_states, bar):
         return H
 
     H = hidden_states[0].clone()
-    arguments = rule.arguments(H)
+    arguments = rule.prefill_arguments(H)
     observers = [(observe, kvsink.unquantized)] * len(model.blocks)
     _, S_sink = kvsink.prefill(model, H, observers, step=step, **arguments)
     S_sinks = torch.stack((arguments["S_sink"], S_sink))

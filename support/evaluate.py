@@ -228,11 +228,11 @@ def check_losses(run, row, quantizers, windows, losses):
         kvsink.check_hidden_state(H, l, L)
         return H
 
-    rule = row.rule.at(run.site)
+    rule = row.rule.with_site(run.site)
     message = "NaN or inf first appeared in the output layer"
     try:
         for _, H, step in batches(run.model, windows, run.options, "finding NaN", checking_step):
-            kvsink.prefill(run.model, H, quantizers, step=step, **rule.arguments(H))
+            kvsink.prefill(run.model, H, quantizers, step=step, **rule.prefill_arguments(H))
     except NotFinite as error:
         message = str(error)
     raise NotFinite(f"{row_label(run, row)}: {message}; is --dtype wide enough?") from None
@@ -242,11 +242,11 @@ def measure_row(run, row, quantizers, ppl_fp):
     """Return what a row measures with these quantizers. It is the inner loop of eval_ppl.py, for
     other tables."""
     start = time.perf_counter()
-    rule = row.rule.at(run.site)
+    rule = row.rule.with_site(run.site)
     losses = []
     kept = []
     for windows, H_0, step in row_batches(run, row):
-        arguments = rule.arguments(H_0)
+        arguments = rule.prefill_arguments(H_0)
         H, S_sink = kvsink.prefill(run.model, H_0, quantizers, step=step, **arguments)
         losses += window_losses(run, windows, H)
         kept += S_sink.sum(1).tolist()
@@ -331,7 +331,11 @@ def quantizers(run, row):
         width = 8  # any: ranges do not depend on it
         by_scheme = {s: kvsink.rtn_quantizers(model, s, width, run.group_size) for s in schemes}
         calibrate(
-            model, by_scheme.values(), calibration_windows(run), row.rule.at(run.site), run.options
+            model,
+            by_scheme.values(),
+            calibration_windows(run),
+            row.rule.with_site(run.site),
+            run.options,
         )
         run.calibrated[row.rule] = by_scheme
     return kvsink.with_bits(run.calibrated[row.rule][row.scheme], row.bits)
@@ -342,7 +346,7 @@ def calibrate(model, schemes, windows, rule, options):
     with observers, eager."""
     observers = kvsink.observers(schemes)
     for _, H, step in batches(model, windows, options, "calibrating", options.eager_step):
-        kvsink.prefill(model, H, observers, step=step, **rule.arguments(H))
+        kvsink.prefill(model, H, observers, step=step, **rule.prefill_arguments(H))
 
 
 def calibration_windows(run):
@@ -364,7 +368,7 @@ def result_settings(run, row):
     """Return all settings that the PPL of a row depends on: they identify a finished result."""
     config = run.config
     keep, N = options_of(row.rule)
-    l_E, c = row.rule.at(run.site).site
+    l_E, c = row.rule.with_site(run.site).site
     return {
         "model": config.model,
         "data": config.data,

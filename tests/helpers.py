@@ -252,7 +252,7 @@ def calibrate(model, windows, caches, rule=None, step=None):
     rule = rule or Rule()
     for tokens in windows:
         H = model.embedding(tokens)
-        kvsink.prefill(model, H, kvsink.observers(caches), step=step, **rule.arguments(H))
+        kvsink.prefill(model, H, kvsink.observers(caches), step=step, **rule.prefill_arguments(H))
 
 
 def quantizers_for(model, scheme, bits, tokens, rule=None, step=None):

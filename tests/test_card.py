@@ -79,7 +79,7 @@ def test_algorithm_1_stays_on_the_card(model, scheme, rule):
     cache = with_ranges(kvsink.rtn_quantizers(model, scheme, 3, 8))
     H = model.embedding(torch.zeros(2, 40, dtype=torch.int64, device=CARD))
     with CopiesToTheHost() as copies:
-        H, S_sink = prefill(model, H, cache, **rule.arguments(H))
+        H, S_sink = prefill(model, H, cache, **rule.prefill_arguments(H))
     assert H.device == S_sink.device == CARD and S_sink.shape == (2, 40) and copies.count == 0
     assert model.logits(H).shape == (2, 40, 97)
 
@@ -101,7 +101,7 @@ def test_calibration_stays_on_the_card(model, rule):
     schemes = ("token-static", "channel-static")
     caches = [kvsink.rtn_quantizers(model, scheme, 4, 8) for scheme in schemes]
     H = model.embedding(torch.zeros(1, 40, dtype=torch.int64, device=CARD))
-    prefill(model, H, observers(caches), **rule.arguments(H))
+    prefill(model, H, observers(caches), **rule.prefill_arguments(H))
     for cache in caches:
         for pair in cache:
             for quantizer in pair:
@@ -142,5 +142,5 @@ def test_kvquant_stays_on_the_card(model, sparse, rule):
     H = model.embedding(torch.zeros(2, 40, dtype=torch.int64, device=CARD))
     step = kvsink.decoder_block_pre_rope
     with CopiesToTheHost() as copies:
-        H, _ = prefill(model, H, [(K, V)] * 3, step=step, **rule.arguments(H))
+        H, _ = prefill(model, H, [(K, V)] * 3, step=step, **rule.prefill_arguments(H))
     assert H.device == CARD and copies.count == 0

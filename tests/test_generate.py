@@ -160,7 +160,7 @@ def test_static_caches_are_calibrated_by_their_own_rule(tiny, long_calibration):
     windows = text.calibration_windows(run.tokenizer, "wikitext2", 64, 2, seed=0)
     for row in rows:
         expected = kvsink.rtn_quantizers(model, row.scheme, 3, 8)
-        rule = row.rule.at(SITE)
+        rule = row.rule.with_site(SITE)
         calibrate(model, windows[:, None], [expected], rule, kvsink.decoder_block_pre_rope)
         for pair, expected_pair in zip(quantizers[row], expected):
             for q, expected_q in zip(pair, expected_pair):

@@ -252,7 +252,7 @@ def test_a_packed_cache_of_kvquant_gives_the_logits_of_quantizing_and_dequantizi
     tokens = torch.cat((ordinary_tokens(24, 5), ordinary_tokens(10, 3)))
     tokens[[6, 17]] = torch.tensor([WEAK, STRONG])
     quantizers = kvquant.kvquant_quantizers(kvquant_calibrations()[recipe], recipe.rho, bits)
-    rule = recipe.rule.at(SITE)
+    rule = recipe.rule.with_site(SITE)
     expected = step_by_step(planted, tokens, 19, quantizers, rule, pre_rope=True)
     logits, cache = decoded(planted, tokens, 19, quantizers, rule, pre_rope=True)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -152,7 +152,7 @@ def test_ranges_of_tokens_by_hand():
 
 
 def run_algorithm_1(model, H, quantizers, rule, step=decoder_block_pre_rope):
-    return prefill(model, H, quantizers, step=step, **rule.at(SITE).arguments(H))
+    return prefill(model, H, quantizers, step=step, **rule.with_site(SITE).prefill_arguments(H))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

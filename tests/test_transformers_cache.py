@@ -110,7 +110,7 @@ def test_logits_are_those_of_the_packed_cache(theirs, planted, sequences, scheme
     windows = sequences[0][:1]
     prompt = windows[0].tolist()
     more = ordinary_tokens(10, 5).tolist()
-    rule = rule_of(keep, N).at(SITE)
+    rule = rule_of(keep, N).with_site(SITE)
     quantizers = quantizers_for(planted, scheme, bits, windows, rule)
     expected = reference_logits(planted, quantizers, prompt, more, rule)
     cache = make_cache(theirs, scheme, bits, keep=keep, sinks=N)
@@ -147,7 +147,7 @@ def test_logits_of_the_default_model(default_llama, default_theirs, scheme):
     tokens = torch.tensor([prompt])
     is_static = SCHEMES[scheme].static
     for bits, (keep, N) in zip((4, 2), OPTIONS[0 if is_static else 1 :: 2]):
-        rule = rule_of(keep, N).at(kvsink.table_site(hub.DEFAULT_MODEL))
+        rule = rule_of(keep, N).with_site(kvsink.table_site(hub.DEFAULT_MODEL))
         quantizers = kvsink.rtn_quantizers(default_llama, scheme, bits, 64)
         # It finds the site by the directory's name.
         cache = KVSinkCache(default_theirs, bits, scheme, keep=keep, sinks=N)
