@@ -82,16 +82,16 @@ def predict_sinks(H, c, k):
 # fmt: on
 
 
-def empty_set(H):
-    """Return the mask (b, n) of no token."""
-    return torch.zeros(H.shape[:2], dtype=torch.bool, device=H.device)
-
-
 def pfn(H, N):
     """Preserve-First-N: return a mask (b, n) of the first N tokens of each sequence, which are kept
     from block 1 on."""
     b, n, _ = H.shape
     return (torch.arange(n, device=H.device) < N).repeat(b, 1)
+
+
+def empty_set(H):
+    """Return the mask (b, n) of no token."""
+    return torch.zeros(H.shape[:2], dtype=torch.bool, device=H.device)
 
 
 def compiled(function, **options):
