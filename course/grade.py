@@ -63,9 +63,9 @@ def grade(server, folder, disable=None):
 def grade_function(server, problem, function, folder):
     """Return the Grade of one function: all of its points if all of its tests pass, else none.
 
-    The function is graded alone, among the reference's versions of all others, so that a wrong one
-    costs no point of another. If it fails, retry with the student's other functions of this
-    problem, which may share a convention.
+    The function is graded alone, among the reference's versions of all others, so that a mistake in
+    one function costs no points of another. If it fails, retry with the student's other functions
+    of this problem, which may share a convention.
     """
     tests = tests_of(problem, function)
     outcomes = []
@@ -90,8 +90,8 @@ def grade_function(server, problem, function, folder):
 
 
 def files_with(functions, folder):
-    """Return file name -> text of the reference, with these functions, which are of one file, taken
-    from the submission in `folder`. Raises Absent if the submission lacks one."""
+    """Return file name -> text: the reference's files, in which these functions, all of one file,
+    are replaced by the submission's. Raises Absent if the submission in `folder` lacks one."""
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
     file = functions[0].file
     tree = source.parse_file(folder, file)
@@ -118,8 +118,8 @@ def tests_of(problem, function):
 
 
 def run_tests(server, texts, tests):
-    """Return the name of each test, and why it fails or None. Stop after the test in which the
-    student's process ends."""
+    """Return the name of each test, and why it fails, or None if it passes. Stop after the test in
+    which the student's process ends."""
     outcomes = []
     with student_process(server, texts) as run:
         for name, test in tests:
@@ -139,7 +139,7 @@ def failure(test, run):
         raise
     except ScenarioFailed as error:
         return str(error)
-    except Exception as error:  # an assertion, or the value is nothing that the test can compare
+    except Exception as error:  # an assertion fails, or the test cannot compare the value
         message = one_line(str(error)) or type(error).__name__
         return f"{message} [{one_line(test.__doc__ or '')}]"
 
@@ -248,7 +248,7 @@ def ask(connection, scenario, arguments):
 
 
 def one_line(text):
-    """Return a student's text as it is safe to print: one line, printable characters only."""
+    """Make a student's text safe to print: one line, printable characters only."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:300]
 
 

@@ -174,8 +174,8 @@ PROBLEMS = (
             "1, is the first block in which the channel with the highest level has an outlier "
             "above a quarter of its level. Return all channels that have a level above 0 and an "
             "outlier in block l_E, the largest peak first. `check_hidden_state` refuses NaN. Leave "
-            "the model as it was. `find_site` asks each prompt, and raises ValueError if the "
-            "prompts disagree about the block or the first channel."
+            "the model as it was. `find_site` does this for each prompt, and raises ValueError "
+            "if the prompts disagree about the block or the first channel."
         ),
         hint=(
             "Forward hooks on the blocks see every H^l without a change to the model. Remove them "
@@ -198,9 +198,9 @@ PROBLEMS = (
             "bits is split. `scores` multiplies a query with Keys that exist as codes only: go "
             "through the slices of `dequantized`, and never make all of K. There are three cases: "
             "Keys after RoPE; Keys before RoPE; and a newest group of g tokens that is still in "
-            "full precision, in other slots for each sequence, and whose scores replace those of "
-            "its codes. If there are outliers, they add to the scores of all queries at once, in "
-            "the shape (b, h_kv, G, n)."
+            "full precision. Its slots differ from sequence to sequence, and its scores replace "
+            "those of its codes. If there are outliers, they add to the scores of all queries at "
+            "once, in the shape (b, h_kv, G, n)."
         ),
         hint=(
             "Write the eight codes of the first test on paper, and draw their bytes. For Keys "

@@ -6,7 +6,7 @@ bytes.
 
 What this file does not do: it judges nothing. grade.py sends the name of a scenario
 (checks/scenarios.py) and its arguments, and gets back plain values or the text of an exception.
-They are not pickled, because what comes back is a student's.
+The values are not pickled, because a student's code makes them.
 
 `python course/worker.py FD` is the server. It imports torch once and forks a process for each
 function, which then starts in milliseconds. It guards against accidents and plain tricks; only a
@@ -73,7 +73,7 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.realpath(__file__))) + os.s
 
 
 def become_student(connection, folder, seconds):
-    """Give up, in a forked process, all that it does not need, and serve scenarios."""
+    """Give up every right that this forked process does not need, and serve scenarios."""
     closed = not os.stat(REPOSITORY).st_mode & 0o007  # gradescope/setup.sh closes it to others
     if os.geteuid() == 0 and closed:
         os.chown(folder, NOBODY, NOBODY)
@@ -215,8 +215,8 @@ def landlock(folder):
 
 
 def guard(folder):
-    """Let Python's audit hooks forbid this process what `landlock` does, and also to start and end
-    processes and to open sockets."""
+    """Let Python's audit hooks forbid this process what `landlock` forbids, and also to start and
+    end processes and to open sockets."""
     may_read, may_write = path_checks(folder)
     isdir = os.path.isdir  # a student's function may replace it in `os`
 

@@ -5,8 +5,8 @@ Read top to bottom: the hooks; sinks and the five stages; attention scores, bias
 Subject, which is a model on a text with its sinks found; the measurements, block by block, behind
 Figures 6, 7 and 18.
 
-What this file does not do: it draws nothing and prints nothing (figures.py, table1.py), and it has
-no loop over blocks of its own: Llama.forward has it.
+What this file does not do: it draws nothing and prints nothing (figures.py, table1.py), and it does
+not loop over the blocks itself: Llama.forward does.
 
 Blocks are counted from 1, as in Algorithm 1; the paper's figures, Table 3 and the option --layer
 count from 0.
@@ -51,8 +51,9 @@ def map_blocks(model, tokens, reduce):
     """Run the model once over tokens (1, n), and return a list of what `reduce` makes of the
     Activations of each block.
 
-    `reduce` is called as a block ends, and should return numbers or small tensors: the activations
-    of one block are in memory at a time, and those of all blocks of a large model would not fit.
+    `reduce` is called after each block, and should return numbers or small tensors: only one
+    block's activations are in memory at a time, because those of all blocks of a large model would
+    not fit.
     """
     rope = rope_table(model.config, tokens.shape[1], tokens.device)
     inputs = {}  # module -> its input, in the block that is running
@@ -110,15 +111,15 @@ def block_activations(l, block, inputs, outputs, rope):
 
 def sink_tokens(H, c):
     """Return S, a mask (n,) of the tokens with a stable outlier in channel c of H^{l_E} (n, d).
-    They stand out from the hidden state as the finder in kvsink.py asks, and no sink is ten times
-    weaker than the strongest."""
+    A sink stands out from the hidden state as the finder in kvsink.py requires, and is less than
+    ten times weaker than the strongest sink."""
     X = H.abs()
     return X[:, c] > torch.maximum(OUTLIER * X.median(), X[:, c].max() / SPARSE)
 
 
 class Stages(NamedTuple):
-    """The five stages of Figure 4, each a range of blocks, counted from 1. It is empty if the model
-    lacks that stage."""
+    """The five stages of Figure 4, each a range of blocks, counted from 1. A range is empty if the
+    model lacks that stage."""
 
     initial: range
     emergence: range
@@ -136,8 +137,9 @@ def find_stages(peak, typical):
     of every block, both (L,).
 
     The last Stages belong to the strongest outliers. Those before it belong to weaker outliers that
-    come and go in its initial stage: SmolLM2 has some, and the paper describes one emergence. The
-    list is empty if no outlier lasts from one block to the next: a single high block is not stable.
+    come and go in the initial stage of the strongest: SmolLM2 has some, but the paper describes
+    only one emergence. The list is empty if no outlier lasts from one block to the next: a single
+    high block is not stable.
     """
     height = torch.where(peak > OUTLIER * typical, peak, 0.0)  # (L,)
     level = stable_level(height)
@@ -239,7 +241,7 @@ class Subject:
     """A model on a text, and where its outliers and sinks are."""
 
     name: str  # the model's name in titles
-    text: str  # the text's
+    text: str  # the text's name in titles
     model: Llama
     tokenizer: Tokenizer
     # Token ids (1, n) on the model's device. Table 1 uses all windows, the figures draw the first.
@@ -360,7 +362,7 @@ def quantized_attention(subject, acts, S, bits, kept):
 
 def static_damage(subject):
     """Measure the damage of static per-token quantization, the numbers behind Figure 7. Returns a
-    list of dict, one for each number of bits.
+    list of dicts, one for each number of bits.
 
     Errors are relative, |X' - X| / |X| on the first window, over all stable blocks. "scores" are
     all p_i^t, "bias" is that of Eq. 9. In "scores, kept" and "bias, kept" the sinks are kept in

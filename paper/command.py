@@ -113,8 +113,8 @@ def read_windows(prompt, tokenizer, context):
 
 
 def calibration_windows(config, loaded):
-    """Return windows (count, n) of the training split, as many as by eval_ppl.py's defaults: 4 of
-    packed text, or 16 of WikiText-2."""
+    """Return windows (count, n) of the training split, as many as eval_ppl.py takes by default: 4
+    of packed text, or 16 of WikiText-2."""
     packed = config.prompt == "packed" or config.model == hub.DEFAULT_MODEL
     name, n, count = (text.PACKED, 1024, 4) if packed else ("wikitext2", 4096, 16)
     n = min(n, loaded.model.config.max_position_embeddings)

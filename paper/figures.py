@@ -1,9 +1,9 @@
 """The figures of Sections 3 and 4 and of Appendices C to E; and Figure 9, from results of
 eval_ppl.py.
 
-    python -m paper.figures                                 all of the embedded default, in figures/
+    python -m paper.figures                                 all for the default model, in figures/
     python -m paper.figures --model llama2-7b --fig 1 2 4   the paper's model
-    python -m paper.figures --fig 9 --json results.json     perplexities, measured before
+    python -m paper.figures --fig 9 --json results.json     perplexities measured before
 
 Read top to bottom: the figures, in the paper's order; the parts that several of them share; the
 command.
@@ -55,7 +55,7 @@ except ImportError:  # `check_matplotlib` says so if figures are asked for
 
 SINK = "#D55E00"
 OTHER = "#8C8C8C"
-# Stages in which outliers change are orange, the stage that holds them is blue.
+# Stages in which outliers change are orange; the stage in which they are stable is blue.
 STAGE_COLORS = ("#FFFFFF", "#FBE3D0", "#DCEBF5", "#FBE3D0", "#FFFFFF")
 CURVES = {  # name -> formula, marker, colour
     "X_d_in": ("X_{d.in}", "v", "#E69F00"),
@@ -71,7 +71,7 @@ def figure_1(subject):
     l_E, c = subject.site
 
     def reduce(acts):
-        H = acts.H.abs().cpu() if acts.l == l_E else None  # one block's: all would not fit
+        H = acts.H.abs().cpu() if acts.l == l_E else None  # not all blocks': they would not fit
         return acts.H[:, c].abs().cpu(), H
 
     H_c, H = zip(*subject.map_blocks(reduce))
@@ -188,8 +188,8 @@ def draw_stages(figure, subject):
 
 
 def stage_block(stage, blocks, curves):
-    """Return the block to show of a stage: the one in which the FFN does the most, if the FFN makes
-    that stage, else the middle one."""
+    """Return the block that stands for a stage: the one with the largest FFN output if the FFN
+    causes that stage, else the middle one."""
     if stage in ("emergence", "dissipation"):
         return max(blocks, key=lambda l: curves["X_d_out"][l - 1].abs().max())
     return blocks[len(blocks) // 2]
@@ -313,7 +313,7 @@ def title_with_error(bits, X_, X):
 
 
 def figure_10(subject):
-    """The three granularities: each number of a tensor under the number of its group."""
+    """The three granularities: each entry of a tensor is drawn as the index of its group."""
     n = 12
     d = 8
     g = 4
@@ -330,7 +330,7 @@ def figure_10(subject):
 
 
 def draw_groups(axis, numbers, sinks):
-    """Draw the number of each group (n, d), with lines between groups."""
+    """Draw the group index of each entry, `numbers` (n, d), with lines between groups."""
     n, d = numbers.shape
     axis.imshow(numbers * 5 % 7, cmap="Pastel2", aspect="auto")
     for i, c in itertools.product(range(n), range(d)):
@@ -346,8 +346,8 @@ def draw_groups(axis, numbers, sinks):
 
 
 def group_numbers(n, d, granularity, g):
-    """Return the number of the group that each number of a tensor (n, d) belongs to, counted from
-    0: (n, d). It comes from the grouping itself, quant.py's."""
+    """Return the index of the group that each entry of a tensor (n, d) belongs to, counted from 0:
+    (n, d). The grouping itself is quant.py's."""
     groups, axes = quant.grouped(torch.zeros(n, d), granularity, g)
     shape = [1 if i - groups.ndim in axes else size for i, size in enumerate(groups.shape)]
     numbers = torch.arange(math.prod(shape)).view(shape).expand_as(groups)
@@ -355,7 +355,7 @@ def group_numbers(n, d, granularity, g):
 
 
 def figure_11(subject):
-    """Attention scores above the cosine similarity of Q and K, in several blocks."""
+    """Attention scores, drawn above the cosine similarity of Q and K, in several blocks."""
     stable = subject.stable_blocks
     blocks = sorted({subject.site.l_E, subject.block, stable[len(stable) // 2], stable[-1]})
 
@@ -464,8 +464,8 @@ def mark_sinks(axis, S):
 
 
 def draw_pairs(axis, X, S, title, **style):
-    """Draw a map of X (n, n), query by key. A long text is drawn in squares of tokens, each by its
-    largest value, because a column one pixel wide would be lost."""
+    """Draw a map of X (n, n), query by key. A long text is drawn in squares of tokens, each with
+    its largest value, because a column one pixel wide would be lost."""
     n = X.shape[0]
     g = -(-n // 128)
     X = X.masked_fill(~causal_mask(n, None, X.device), UNSEEN)

@@ -89,7 +89,7 @@ def sample(logits, temperature, top_p, draw):
 
 def kl_divergence(model, cache, logits, tokens, reference, *, step=decode_block):
     """Return, for each of m `tokens`, the KL divergence of this cache's prediction from full
-    precision's, in nats, and whether both find the same token the likeliest: two lists.
+    precision's, in nats, and whether both rank the same token first: two lists.
     `reference` holds full precision's m logits (vocab,); `logits` (1, vocab) are `prefill`'s."""
     kl = []
     agree = []
@@ -421,7 +421,7 @@ def generate_config(args):
     is_default = args.model == hub.DEFAULT_MODEL
     calib_tokens = 1024 if is_default else 4096
     if args.scheme == "kvquant":
-        calib_tokens = min(calib_tokens, 2048)  # KVQuant's own paper has 2,048
+        calib_tokens = min(calib_tokens, 2048)  # KVQuant's own paper uses 2,048
     caches = CacheConfig(
         rows=chosen_rows(args),
         group_size=args.group_size,
@@ -445,7 +445,7 @@ def check_options(args):
     """Raise ValueError if the options contradict each other."""
     if not args.prompt.strip():
         raise ValueError("the prompt is empty: give --prompt some text")
-    is_temperature = args.temperature == 0 or 1e-6 <= args.temperature <= 1e6  # NaN is none
+    is_temperature = args.temperature == 0 or 1e-6 <= args.temperature <= 1e6  # NaN fails
     if not (is_temperature and 1e-6 <= args.top_p <= 1):
         raise ValueError("--temperature is 0 or from 1e-6 to 1e6, and --top-p from 1e-6 to 1")
     if args.outliers and args.scheme != "kvquant":
@@ -467,7 +467,7 @@ def chosen_rows(args):
 
 # fmt: off
 def parse_arguments(argv):
-    """Return the options. Raises ValueError, in one line, if they cannot be."""
+    """Return the options. Raises ValueError, in one line, if they are invalid."""
     parser = cli.Parser(
         prog="python -m paper.generate",
         description="Text from a LLaMA-type model with a packed KV cache. The first N tokens of\n"

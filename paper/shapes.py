@@ -1,7 +1,7 @@
 """The paper's models at their true shape, which their config.json gives, with random weights.
 
-What this file does not do: random weights say nothing about quality. They take the time and the
-memory of the trained ones, and need no download.
+What this file does not do: random weights say nothing about quality. They take as much time and
+memory as the trained ones, and need no download.
 """
 
 import torch

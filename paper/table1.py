@@ -6,7 +6,7 @@ numbers.
 
 Read top to bottom: the table as printed; the same measured on any model; the command.
 
-What this file does not do: activations.py finds the sinks and sees what a block computes; the
+What this file does not do: activations.py finds the sinks and records what a block computes; the
 equations are quant.py's.
 """
 
@@ -23,7 +23,8 @@ from quant import Quantizer
 from support import cli
 from support.evaluate import load_model
 
-# LLaMA2-7B, as printed: for each of the KINDS overall, without sink tokens, with (dynamic only)
+# LLaMA2-7B, as printed: for each of the KINDS, the error overall, without sink tokens and (dynamic
+# only) with them
 PAPER_TABLE_1 = {
     ("dynamic", 4): ((1.30, 1.38, 0.07), (0.10, 0.11, 0.01), (0.28, 0.26, 0.31)),
     ("dynamic", 3): ((9.00, 9.57, 0.50), (0.68, 0.72, 0.08), (2.03, 1.78, 2.30)),
@@ -51,8 +52,9 @@ def table_1(subject):
         with_sinks     groups that hold a sink, or None
                        if there are none
 
-    The paper does not say on how many tokens it measures, nor in which blocks. By its per-token
-    numbers, sinks are two of 32 tokens: overall is 15/16 of without and 1/16 of with.
+    The paper does not say on how many tokens it measures, nor in which blocks. Its per-token
+    numbers imply that two of 32 tokens are sinks: overall is 15/16 of without_sinks plus 1/16 of
+    with_sinks.
     """
     # (kind, bits, ranges, part) -> sum and count of the squared errors
     sums = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))

@@ -19,8 +19,8 @@ from support.machine import pick_machine
 
 
 def table_3(model, prompts, name):
-    """Return Table 3's row of any model, a dict, by the finder on each of `prompts`, token ids
-    (1, n). Layers are counted from 0, as printed. Raises ValueError if there are no stable
+    """Run the finder on each of `prompts`, token ids (1, n), and return the model's row of Table 3
+    as a dict. Layers are counted from 0, as printed. Raises ValueError if there are no stable
     outliers."""
     found = [kvsink.stable_outliers(model, tokens) for tokens in prompts]
     sites = {(outliers.l_E - 1, outliers.channels[0]) for outliers in found}

@@ -8,10 +8,10 @@ when decoding.
 Read top to bottom: what is measured, and how long a call takes; Table 4; its cost against n;
 decoding; the comparison with another implementation; the command.
 
-What this file does not do: it measures no quality, eval_ppl.py does. A time is the median of
-repeats, with the fastest and the slowest, after one round of warm-up. What is compared alternates:
-the two prefills, the values of k, the two implementations. Only caches of several widths follow one
-another, because together they might not fit.
+What this file does not do: it measures no quality; eval_ppl.py does. A time is the median of
+repeats, with the fastest and the slowest, after one round of warm-up. Calls that are compared
+alternate: the two prefills, the values of k, the two implementations. Only caches of different
+widths are timed one after another, because together they might not fit.
 """
 
 import functools
@@ -46,7 +46,7 @@ from support.machine import Machine, free_memory, pick_machine
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """The model of a benchmark, what is measured of it, and how often."""
+    """The model of a benchmark, what is measured on it, and how often."""
 
     model: str
     is_shape: bool  # random weights in the shape of the model, which is one of the paper's
@@ -61,7 +61,7 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A BenchmarkConfig with its model, loaded, and the functions that take time, compiled if the
+    """A BenchmarkConfig with its model, loaded, and the functions that are timed, compiled if the
     machine has a compiler."""
 
     config: BenchmarkConfig
@@ -107,8 +107,8 @@ def measure(functions, repeats, device, calls=1):
 
 
 def elapsed(function, device, calls):
-    """Return the milliseconds that these calls take: on a GPU between two of its events, else by
-    the clock."""
+    """Return the milliseconds that these calls take, measured between two events on a CUDA GPU, and
+    by the clock on any other device."""
     if device.startswith("cuda"):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -147,8 +147,8 @@ def quantizers(model, bits, scheme):
 # Table 4
 
 KEPT = (1, 5, 20)  # k of Table 4
-# As printed: model -> prefill time in ms, what KVSink-k adds in ms; memory in MB at 2 bits, what
-# KVSink-k adds in MB
+# As printed: model -> prefill time in ms, and what each KVSink-k adds to it in ms; memory in MB at
+# 2 bits, and what each KVSink-k adds to it in MB
 PAPER_TABLE_4 = {
     "llama2-7b": (676.78, (0.04, 0.04, 0.05), 256, (0.5, 2.5, 10)),
     "llama2-13b": (1090.70, (0.04, 0.05, 0.05), 400, (0.78, 3.91, 15.63)),
@@ -242,8 +242,8 @@ def print_table_4(benchmark, prefill, added, sizes):
 
 
 def table_4_memory(config, n=4096, bits=2):
-    """Return Table 4's memory, computed, as it is printed (its MB are 2^20 bytes): without KVSink,
-    and what each of KEPT adds."""
+    """Compute Table 4's memory and format it as the paper does (an MB is 2^20 bytes): the memory
+    without KVSink, then what each of KEPT adds."""
     memory = cache_bytes(config, n, bits)
     added = [cache_bytes(config, n, bits, k) - memory for k in KEPT]
     return [as_printed(size / 2**20) for size in (memory, *added)]
@@ -299,15 +299,15 @@ def decoding(benchmark):
 
 
 def computed_bytes(model, n, bits):
-    """Return the bytes of a cache of n tokens by Table 4's formula, with 5 tokens kept beside
-    codes."""
+    """Return the bytes of a cache of n tokens by Table 4's formula, with 5 tokens kept if the
+    others are packed."""
     if bits == 16:
         return cache_bytes(model.config, n, 8 * model.dtype.itemsize)
     return cache_bytes(model.config, n, bits, 5)
 
 
 def measure_decoding(benchmark, n, bits):
-    """Return the Time of decoding a token at n, the bytes of the cache, and the peak memory."""
+    """Return the Time of decoding one token at n, the bytes of the cache, and the peak memory."""
     cache = noise_cache(benchmark, n, bits)
     reset_peak_memory(benchmark.device)
     functions = {bits: functools.partial(decode_one_token, benchmark, cache)}
@@ -316,7 +316,7 @@ def measure_decoding(benchmark, n, bits):
     size = cache.bytes()
     del functions, cache
     if benchmark.device.startswith("cuda"):
-        torch.cuda.empty_cache()  # so that the memory that is free is known
+        torch.cuda.empty_cache()  # so that `free_memory` counts it as free
     return times[bits], size, peak
 
 
@@ -419,8 +419,8 @@ LONG = 16384  # tokens, at which decoding is compared, too
 
 def versus_transformers(benchmark):
     """Print the times of a prefill, of the evaluation of a window and of decoding, ours and
-    transformers', which alternate, and yield a record of each pair. Our caches at some width stand
-    beside its quantized caches."""
+    transformers', which alternate, and yield a record of each pair. Each of
+    transformers' quantized caches is compared with ours of the same width."""
     try:
         import transformers
     except ImportError:
@@ -506,7 +506,7 @@ def compare(benchmark, name, ours, theirs):
 
 def their_caches(transformers, theirs):
     """Yield the bits, the name and an empty cache for each width of transformers' caches. Print
-    which cannot be had."""
+    which of them cannot be made, and why."""
     yield 16, "full precision", transformers.DynamicCache(config=theirs.config)
     for backend, axis in (("quanto", 0), ("hqq", 1)):
         for bits in (4, 2):
@@ -521,8 +521,8 @@ def their_caches(transformers, theirs):
 
 
 def fill_their_cache(model, their_cache, n):
-    """Fill a cache of transformers with n tokens of noise: its own prefill of 16,384 tokens would
-    take minutes."""
+    """Fill a cache of transformers with n tokens of noise: a prefill of 16,384 tokens would take
+    minutes."""
     config = model.config
     size = (2, 1, config.num_key_value_heads, n, config.head_dim)
     for l in range(config.num_hidden_layers):
@@ -556,7 +556,7 @@ def run_benchmarks(config, json_file=None):
     machine = config.machine
     device_name = machine.device
     if machine.device.startswith("cuda"):
-        torch.cuda.set_device(machine.device)  # its events take the time
+        torch.cuda.set_device(machine.device)  # CUDA events measure on the current device
         device_name = torch.cuda.get_device_name(machine.device)
     benchmark = load_benchmark(config)
     compiled = "compiled" if benchmark.is_compiled else "eager"
@@ -617,7 +617,7 @@ def benchmark_config(args):
 
 # fmt: off
 def parse_arguments(argv):
-    """Return the options. Raises ValueError, in one line, if they cannot be."""
+    """Return the options. Raises ValueError, in one line, if they are invalid."""
     parser = cli.Parser(prog="python -m paper.table4",
         description="Table 4, and what a packed cache costs and saves when decoding.")
     model = parser.add_mutually_exclusive_group()

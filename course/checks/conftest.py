@@ -1,5 +1,5 @@
-"""Tests call scenarios by `run`. Here it simply calls them; the lecturer's grader has one that lets
-a process of its own call them."""
+"""The fixture `run`, through which tests call scenarios. This one simply calls them; that of the
+lecturer's grader lets a separate process call them."""
 
 import pytest
 import torch

@@ -100,8 +100,8 @@ def test_attention_shares_keys_among_queries(run):
 
 
 def test_attention_in_a_window(run):
-    """If all Keys are equal and the window is 2, a token gets the mean of its Value and the one
-    before."""
+    """If all Keys are equal and the window is 2, a token gets the mean of its own Value and the
+    one before it."""
     V = drawn(5, 1, 1, 6, 4)
     A = run(attended, drawn(6, 1, 1, 6, 4), np.zeros_like(V), V, 2)
     close(A[0, 0], V[0, 0, 0], "A of token 0")

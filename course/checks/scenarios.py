@@ -307,8 +307,8 @@ class Sparse:
 
 
 def scored(stored, Q, slot, rope=None):
-    """Return the scores (b, h_kv, G, n) of the queries Q, of the tokens in `slot` (b, 1). `stored`
-    has codes, bits, scale and zero and, if there are any, the Keys of the newest group
+    """Return the scores (b, h_kv, G, n) of the queries Q, whose tokens are in `slot` (b, 1).
+    `stored` has codes, bits, scale and zero and, if there are any, the Keys of the newest group
     (b, h_kv, g, d_k) as `residual`, and `sparse` outliers."""
     from paper import kvcache
 

@@ -84,8 +84,8 @@ def test_clipped_range_by_ratio_of_nothing(run):
 
 
 def test_calibrate_against_loops(run):
-    """Two batches of other lengths, with masks: one range for each head and group of channels, or
-    for each head and channel."""
+    """Two batches of different lengths, with masks: one range for each head and group of channels,
+    or for each head and channel."""
     draw = np.random.RandomState(5)
     batches = []
     parts = []

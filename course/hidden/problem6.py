@@ -63,8 +63,8 @@ def test_slices_cover_the_channels_in_order(run):
 
 def case(seed, bits, shape, channels, tokens=1):
     """Return what a cache stores, queries, and the Keys that it stands for: `shape` is (n, d_k), of
-    two sequences and two heads with three queries each; so many neighbouring `channels` and
-    `tokens` share a scale."""
+    two sequences and two heads with three queries each; `channels` neighbouring channels of
+    `tokens` neighbouring tokens share a scale."""
     n, d_k = shape
     draw = np.random.RandomState(seed)
     codes = draw.randint(0, 2**bits, (2, 2, n, d_k)).astype(np.uint8)
@@ -87,7 +87,7 @@ def test_scores_against_numpy(run):
 
 
 def test_scores_of_the_newest_group_of_each_sequence(run):
-    """Four tokens share a scale. The sequences are as far as different slots. Keys are stored after
+    """Four tokens share a scale. The sequences have reached different slots. Keys are stored after
     RoPE, or before it."""
     stored, Q, K = case(5, 2, (12, 16), 1, tokens=4)
     residual = np.random.RandomState(6).randn(2, 2, 4, 16).astype(np.float32)
