@@ -255,7 +255,9 @@ def test_a_packed_cache_of_kvquant_gives_the_logits_of_quantizing_and_dequantizi
     rule = recipe.rule.with_site(SITE)
     expected = step_by_step(planted, tokens, 19, quantizers, rule, pre_rope=True)
     logits, cache = decoded(planted, tokens, 19, quantizers, rule, pre_rope=True)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    # Two orders of the same sums may give a number that lies on the edge between two codes either
+    # of them. One such code moves the logits by 3e-4 of their norm, lost outliers by 0.2.
+    assert (logits - expected).norm() < 3e-3 * expected.norm()
     outliers = cache.blocks[3].K.outliers
     assert (outliers is None) == (recipe.rho == 0)
     if outliers:
