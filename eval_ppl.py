@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import kvsink
-from support import cli, evaluate, hub, report, stream, text
+from support import cli, evaluate, hub, report, text
 from support.evaluate import EvalConfig
-from support.machine import is_first_rank, pick_machine, rank_and_world_size
+from support.machine import pick_machine
 from support.results import read_results
 from support.rows import FULL_PRECISION, KEEPS, PAPER_KEEPS, expand_rows
 
@@ -72,7 +72,10 @@ def evaluate_texts(configs, json_path=None, plot_path=None):
     results = []
     for run in evaluate.load_runs(configs):
         if run.config.stream:
-            announce_streaming(run, old_results)
+            unfinished = evaluate.unfinished_rows(run, old_results)
+            rules = {row.rule for row in unfinished if row.is_static}
+            calibration = [run.config.calib_windows] * len(rules)  # windows of each pass
+            evaluate.announce_streaming(run, unfinished, calibration)
         new_results = evaluate_rows(run, old_results)  # a generator: each is printed at once
         columns = [report.STORED_BITS]
         results += report.print_and_save(heading(run), run.site, new_results, json_path, columns)
@@ -87,16 +90,6 @@ def heading(run):
         groups += f", which is a head ({config.group_size} were asked for)"
     windows = f"{len(run.tokens)} windows of {config.seq_len} tokens"
     return f"{config.model} on {config.data}, {windows}, {groups}"
-
-
-def announce_streaming(run, old_results):
-    """Log an estimate of the memory and the time for the unfinished rows, if there are any."""
-    rows = [row for row, result in evaluate.rows_with_results(run, old_results) if result is None]
-    if rows and is_first_rank():
-        rules = {row.rule for row in rows if row.is_static}
-        tokens = run.tokens[:: rank_and_world_size()[1]]  # the share of one rank
-        windows_per_pass = [len(tokens)] * len(rows) + [run.config.calib_windows] * len(rules)
-        stream.announce(run.model, tokens, windows_per_pass)
 
 
 # --------------------------------------------------------------------------------------------------

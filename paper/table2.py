@@ -20,9 +20,9 @@ from pathlib import Path
 import kvsink
 from kvsink import Rule
 from paper import kvquant
-from support import cli, evaluate, hub, report, stream, text
+from support import cli, evaluate, hub, report, text
 from support.evaluate import EvalConfig
-from support.machine import is_first_rank, pick_machine, rank_and_world_size
+from support.machine import pick_machine
 from support.results import read_results
 from support.rows import FULL_PRECISION, KEEPS, Row, average_bits, expand_rows, row_of, rtn_bits
 
@@ -167,7 +167,8 @@ def evaluate_texts(configs, json=None):
     old_results = read_results(json)
     for run in evaluate.load_runs(configs, check_against_model):
         if run.config.stream:
-            announce_streaming(run, old_results)
+            unfinished = evaluate.unfinished_rows(run, old_results, result_settings)
+            evaluate.announce_streaming(run, unfinished, calibration_passes(run))
         rows = evaluate_rows(run, old_results)
         report.print_and_save(heading(run), run.site, rows, json, columns(run.config))
 
@@ -181,16 +182,6 @@ def check_against_model(config, model_config):
         raise ValueError(
             f"--sinks: KVQuant calibrates on windows of {tokens} tokens, too few to keep so many"
         )
-
-
-def announce_streaming(run, old_results):
-    """Log an estimate of the memory and the time for the unfinished rows, if there are any."""
-    rows = evaluate.rows_with_results(run, old_results, result_settings)
-    unfinished = [row for row, result in rows if result is None]
-    if unfinished and is_first_rank():
-        tokens = run.tokens[:: rank_and_world_size()[1]]  # the share of one rank
-        windows_per_pass = [len(tokens)] * len(unfinished) + calibration_passes(run)
-        stream.announce(run.model, tokens, windows_per_pass)
 
 
 def calibration_passes(run):

@@ -408,3 +408,17 @@ def rows_with_results(run, old_results, settings_of=result_settings):
     for row, is_new in zip(run.config.rows, to_measure.tolist()):
         if is_new or is_first_rank():
             yield row, None if is_new else finished[row]
+
+
+def unfinished_rows(run, old_results, settings_of=result_settings):
+    """Return the rows that no earlier run has finished."""
+    rows = rows_with_results(run, old_results, settings_of)
+    return [row for row, result in rows if result is None]
+
+
+def announce_streaming(run, rows, calibration):
+    """Log an estimate of the memory and the time that streaming takes for these rows, if there are
+    any. `calibration` holds the number of windows of each pass that calibrates for them."""
+    if rows and is_first_rank():
+        tokens = run.tokens[:: rank_and_world_size()[1]]  # the share of one rank
+        stream.announce(run.model, tokens, [len(tokens)] * len(rows) + calibration)

@@ -256,12 +256,12 @@ def calibrate(model, windows, caches, rule=None, step=None):
 
 
 def quantizers_for(model, scheme, bits, tokens, rule=None, step=None):
-    """Return the planted model's cache in groups of 8. If it is static, it is calibrated on tokens
+    """Return quantizers of the planted model in groups of 8. Static ones are calibrated on tokens
     (1, n)."""
-    cache = kvsink.rtn_quantizers(model, scheme, bits, 8)
+    quantizers = kvsink.rtn_quantizers(model, scheme, bits, 8)
     if kvsink.SCHEMES[scheme].static:
-        calibrate(model, [tokens], [cache], rule, step)
-    return cache
+        calibrate(model, [tokens], [quantizers], rule, step)
+    return quantizers
 
 
 # --------------------------------------------------------------------------------------------------

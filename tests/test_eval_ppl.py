@@ -136,8 +136,8 @@ def test_one_token_again_and_again_keeps_at_most_twenty(n, kept, default_model, 
         return H
 
     H = model.embedding(torch.full((1, n), tokenizer.eot))
-    cache = kvsink.full_precision_quantizers(model)
-    _, S_sink = kvsink.prefill(model, H, cache, *site, k=kvsink.AUTO, step=step)
+    quantizers = kvsink.full_precision_quantizers(model)
+    _, S_sink = kvsink.prefill(model, H, quantizers, *site, k=kvsink.AUTO, step=step)
     assert massive == [n]
     assert S_sink.sum() == kept
 
