@@ -77,8 +77,8 @@ def predict_sinks(H, c, k):
         return predict_sinks_without_k(H, c)
     if k > H.shape[1]:
         raise ValueError(f"cannot keep {k} of {H.shape[1]} tokens")
-    S_outliers = H[:, :, c].abs().topk(k, dim=1).indices                # 15  (b, k), positions i
-    return empty_set(H).scatter(1, S_outliers, True)                    # 16  (b, n)
+    S_outliers = H[:, :, c].abs().topk(k, sorted=False).indices         # 15  (b, k), positions i
+    return empty_set(H).scatter_(1, S_outliers, True)                   # 16  (b, n)
 # fmt: on
 
 

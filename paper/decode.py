@@ -111,17 +111,9 @@ def decode_block(block, H, cache, slot, rope):
     if not cache.pre_rope:
         K = apply_rope(K, rope_of_slot)
     cache.append(K, V, slot)  # Eq. 6
-    A = masked_attention(Q, cache, slot, rope, block.sliding_window)  # (b, 1, h d_k)
+    A = cache.attention(Q, slot, rope, block.sliding_window)  # Eq. 3: (b, 1, h d_k)
     H = block.W_o(A) + H
     return block.FFN(block.LN_ffn(H)) + H
-
-
-def masked_attention(Q, cache, slot, rope, sliding_window=None):
-    """Eq. 3 for one query of each sequence, (b, h, 1, d_k), over all tokens in the cache: (b, 1, h
-    d_k). The query sees its own slot and the slots before it, or a window of them."""
-    slots = torch.arange(cache.n + 1, device=Q.device)  # one past the end is never seen
-    unseen = (slots > slot) | (slots <= slot - (sliding_window or cache.n))  # (b, n + 1)
-    return cache.attention(Q, slot, unseen, rope)
 
 
 # How torch.compile compiles `decode_block`. With its own limits, Inductor would write the unpacked

@@ -15,7 +15,6 @@ tokens of each of r sequences, `sequences` (r, 1) holds the indices of the seque
 (r or 1, m) those of the tokens.
 """
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -43,7 +42,10 @@ class KVCache:
         quantize_K, _ = quantizers[0]
         is_packed = quantize_K is not kvsink.unquantized
         self.g = quantize_K.tokens_per_group if is_packed else 1
-        self.n = -(-n // self.g) * self.g  # whole groups of tokens
+        multiple = self.g  # whole groups of tokens
+        if model.device.type == "cuda":
+            multiple = math.lcm(self.g, 64)  # which attention_kernel.py reads at a time
+        self.n = -(-n // multiple) * multiple
         self.k = k
         self.pre_rope = pre_rope and is_packed
         self.lengths = [0] * b  # of each sequence so far
@@ -54,6 +56,7 @@ class KVCache:
             b=b,
             n=self.n,
             k=k,
+            h=config.num_attention_heads,
             h_kv=config.num_key_value_heads,
             d_k=config.head_dim,
             dtype=model.dtype,
@@ -96,6 +99,7 @@ class CacheShape:
     b: int
     n: int
     k: int
+    h: int
     h_kv: int
     d_k: int
     dtype: torch.dtype  # the model's
@@ -119,18 +123,28 @@ class BlockCache:
     def storing_quantizers(self, sequences):
         """Return a pair that takes the place of two quantizers in Algorithm 1 and stores the
         prompts of these sequences."""
-        return (
-            functools.partial(self.fill, self.K, self.kept_K, sequences),
-            functools.partial(self.fill, self.V, self.kept_V, sequences),
-        )
+
+        def store_K(K, leave_out):
+            self.keep(sequences, leave_out)
+            return self.fill(self.K, self.kept_K, sequences, K, leave_out)
+
+        def store_V(V, leave_out):
+            return self.fill(self.V, self.kept_V, sequences, V, leave_out)
+
+        return store_K, store_V
+
+    def keep(self, sequences, leave_out):
+        """Remember the slots of the tokens that `leave_out` (r, 1, m, 1) masks."""
+        before = leave_out[:, 0, :, 0].cumsum(1)  # (r, m): so many are kept up to each slot
+        m = before.shape[1]
+        i = torch.arange(1, self.kept.shape[1] + 1, device=before.device).repeat(len(before), 1)
+        slots = torch.searchsorted(before, i)  # where the i-th comes, or m
+        self.kept[sequences[:, 0]] = torch.where(slots < m, slots, self.n)
 
     def fill(self, store, kept_X, sequences, X, leave_out):
-        """Store the prompts X (r, h_kv, m, d_k), and the tokens of `leave_out` (r, 1, m, 1) as they
-        are. Return X as attention will read it from the store."""
-        is_kept, slots = leave_out[:, 0, :, 0].int().topk(self.kept.shape[1])
-        kept, order = torch.where(is_kept > 0, slots, self.n).sort()
-        self.kept[sequences[:, 0]] = kept
-        slots = slots.gather(1, order)  # an unused entry has that of some other token
+        """Store the prompts X (r, h_kv, m, d_k), and the kept tokens as they are. Return X as
+        attention will read it from the store."""
+        slots = self.kept[sequences[:, 0]].clamp(max=X.shape[2] - 1)  # of unused entries: any
         kept_X[sequences[:, 0]] = X.take_along_dim(slots[:, None, :, None], dim=2)
         return store.fill(sequences, X, leave_out)
 
@@ -159,10 +173,14 @@ class FullPrecisionBlockCache(BlockCache):
 
     def __init__(self, shape):
         super().__init__(FullPrecisionStore(shape), FullPrecisionStore(shape), shape)
+        self.kernel = attention_kernel(self, shape)
 
-    def attention(self, Q, slot, unseen, rope):
+    def attention(self, Q, slot, rope, window=None):
         """Eq. 3; see PackedBlockCache."""
+        if self.kernel:
+            return self.kernel(self, Q, slot, window)
         b, h, _, d_k = Q.shape
+        unseen = unseen_slots(slot, window, self.n)
         K = self.K.X
         V = self.V.X
         Q = Q.view(b, -1, h // K.shape[1], d_k)  # the G queries that share a Key, as if tokens
@@ -177,10 +195,17 @@ class PackedBlockCache(BlockCache):
         quantize_K, quantize_V = quantizers
         super().__init__(PackedStore(quantize_K, shape), PackedStore(quantize_V, shape), shape)
         self.pre_rope = pre_rope
+        self.kernel = attention_kernel(self, shape)
+        if self.kernel:  # it multiplies along the channels of Keys, and along the tokens of Values
+            self.K.codes = self.K.codes.contiguous()
 
-    def attention(self, Q, slot, unseen, rope):
+    def attention(self, Q, slot, rope, window=None):
         """Eq. 3 for one query of each sequence: Q (b, h, 1, d_k), rotated, of the token in `slot`
-        (b, 1) -> (b, 1, h d_k). `unseen` (b, n + 1) marks the slots that it does not see."""
+        (b, 1) -> (b, 1, h d_k). The query sees its own slot and the slots before it, or a window of
+        them."""
+        if self.kernel:
+            return self.kernel(self, Q, slot, window)
+        unseen = unseen_slots(slot, window, self.n)
         b, h, _, d_k = Q.shape
         n = self.n
         h_kv = self.K.codes.shape[1]
@@ -210,6 +235,26 @@ class PackedBlockCache(BlockCache):
         return A.to(Q.dtype).view(b, 1, h * d_k)
 
 
+def attention_kernel(block, shape):
+    """Return the function that computes the attention of a block on an NVIDIA GPU in one pass, or
+    None if there is none for such a block or such a GPU."""
+    if shape.device.type != "cuda" or torch.version.hip:
+        return None
+    if torch.cuda.get_device_capability(shape.device) < (8, 0):  # no bfloat16
+        return None
+    try:
+        from paper import attention_kernel
+    except ImportError:  # Triton comes with PyTorch for CUDA, but not on every system
+        return None
+    return attention_kernel.attention if attention_kernel.can_serve(block, shape) else None
+
+
+def unseen_slots(slot, window, n):
+    """Return a mask (b, n + 1) of the slots that a query in `slot` (b, 1) does not see."""
+    slots = torch.arange(n + 1, device=slot.device)  # one past the end is never seen
+    return (slots > slot) | (slots <= slot - (window or n))
+
+
 # --------------------------------------------------------------------------------------------------
 # How the Keys or the Values of one block are stored
 
@@ -218,6 +263,9 @@ class FullPrecisionStore:
     """The numbers themselves, (b, h_kv, n, d_k)."""
 
     outliers = None
+    bits = 16
+    tokens = 0  # see PackedStore: as if all numbers had a static scale
+    channels = 1
 
     def __init__(self, shape):
         size = (shape.b, shape.h_kv, shape.n, shape.d_k)
@@ -248,6 +296,7 @@ class PackedStore:
     def __init__(self, quantizer, shape):
         check_head(shape.d_k)
         self.quantizer = with_fp16_params(quantizer)
+        self.bits = quantizer.bits
         self.static = quantizer.static
         self.g = quantizer.tokens_per_group
         self.d_k = shape.d_k
@@ -263,6 +312,9 @@ class PackedStore:
             self.parameters = [
                 torch.zeros(size, dtype=torch.float16, device=shape.device) for _ in range(2)
             ]
+        # So many tokens (0: all) and channels share a pair of parameters.
+        self.tokens = 0 if self.static else self.g
+        self.channels = shape.d_k // self.parameters[0].shape[-1]
         self.outliers = None
         if getattr(quantizer, "sparse", False):
             self.outliers = SparseOutliers(shape.b, shape.n, shape.h_kv * shape.d_k, shape.device)
@@ -271,7 +323,7 @@ class PackedStore:
         """Return codes (b, h_kv, n, bytes). If they are decoded by arithmetic, the tokens come last
         in memory, whatever the shape says: a vector register then holds neighbouring tokens, and no
         width leaves it half empty. A look-up in a codebook wants the channels last."""
-        size = shape.d_k * self.quantizer.bits // 8
+        size = shape.d_k * self.bits // 8
         options = {"dtype": torch.uint8, "device": shape.device}
         if hasattr(self.quantizer, "levels"):  # the codebook
             return torch.zeros(shape.b, shape.h_kv, shape.n, size, **options)
@@ -308,7 +360,7 @@ class PackedStore:
 
     def store(self, sequences, slots, X, leave_out):
         codes, *parameters = self.quantizer.encode(X.float(), leave_out)
-        self.codes[sequences, :, slots] = pack(codes, self.quantizer.bits).transpose(1, 2)
+        self.codes[sequences, :, slots] = pack(codes, self.bits).transpose(1, 2)
         if not self.static:
             groups = slots[:, :: self.g] // self.g
             for stored, numbers in zip(self.parameters, parameters):
@@ -362,7 +414,7 @@ class PackedStore:
         """Yield a few neighbouring channels at a time: their slice, and their numbers (b, h_kv,
         n/g, g, a few)."""
         parameters = [to_float32(numbers) for numbers in self.parameters]
-        for channels, codes in slices(self.codes, self.quantizer.bits):
+        for channels, codes in slices(self.codes, self.bits):
             first, second = (self.of_channels(numbers, channels) for numbers in parameters)
             yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), first, second)
 
@@ -528,14 +580,14 @@ def pack(codes, bits):
     channels m, m + d w/8, m + 2 d w/8 and so on: neighbours lie side by side, so one shift unpacks
     a whole vector of bytes.
     """
-    codes = codes.to(torch.int32)
+    codes = codes.to(torch.uint8)
     parts = []
     for width in planes(bits):
         # Each tensor of the plane is (..., d w/8).
         plane = (codes & (2**width - 1)).unflatten(-1, (8 // width, -1)).unbind(-2)
         parts.append(sum(codes_i << (width * i) for i, codes_i in enumerate(plane)))
         codes = codes >> width
-    return torch.cat(parts, dim=-1).to(torch.uint8)
+    return torch.cat(parts, dim=-1)
 
 
 def slices(packed, bits):

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import kvsink
@@ -53,6 +54,7 @@ class BenchmarkConfig:
     parts: tuple[str, ...]
     seq_len: int  # tokens of the prefill
     n: tuple[int, ...]  # tokens in the cache when decoding
+    batch: tuple[int | str, ...]  # sequences that are decoded together; MAX: as many as fit
     bits: tuple[int, ...]
     scheme: str
     repeats: int
@@ -273,58 +275,73 @@ def cost_against_n(benchmark):
 # Decoding
 
 
+MAX = "max"
+SPARE = 0.85  # of the free memory; the rest is for all that is not the cache
+
+
 def decoding(benchmark):
-    """Print tokens per second and memory for each n and width, and yield a record of each. "full"
-    is the model's own dtype, with PyTorch's own attention."""
-    head = f"{'n':>8}{'bits':>8}{'tokens/s':>10}{'ms a token':>28}{'against full':>14}"
-    print(f"\ndecoding one sequence\n{head}{'cache, MiB':>12}{'computed':>10}{'peak, GiB':>11}")
+    """Print tokens per second and memory for each n, batch and width, and yield a record of each.
+    "full" is the model's own dtype, unpacked."""
+    model = benchmark.model
+    head = f"{'n':>8}{'batch':>7}{'bits':>6}{'tokens/s':>10}{'ms a step':>28}{'against full':>14}"
+    print(f"\ndecoding: tokens of all sequences a second; a step is one token of each\n{head}"
+          f"{'cache, MiB':>12}{'computed':>10}{'peak, GiB':>11}")  # fmt: skip
     for n in benchmark.config.n:
-        full = math.nan  # the time of full precision, if it fits
-        for bits in (16, *benchmark.config.bits):
-            start = f"{n:>8}{bits if bits < 16 else 'full':>8}"
-            computed = computed_bytes(benchmark.model, n, bits)
-            free = free_memory(benchmark.device)
-            if computed * 1.1 > free:
-                sizes = f"it takes {format_bytes(computed)}, of {format_bytes(free)} free"
-                print(f"{n:>8}{bits:>8}  not run: {sizes}")
-                continue
-            time_, cache, peak = measure_decoding(benchmark, n, bits)
-            if bits == 16:
-                full = time_.median
-            record = {"what": "decode", "n": n, "bits": bits, "unit": "ms", **time_._asdict()}
-            yield record | {"cache": cache, "computed": computed, "peak": peak}
-            cells = f"{1e3 / time_.median:>10.1f}{time_!s:>28}{full / time_.median:>13.2f}x"
-            cells += f"{cache / 2**20:>12.1f}{computed / 2**20:>10.1f}"
-            print(f"{start}{cells}{f'{peak / 2**30:.2f}' if peak else '-':>11}")
+        for batch in benchmark.config.batch:
+            full = math.nan  # tokens a second in full precision, if it fits
+            for bits in (16, *benchmark.config.bits):
+                free = free_memory(benchmark.device)
+                b = int(SPARE * free / computed_bytes(model, n, bits)) if batch == MAX else batch
+                computed = max(1, b) * computed_bytes(model, n, bits)
+                start = f"{n:>8}{b:>7}{bits if bits < 16 else 'full':>6}"
+                if computed * 1.1 > free:
+                    sizes = f"it takes {format_bytes(computed)}, of {format_bytes(free)} free"
+                    print(f"{start}  not run: {sizes}")
+                    continue
+                time_, cache, peak = measure_decoding(benchmark, n, b, bits)
+                rate = 1e3 * b / time_.median
+                full = rate if bits == 16 else full
+                record = {"what": "decode", "n": n, "b": b, "bits": bits, "unit": "ms"}
+                record |= {**time_._asdict(), "cache": cache, "computed": computed, "peak": peak}
+                yield record
+                cells = f"{rate:>10.1f}{time_!s:>28}{rate / full:>13.2f}x"
+                cells += f"{cache / 2**20:>12.1f}{computed / 2**20:>10.1f}"
+                print(f"{start}{cells}{f'{peak / 2**30:.2f}' if peak else '-':>11}")
 
 
 def computed_bytes(model, n, bits):
-    """Return the bytes of a cache of n tokens by Table 4's formula, with 5 tokens kept if the
-    others are packed."""
+    """Return the bytes of the cache of one sequence of n tokens by Table 4's formula, with 5 tokens
+    kept if the others are packed."""
     if bits == 16:
         return cache_bytes(model.config, n, 8 * model.dtype.itemsize)
     return cache_bytes(model.config, n, bits, 5)
 
 
-def measure_decoding(benchmark, n, bits):
-    """Return the Time of decoding one token at n, the bytes of the cache, and the peak memory."""
-    cache = noise_cache(benchmark, n, bits)
+def measure_decoding(benchmark, n, b, bits):
+    """Return the Time of decoding a token of each of b sequences at n, the bytes of the cache, and
+    the peak memory."""
+    cache = noise_cache(benchmark, n, bits, b)
     reset_peak_memory(benchmark.device)
     functions = {bits: functools.partial(decode_one_token, benchmark, cache)}
     times = measure(functions, benchmark.config.repeats, benchmark.device)
     peak = peak_memory(benchmark.device)
     size = cache.bytes()
     del functions, cache
-    if benchmark.device.startswith("cuda"):
-        torch.cuda.empty_cache()  # so that `free_memory` counts it as free
+    release_memory(benchmark.device)
     return times[bits], size, peak
 
 
-def noise_cache(benchmark, n, bits):
-    """Return a cache of n tokens of noise."""
+def release_memory(device):
+    """Give freed memory back to the GPU, so that `free_memory` counts it."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def noise_cache(benchmark, n, bits, b=1, L=None):
+    """Return a cache of b sequences of n tokens of noise, of all blocks or of the first L."""
     model = benchmark.model
-    cache_quantizers = quantizers(model, bits, benchmark.config.scheme)
-    cache = KVCache(model, cache_quantizers, n, k=0 if bits == 16 else 5)
+    cache_quantizers = quantizers(model, bits, benchmark.config.scheme)[:L]
+    cache = KVCache(model, cache_quantizers, n, b=b, k=0 if bits == 16 else 5)
     for block in cache.blocks:
         fill_with_noise(block)
     return cache
@@ -339,12 +356,12 @@ def fill_with_noise(block):
 
 
 def decode_one_token(benchmark, cache):
-    """Decode the token in the second-to-last slot, which never completes a group."""
+    """Decode a token of each sequence in the second-to-last slot, which never completes a group."""
     slot = cache.n - 2
     cache.next_slot.fill_(slot)
-    cache.lengths = [slot]
-    token = torch.zeros(1, dtype=torch.int64, device=cache.next_slot.device)
-    decode.decode(benchmark.model, cache, token, benchmark.decode_block)
+    cache.lengths = [slot] * len(cache.lengths)
+    tokens = torch.zeros_like(cache.next_slot[:, 0])
+    decode.decode(benchmark.model, cache, tokens, benchmark.decode_block)
 
 
 def reset_peak_memory(device):
@@ -370,45 +387,99 @@ def peak_memory(device):
     return 1024 * kilobytes[0] if kilobytes else None
 
 
-def hot_path(benchmark):
-    """Print the time of the hot path alone, in one block: Q K^T and p V from packed codes, beside
-    the same in full precision as a matrix product. Yield a record of each n, width and product."""
+# --------------------------------------------------------------------------------------------------
+# The attention of one block alone
+
+
+def attention_alone(benchmark):
+    """Print the time of one block's attention: PyTorch's own, over Keys and Values in full
+    precision; ours over the same; and ours over packed codes. Beside it, the bytes that it reads in
+    a second, which a copy of a large tensor bounds. Yield a record of each."""
+    device = benchmark.device
+    limit = copy_speed(benchmark)
+    print(f"\none block's attention of one query; a copy moves {limit:.0f} GB/s")
+    print(f"{'n':>8}{'':>9}{'ms':>28}{'against PyTorch':>17}{'GB/s':>8}{'of a copy':>11}")
+    names = ["PyTorch", *["flash"] * device.startswith("cuda"), 16, *benchmark.config.bits]
+    for n in benchmark.config.n:
+        first = math.nan  # the time of PyTorch
+        for name in names:
+            bits = name if isinstance(name, int) else 16
+            cache = noise_cache(benchmark, n, bits, L=blocks_to_time(benchmark.model, n, bits))
+            L = len(cache.blocks)
+            function = on_replay(attention_function(benchmark, cache, name), device)
+            times = measure({name: function}, benchmark.config.repeats, device, calls=5)[name]
+            time_ = Time(*(milliseconds / L for milliseconds in times))
+            first = time_.median if name == "PyTorch" else first
+            read = sum(store.nbytes for store in cache.blocks[0].tensors())
+            speed = read / time_.median / 1e6
+            label = "full" if name == 16 else f"{name} bits" if bits < 16 else name
+            cells = (
+                f"{time_!s:>28}{first / time_.median:>16.2f}x{speed:>8.0f}{speed / limit:>10.0%}"
+            )
+            print(f"{n:>8}{label:>9}{cells}")
+            record = {"what": "attention", "n": n, "bits": bits, "name": label, "unit": "ms"}
+            yield record | {**time_._asdict(), "bytes": read, "copy_GB/s": limit}
+            del cache, function
+            release_memory(device)
+
+
+def blocks_to_time(model, n, bits):
+    """Return how many blocks take turns, so that none finds its cache in the L2 cache of a GPU: as
+    many as a gigabyte holds."""
+    L = len(model.blocks)
+    return min(L, max(1, 2**30 * L // computed_bytes(model, n, bits)))
+
+
+def attention_function(benchmark, cache, name):
+    """Return a function that computes the attention of each block of a cache."""
     model = benchmark.model
     config = model.config
     h_kv = config.num_key_value_heads
-    d_k = config.head_dim
-    print(f"\none block: Q K^T and p V, ms\n{'n':>8}{'bits':>8}{'Q K^T':>28}{'p V':>28}")
-    g = min(128, d_k)
-    for n in (-(-n // g) * g for n in benchmark.config.n):  # whole groups of tokens
-        q = torch.randn(1, h_kv, config.num_attention_heads // h_kv, d_k, device=model.device)
-        p = torch.randn(1, h_kv, config.num_attention_heads // h_kv, n, device=model.device)
-        p = p.softmax(-1)
-        for bits in (16, *benchmark.config.bits):
-            functions = hot_path_functions(benchmark, bits, q, p)
-            times = measure(functions, benchmark.config.repeats, benchmark.device, calls=20)
-            cells = "".join(f"{times[name]!s:>28}" for name in functions)
-            print(f"{n:>8}{bits if bits < 16 else 'full':>8}{cells}")
-            for name in functions:
-                record = {"what": name, "n": n, "bits": bits, "unit": "ms"}
-                yield record | times[name]._asdict()
+    size = (1, config.num_attention_heads, 1, config.head_dim)
+    Q = torch.randn(size, device=model.device, dtype=model.dtype)
+    slot = torch.full((1, 1), cache.n - 2, device=model.device)
+    one_block = benchmark.config.machine.compiled(attention_of_block, **decode.FUSE)
+
+    def theirs():
+        for block in cache.blocks:
+            Q_ = Q.view(1, h_kv, -1, config.head_dim)  # no mask: all slots are seen
+            F.scaled_dot_product_attention(Q_, block.K.X, block.V.X)
+
+    def ours():
+        for block in cache.blocks:
+            one_block(block, Q, slot)
+
+    def flash():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            theirs()
+
+    return {"PyTorch": theirs, "flash": flash}.get(name, ours)
 
 
-def hot_path_functions(benchmark, bits, q, p):
-    """Return Q K^T and p V of one block of noise at a width, for queries q (1, h_kv, G, d_k) and
-    weights p (1, h_kv, G, n), as functions by name."""
-    model = benchmark.model
-    block_quantizers = quantizers(model, bits, benchmark.config.scheme)[:1]
-    block = KVCache(model, block_quantizers, p.shape[-1], k=5).blocks[0]
-    fill_with_noise(block)
-    K = block.K
-    V = block.V
-    if bits == 16:
-        return {"Q K^T": lambda: q.to(model.dtype) @ K.X.mT, "p V": lambda: p.to(model.dtype) @ V.X}
-    slot = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    compiled = benchmark.config.machine.compiled
-    scores = compiled(lambda K, q: K.scores(q, None, slot), **decode.FUSE)
-    weighted_sum = compiled(lambda V, p: V.weighted_sum(p), **decode.FUSE)
-    return {"Q K^T": lambda: scores(K, q), "p V": lambda: weighted_sum(V, p)}
+def attention_of_block(block, Q, slot):
+    return block.attention(Q, slot, None)
+
+
+def on_replay(function, device):
+    """Return a function that does the same as one CUDA graph, as a decoding step does. Without a
+    GPU, return the function."""
+    if not device.startswith("cuda"):
+        return function
+    function()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def copy_speed(benchmark):
+    """Return how many GB a second a copy of a large tensor reads and writes."""
+    source = torch.ones(2**28, dtype=torch.uint8, device=benchmark.device)
+    target = torch.empty_like(source)
+    copy = {"copy": functools.partial(target.copy_, source)}
+    time_ = measure(copy, benchmark.config.repeats, benchmark.device, calls=5)["copy"]
+    return 2 * source.nbytes / time_.median / 1e6
 
 
 # --------------------------------------------------------------------------------------------------
@@ -537,7 +608,7 @@ PARTS = {
     "table4": table_4,
     "cost": cost_against_n,
     "decode": decoding,
-    "kernel": hot_path,
+    "kernel": attention_alone,
     "transformers": versus_transformers,
 }
 
@@ -608,11 +679,17 @@ def benchmark_config(args):
         parts=(args.vs,) if args.vs else tuple(args.only),
         seq_len=args.seq_len,
         n=tuple(args.n),
+        batch=tuple(args.batch),
         bits=tuple(args.bits),
         scheme=args.scheme,
         repeats=args.repeats,
         machine=pick_machine(args),
     )
+
+
+def batch(text):
+    """Return a number of sequences, or MAX."""
+    return text if text == MAX else cli.number(1, 2**16)(text)
 
 
 # fmt: off
@@ -625,12 +702,14 @@ def parse_arguments(argv):
     model.add_argument("--shape", choices=SHAPES, help="a paper's model with random weights")
     add = parser.add_argument
     add("--only", nargs="+", choices=list(PARTS)[:4], default=["table4", "cost", "decode"],
-        help="the parts to run; kernel is the hot path alone (default: table4 cost decode)")
+        help="the parts to run; kernel is the attention of one block (default: table4 cost decode)")
     add("--seq-len", type=cli.number(32, 2**24), default=4096, help="tokens of the prefill "
         "(default: %(default)s)")
     add("--n", nargs="+", type=cli.number(32, 2**24), default=[1024, 4096, 16384, 65536],
         help="tokens in the cache when decoding, which may exceed the model's context (default: "
         "%(default)s)")
+    add("--batch", nargs="+", type=batch, default=[1], metavar="B", help="sequences that are "
+        "decoded together, or max: as many as fit in memory (default: 1)")
     add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8), default=[8, 4, 3, 2, 1],
         help="bits per number (default: %(default)s)")
     add("--scheme", choices=kvsink.SCHEMES, default="channel-static", help="as in eval_ppl.py "

@@ -33,7 +33,7 @@ class Machine:
         """Return `function` under torch.compile with these options. Return it as it is if the user
         said --no-compile or the machine has no working compiler."""
         if self.compile and has_compiler(self.device):
-            return kvsink.compiled(function, **options)
+            return or_eager(kvsink.compiled(function, **options), function)
         return function
 
 
@@ -51,8 +51,8 @@ def pick_machine(args):
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} is not usable here: {reason}") from None
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is not usable here: {first_line}") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {name}: only cpu, cuda and mps are supported")
     # On Apple's GPU, attention in half precision has been seen to leak future tokens
@@ -70,10 +70,32 @@ def has_compiler(device):
         # Takes a second and needs the whole toolchain.
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # a missing C++ compiler, headers or Triton: each has its own type
-        reason = " ".join(str(error).split())[:160]
-        log(f"no working compiler on this machine, running eager ({reason})")
+        log(f"no working compiler on this machine, running eager ({reason(error)})")
         return False
     return True
+
+
+def or_eager(compiled, function):
+    """Return a function that calls `compiled`. From the first input for which the compiler fails,
+    it says so in one line and calls `function`, the same in eager."""
+    chosen = compiled
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        nonlocal chosen
+        try:
+            return chosen(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            log(f"torch.compile failed on {function.__name__}, running it eager ({reason(error)})")
+            chosen = function
+            return function(*args, **kwargs)
+
+    return call
+
+
+def reason(error):
+    """Return the beginning of an error's message, in one line."""
+    return " ".join(str(error).split())[:160]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import kvsink
 import quant
@@ -20,6 +19,10 @@ from paper import decode, kvquant
 from paper.kvcache import KVCache
 from tests.helpers import FAMILIES, SITE, SMALL
 
+try:
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+except ImportError:  # a private name, which PyTorch 2.11 does not have
+    pytest.skip("this PyTorch has no backends in Python", allow_module_level=True)
 _setup_privateuseone_for_python_backend("card")  # from here on torch knows devices of this name
 CARD = torch.device("card:0")
 RULES = (Rule(), Rule(first=2), Rule(k=2, site=SITE), Rule(first=1, k=AUTO, site=SITE))

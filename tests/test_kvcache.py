@@ -325,7 +325,7 @@ def filled_store(quantizer, X):
 
 
 def cache_shape(b, h_kv, n, d_k):
-    return CacheShape(b, n, 0, h_kv, d_k, torch.float32, torch.device("cpu"))
+    return CacheShape(b, n, 0, 3 * h_kv, h_kv, d_k, torch.float32, torch.device("cpu"))
 
 
 def blocks(L):
@@ -718,9 +718,9 @@ def test_compiled_attention_is_fused_for_other_heads(h, h_kv, d_k, scheme, bits)
     )
     n = 1024
     cache = KVCache(model, kvsink.rtn_quantizers(blocks(1), scheme, bits, 64), n, k=2)
-    step = kvsink.compiled(decode.masked_attention, **decode.FUSE)
+    step = kvsink.compiled(lambda block, *inputs: block.attention(*inputs), **decode.FUSE)
     Q = torch.randn(1, h, 1, d_k)
-    _, codes = run_and_get_code(step, Q, cache.blocks[0], cache.next_slot, cache.rope)
+    _, codes = run_and_get_code(step, cache.blocks[0], Q, cache.next_slot, cache.rope)
     assert n <= largest_buffer(codes) <= h * (n + 1) < h_kv * n * d_k
 
 

@@ -9,6 +9,7 @@ import torch
 
 import eval_ppl
 from support import machine
+from support.machine import or_eager
 from tests.helpers import EVAL_PPL, HERE, refuse
 
 
@@ -65,3 +66,19 @@ def test_free_memory(monkeypatch):
     assert machine.free_memory("cpu") == 2**20
     monkeypatch.setattr(Path, "read_text", lambda path: "something else")
     assert machine.free_memory("cpu") == whole
+
+
+def test_a_function_that_does_not_compile_runs_eager(capsys):
+    """One line says so, once, and results are those of the function."""
+
+    def fails(graph, inputs):
+        raise RuntimeError("CantSplit:\n 16")
+
+    function = or_eager(torch.compile(twice, backend=fails), twice)
+    assert [float(function(torch.tensor(x))) for x in (1.0, 2.0)] == [2.0, 4.0]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "twice" in lines[0] and "CantSplit: 16" in lines[0]
+
+
+def twice(x):
+    return 2 * x

@@ -98,11 +98,28 @@ def test_the_hot_path_alone_and_another_scheme(tiny, capsys, tmp_path):
     options = "--repeats 1 --n 100 --bits 3 --only kernel decode --scheme channel-dynamic"
     assert table4.main(table4_options(tiny, options, out)) == 0
     records = json.loads(out.read_text())
-    alone = [(r["what"], r["n"], r["bits"]) for r in records if r["what"] != "decode"]
-    assert alone == [(name, 104, bits) for bits in (16, 3) for name in ("Q K^T", "p V")]
+    alone = [(r["name"], r["n"], r["bits"]) for r in records if r["what"] == "attention"]
+    assert alone == [("PyTorch", 100, 16), ("full", 100, 16), ("3 bits", 100, 3)]
+    assert records[0]["bytes"] == 2 * 100 * 2 * 8 * 4  # Keys and Values of 2 heads of 8, fp32
+    assert "a copy moves" in capsys.readouterr().out
     assert [r["bits"] for r in records if r["what"] == "decode"] == [16, 3]
     waiting = 6 * 2 * 8 * 8 * 4  # 6 blocks, a residual of 8 tokens in 2 heads of 8 channels, fp32
     assert records[-1]["cache"] > records[-1]["computed"] + waiting
+
+
+def test_decoding_a_batch(tiny, capsys, tmp_path, monkeypatch):
+    """In 60 % of 1 MB, as many sequences as fit: 12 of 49,152 bytes and 74 of 8,064."""
+    monkeypatch.setattr(table4, "SPARE", 0.6)
+    monkeypatch.setattr(table4, "free_memory", lambda device: 10**6)
+    out = tmp_path / "out.json"
+    options = "--repeats 1 --only decode --n 64 --bits 4 --batch 3 max"
+    assert table4.main(table4_options(tiny, options, out)) == 0
+    records = json.loads(out.read_text())
+    assert [(r["b"], r["bits"]) for r in records] == [(3, 16), (3, 4), (12, 16), (74, 4)]
+    assert [r["computed"] // r["b"] for r in records] == [49152, 8064, 49152, 8064]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+    for row, record in zip(rows, records):
+        assert float(row[3]) == pytest.approx(1e3 * record["b"] / record["median"], abs=0.05)
 
 
 def test_a_shape_has_random_weights_and_runs(capsys, monkeypatch):
@@ -116,7 +133,7 @@ def test_a_shape_has_random_weights_and_runs(capsys, monkeypatch):
 
 
 def test_a_cache_that_does_not_fit_is_not_run(tiny, capsys, monkeypatch):
-    """64 tokens take 49,152 bytes in fp32 and 7,104 in 4 bits, and a tenth is to spare."""
+    """64 tokens take 49,152 bytes in fp32 and 8,064 in 4 bits, and a tenth is to spare."""
     monkeypatch.setattr(table4, "free_memory", lambda device: 10000)
     options = table4_options(tiny, "--only decode --repeats 1 --n 64 --bits 4")
     assert table4.main(options) == 0
