@@ -165,14 +165,14 @@ def queries(
     queries times scale times zero (16,). W channels share a scale; if W is 0, scale and zero
     are 1."""
     factors = ()
-    sums = tl.zeros((16,), tl.float32)
+    products = tl.zeros((16, padded(channels(D, width(BITS, 0)))), tl.float32)
     for p in tl.static_range(planes(BITS)):
         for j in tl.static_range(slices(width(BITS, p))):
             x, z = slice_of_queries(Q, scale, zero, j, G, D, width(BITS, p), W)
             if p == 0:  # the slices of one plane have all channels
-                sums += tl.sum(x * z, axis=1)
+                products += x * z
             factors = factors + (in_two(x * 2.0 ** bits_before(BITS, p), dtype),)
-    return factors, sums
+    return factors, tl.sum(products, axis=1)
 
 
 @triton.jit
@@ -512,10 +512,14 @@ def attention(block, Q, slot, window):
     return launch(Q.contiguous(), stored_K, stored_V, kept, slot, S_newest, window, K.bits, sharing)
 
 
-def warps_and_programs(bits, K_tokens):
-    """Return how many warps a program has and how many programs a multiprocessor runs at once, as
-    measured. Codes of few bits fit in so little memory that many programs of one warp do."""
-    return (1, 8) if bits < 8 and K_tokens <= 1 else (4, 2)
+def plan(bits, K_tokens):
+    """Return what was measured to be fast: how many tokens a program takes at a time, its warps,
+    and how many programs a multiprocessor runs at once."""
+    if K_tokens > 1 and K_tokens % (2 * BLOCK) == 0:
+        return 2 * BLOCK, 2, 4  # queries are scaled anew for each BLOCK
+    if bits >= 8:
+        return BLOCK, 4, 4 if bits == 8 else 2
+    return BLOCK, 1, 8  # so few bytes that one warp works through them by itself
 
 
 @torch.library.custom_op("kvsink::attention", mutates_args=())
@@ -535,7 +539,7 @@ def launch(
     _, h_kv, n, _ = K[0].shape
     K_tokens, K_channels, V_tokens, V_channels = sharing
     k = kept[0].shape[1]
-    warps, programs = warps_and_programs(bits, K_tokens)
+    block, warps, programs = plan(bits, K_tokens)
     parts = -(-multiprocessors(Q.device) * programs // (b * h_kv))
     parts = max(1, min(parts, n // BLOCK))
     m, Z, Z_zero = (torch.empty(b * h, parts, device=Q.device) for _ in range(3))
@@ -560,7 +564,7 @@ def launch(
         K_CHANNELS=K_channels,
         V_TOKENS=V_tokens,
         V_CHANNELS=V_channels,
-        BLOCK=BLOCK,
+        BLOCK=block,
         num_warps=warps,
         num_stages=3,
         **shape,
