@@ -2,8 +2,8 @@
 attention on an NVIDIA GPU, in Triton.
 
 Read top to bottom: planes and slices, as `pack` makes them; codes as numbers; the factors of the
-two matrix products; the kernel, which cuts the tokens of each head in parts; the kernel that puts
-the parts together; the function that launches both.
+two matrix products; the products; scores; the kernel, which cuts the tokens of each head in parts;
+the kernel that puts the parts together; the function that launches both.
 
 What this file does not do: PackedBlockCache.attention in kvcache.py is the same in PyTorch, serves
 everywhere else, and is what this is tested against. Keys stored before RoPE and KVQuant's codebooks
@@ -61,26 +61,32 @@ def width(bits, p):
 
 @triton.constexpr_function
 def bits_before(bits, p):
-    """Return the bits of a code that lie in the planes before plane p, and below it."""
+    """Return how many bits of a code lie in the planes before plane p: the lower ones."""
     return sum([w for w in (16, 8, 4, 2, 1) if bits & w][:p])
 
 
 @triton.constexpr_function
-def slices(w):
-    """Return the number of slices of a plane."""
-    return max(1, 8 // w)
+def slices(bits, p):
+    """Return the number of slices of plane p."""
+    return max(1, 8 // [w for w in (16, 8, 4, 2, 1) if bits & w][p])
 
 
 @triton.constexpr_function
 def slices_before(bits, p):
-    """Return the number of slices in the planes before plane p."""
+    """Return the number of slices of the planes before plane p."""
     return sum([max(1, 8 // w) for w in (16, 8, 4, 2, 1) if bits & w][:p])
 
 
 @triton.constexpr_function
-def channels(D, w):
-    """Return the number of channels of a slice, which is that of a plane's bytes."""
-    return D if w == 16 else D * w // 8
+def channels(D, bits, p):
+    """Return the number of channels of a slice of plane p, which is that of the plane's bytes."""
+    return D * min(8, [w for w in (16, 8, 4, 2, 1) if bits & w][p]) // 8
+
+
+@triton.constexpr_function
+def row_size(D, bits):
+    """Return the bytes of the codes of a token, or its numbers in full precision."""
+    return D if bits == 16 else D * bits // 8
 
 
 @triton.constexpr_function
@@ -150,25 +156,18 @@ def in_one(X, m: tl.constexpr):
     return tl.sum(X.reshape(2, 8, m), axis=0)
 
 
+# fmt: off
 @triton.jit
-def queries(
-    Q,
-    scale,
-    zero,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-    W: tl.constexpr,
-    dtype: tl.constexpr,
-):
+def queries(Q, scale, zero, G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+            SHARE: tl.constexpr, dtype: tl.constexpr):
     """Return the queries times scale, a factor (16, channels) for each slice; and the sums of
-    queries times scale times zero (16,). W channels share a scale; if W is 0, scale and zero
-    are 1."""
+    queries times scale times zero (16,). SHARE channels have one scale; if SHARE is 0, scale and
+    zero are 1."""
     factors = ()
-    products = tl.zeros((16, padded(channels(D, width(BITS, 0)))), tl.float32)
+    products = tl.zeros((16, padded(channels(D, BITS, 0))), tl.float32)
     for p in tl.static_range(planes(BITS)):
-        for j in tl.static_range(slices(width(BITS, p))):
-            x, z = slice_of_queries(Q, scale, zero, j, G, D, width(BITS, p), W)
+        for j in tl.static_range(slices(BITS, p)):
+            x, z = slice_of_queries(Q, scale, zero, j, channels(D, BITS, p), G, D, SHARE)
             if p == 0:  # the slices of one plane have all channels
                 products += x * z
             factors = factors + (in_two(x * 2.0 ** bits_before(BITS, p), dtype),)
@@ -176,25 +175,17 @@ def queries(
 
 
 @triton.jit
-def slice_of_queries(
-    Q,
-    scale,
-    zero,
-    j: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    w: tl.constexpr,
-    W: tl.constexpr,
-):
+def slice_of_queries(Q, scale, zero, j: tl.constexpr, m: tl.constexpr, G: tl.constexpr,
+                     D: tl.constexpr, SHARE: tl.constexpr):
+    """Return slice j, of m channels, of the queries times scale, and of zero."""
     row = tl.arange(0, 16)[:, None] % 8
-    i = tl.arange(0, padded(channels(D, w)))[None, :]
-    inside = i < channels(D, w)
-    c = j * channels(D, w) + i
-    x = tl.load(Q + row * D + c, inside & (row < G), 0.0).to(tl.float32) * (D**-0.5 * LOG2_E)
+    i = tl.arange(0, padded(m))[None, :]
+    c = j * m + i
+    x = tl.load(Q + row * D + c, (i < m) & (row < G), 0.0).to(tl.float32) * (D**-0.5 * LOG2_E)
     z = tl.full((1, 1), 1.0, tl.float32)
-    if W > 0:
-        x *= tl.load(scale + c // W, inside, 0.0).to(tl.float32)
-        z = tl.load(zero + c // W, inside, 0.0).to(tl.float32)
+    if SHARE > 0:
+        x *= tl.load(scale + c // SHARE, i < m, 0.0).to(tl.float32)
+        z = tl.load(zero + c // SHARE, i < m, 0.0).to(tl.float32)
     return x, z
 
 
@@ -203,75 +194,89 @@ def slice_of_queries(
 
 
 @triton.jit
-def add_scores(
-    S,
-    q,
-    K,
-    t,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-    p: tl.constexpr,
-    w: tl.constexpr,
-    dtype: tl.constexpr,
-):
+def add_scores(S, q, K, t, D: tl.constexpr, BITS: tl.constexpr, p: tl.constexpr,
+               dtype: tl.constexpr):
     """Return S (16, BLOCK) plus the products of the queries and plane p."""
-    i = tl.arange(0, padded(channels(D, w)))[:, None]
-    place = t[None, :].to(tl.int64) * channels(D, BITS) + D * bits_before(BITS, p) // 8 + i
-    stored = tl.load(K + place, i < channels(D, w), 0)  # (channels, BLOCK)
-    for j in tl.static_range(slices(w)):
-        S = tl.dot(q[slices_before(BITS, p) + j], numbers(stored, w, j, dtype), S)
+    m: tl.constexpr = channels(D, BITS, p)
+    i = tl.arange(0, padded(m))[:, None]
+    place = t[None, :].to(tl.int64) * row_size(D, BITS) + D * bits_before(BITS, p) // 8 + i
+    stored = tl.load(K + place, i < m, 0)  # (channels, BLOCK)
+    for j in tl.static_range(slices(BITS, p)):
+        codes = numbers(stored, width(BITS, p), j, dtype)
+        S = tl.dot(q[slices_before(BITS, p) + j], codes, S)
     return S
 
 
 @triton.jit
-def add_values(
-    A,
-    P,
-    shrink,
-    V,
-    t,
-    n,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-    p: tl.constexpr,
-    w: tl.constexpr,
-    dtype: tl.constexpr,
-):
+def add_values(A, P, shrink, V, t, n, D: tl.constexpr, BITS: tl.constexpr, p: tl.constexpr,
+               dtype: tl.constexpr):
     """Return the sums A (16, channels) of the slices of plane p, times shrink (16,), plus the codes
     weighted by P (16, BLOCK)."""
-    i = tl.arange(0, padded(channels(D, w)))[None, :]
-    if w == 16:
+    m: tl.constexpr = channels(D, BITS, p)
+    i = tl.arange(0, padded(m))[None, :]
+    if BITS == 16:
         place = t[:, None].to(tl.int64) * D + i
-    else:
+    else:  # in memory, tokens come last
         place = (D * bits_before(BITS, p) // 8 + i).to(tl.int64) * n + t[:, None]
-    stored = tl.load(V + place, i < channels(D, w), 0)  # (BLOCK, channels)
+    stored = tl.load(V + place, i < m, 0)  # (BLOCK, channels)
     sums = ()
-    for j in tl.static_range(slices(w)):
-        A_j = A[slices_before(BITS, p) + j] * shrink[:, None]
-        sums = sums + (tl.dot(P, numbers(stored, w, j, dtype), A_j),)
+    for j in tl.static_range(slices(BITS, p)):
+        codes = numbers(stored, width(BITS, p), j, dtype)
+        sums = sums + (tl.dot(P, codes, A[slices_before(BITS, p) + j] * shrink[:, None]),)
     return sums
 
 
 @triton.jit
-def store_values(
-    out,
-    A,
-    parts,
-    part,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-    p: tl.constexpr,
-    w: tl.constexpr,
-):
+def store_values(out, A, parts, part, G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+                 p: tl.constexpr):
     """Store the sums of the slices of plane p: out is (G, parts, planes, D)."""
-    i = tl.arange(0, padded(channels(D, w)))[None, :]
+    m: tl.constexpr = channels(D, BITS, p)
+    i = tl.arange(0, padded(m))[None, :]
     query = tl.arange(0, 8)[:, None]
     place = ((query * parts + part) * planes(BITS) + p) * D + i
-    for j in tl.static_range(slices(w)):
-        X = in_one(A[slices_before(BITS, p) + j], padded(channels(D, w)))
-        X *= 2.0 ** bits_before(BITS, p)
-        tl.store(out + place + j * channels(D, w), X, (i < channels(D, w)) & (query < G))
+    for j in tl.static_range(slices(BITS, p)):
+        X = in_one(A[slices_before(BITS, p) + j], padded(m)) * 2.0 ** bits_before(BITS, p)
+        tl.store(out + place + j * m, X, (i < m) & (query < G))
+
+
+# --------------------------------------------------------------------------------------------------
+# The scores of the tokens t (BLOCK,)
+
+
+@triton.jit
+def scores(q, q_zero, K, K_scale, K_zero, t, D: tl.constexpr, BITS: tl.constexpr,
+           K_TOKENS: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """Return S (16, BLOCK), in which rows 8 to 15 repeat rows 0 to 7."""
+    S = tl.zeros((16, BLOCK), tl.float32)
+    for p in tl.static_range(planes(BITS)):
+        S = add_scores(S, q, K, t, D, BITS, p, dtype)
+    S = tl.broadcast_to(in_one(S, BLOCK)[None], (2, 8, BLOCK)).reshape(16, BLOCK)
+    if K_TOKENS == 1:
+        s = tl.load(K_scale + t).to(tl.float32)
+        z = tl.load(K_zero + t).to(tl.float32)
+        S = (S - z[None, :] * q_zero[:, None]) * s[None, :]
+    elif BITS < 16:
+        S -= q_zero[:, None]
+    return S
+
+
+@triton.jit
+def with_newest_group(S, S_newest, t, last, G: tl.constexpr, K_TOKENS: tl.constexpr):
+    """Return S with the scores of the newest group, which has no codes yet."""
+    query = tl.arange(0, 16)[:, None] % 8
+    is_newest = (t // K_TOKENS == last // K_TOKENS)[None, :]
+    place = query * K_TOKENS + t[None, :] % K_TOKENS
+    newest = tl.load(S_newest + place, is_newest & (query < G), 0.0) * LOG2_E
+    return tl.where(is_newest, newest, S)
+
+
+@triton.jit
+def seen(t, last, window, kept, k: tl.constexpr):
+    """Return a mask of the tokens that the query sees and reads from codes."""
+    mask = (t <= last) & (t > last - window)
+    for i in tl.static_range(k):
+        mask &= t != tl.load(kept + i).to(tl.int32)
+    return mask
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,33 +285,11 @@ def store_values(
 
 @triton.jit
 def attention_of_parts(
-    Q,
-    K,
-    K_scale,
-    K_zero,
-    V,
-    V_scale,
-    V_zero,
-    kept,
-    newest,
-    S_newest,
-    out_m,
-    out_Z,
-    out_Z_zero,
-    out_A,
-    n,
-    parts,
-    window,
-    k: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-    K_TOKENS: tl.constexpr,
-    K_CHANNELS: tl.constexpr,
-    V_TOKENS: tl.constexpr,
-    V_CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    Q, K, K_scale, K_zero, V, V_scale, V_zero, kept, newest, S_newest, out_m, out_Z, out_Z_zero,
+    out_A, n, parts, window,
+    k: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+    K_TOKENS: tl.constexpr, K_CHANNELS: tl.constexpr, V_TOKENS: tl.constexpr,
+    V_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """For one head of one sequence, and one part of its tokens: the maximum m of each query's
     scores, the sum Z of softmax's numerators exp(S - m), and the sum A of Values that they weight.
@@ -320,16 +303,15 @@ def attention_of_parts(
     dtype: tl.constexpr = Q.dtype.element_ty if BITS == 16 else FACTOR
     head = tl.program_id(0).to(tl.int64)  # counted through all sequences
     part = tl.program_id(1)
-    row = tl.arange(0, 16)
     Q += head * G * D
-    K += head * n * channels(D, BITS)
-    V += head * n * channels(D, BITS)
+    K += head * n * row_size(D, BITS)
+    V += head * n * row_size(D, BITS)
     if K_TOKENS == 0:
-        K_scale += head % H * (D // K_CHANNELS)
-        K_zero += head % H * (D // K_CHANNELS)
+        first_K = head % H * (D // K_CHANNELS)
     else:
-        K_scale += head * (n // K_TOKENS) * (D // K_CHANNELS)
-        K_zero += head * (n // K_TOKENS) * (D // K_CHANNELS)
+        first_K = head * (n // K_TOKENS) * (D // K_CHANNELS)
+    K_scale += first_K
+    K_zero += first_K
     if V_TOKENS == 1:
         V_scale += head * n
         V_zero += head * n
@@ -342,8 +324,8 @@ def attention_of_parts(
     Z_zero = tl.zeros((16,), tl.float32)  # the sum of numerators times scale times zero
     A = ()
     for p in tl.static_range(planes(BITS)):
-        for _ in tl.static_range(slices(width(BITS, p))):
-            A = A + (tl.zeros((16, padded(channels(D, width(BITS, p)))), tl.float32),)
+        for _ in tl.static_range(slices(BITS, p)):
+            A = A + (tl.zeros((16, padded(channels(D, BITS, p))), tl.float32),)
 
     last = tl.load(newest + head // H).to(tl.int32)
     first = tl.maximum(last + 1 - window, 0) // BLOCK
@@ -355,27 +337,10 @@ def attention_of_parts(
         if K_TOKENS > 1:
             group = block * BLOCK // K_TOKENS * (D // K_CHANNELS)
             q, q_zero = queries(Q, K_scale + group, K_zero + group, G, D, BITS, K_CHANNELS, dtype)
-        S = tl.zeros((16, BLOCK), tl.float32)
-        for p in tl.static_range(planes(BITS)):
-            S = add_scores(S, q, K, t, D, BITS, p, width(BITS, p), dtype)
-        S = tl.broadcast_to(in_one(S, BLOCK)[None], (2, 8, BLOCK)).reshape(16, BLOCK)
-        if K_TOKENS == 1:
-            s = tl.load(K_scale + t).to(tl.float32)
-            z = tl.load(K_zero + t).to(tl.float32)
-            S = (S - z[None, :] * q_zero[:, None]) * s[None, :]
-        elif BITS < 16:
-            S -= q_zero[:, None]
+        S = scores(q, q_zero, K, K_scale, K_zero, t, D, BITS, K_TOKENS, BLOCK, dtype)
         if K_TOKENS > 1:
-            is_newest = (t // K_TOKENS == last // K_TOKENS)[None, :]
-            query = row[:, None] % 8
-            place = (head * G + query) * K_TOKENS + t[None, :] % K_TOKENS
-            S = tl.where(
-                is_newest, tl.load(S_newest + place, is_newest & (query < G), 0.0) * LOG2_E, S
-            )
-        seen = (t <= last) & (t > last - window)
-        for i in tl.static_range(k):  # the kept tokens are not read from codes
-            seen &= t != tl.load(kept + head // H * k + i).to(tl.int32)
-        S = tl.where(seen[None, :], S, LOWEST)
+            S = with_newest_group(S, S_newest + head * G * K_TOKENS, t, last, G, K_TOKENS)
+        S = tl.where(seen(t, last, window, kept + head // H * k, k)[None, :], S, LOWEST)
 
         m_before = m
         m = tl.maximum(m, tl.max(S, axis=1))
@@ -389,43 +354,25 @@ def attention_of_parts(
         P = in_two(P, dtype)
         sums = ()
         for p in tl.static_range(planes(BITS)):
-            sums += add_values(A, P, shrink, V, t, n, D, BITS, p, width(BITS, p), dtype)
+            sums += add_values(A, P, shrink, V, t, n, D, BITS, p, dtype)
         A = sums
 
+    row = tl.arange(0, 16)
     place = (head * G + row) * parts + part
     tl.store(out_m + place, m, row < G)
     tl.store(out_Z + place, Z, row < G)
     tl.store(out_Z_zero + place, Z_zero, row < G)
     out_A += head * G * parts * planes(BITS) * D
     for p in tl.static_range(planes(BITS)):
-        store_values(out_A, A, parts, part, G, D, BITS, p, width(BITS, p))
+        store_values(out_A, A, parts, part, G, D, BITS, p)
 
 
 @triton.jit
 def attention_of_all(
-    Q,
-    V_scale,
-    V_zero,
-    kept,
-    K_kept,
-    V_kept,
-    newest,
-    parts_m,
-    parts_Z,
-    parts_Z_zero,
-    parts_A,
-    out,
-    parts,
-    window,
-    k: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BITS: tl.constexpr,
-    V_TOKENS: tl.constexpr,
-    V_CHANNELS: tl.constexpr,
-    PARTS: tl.constexpr,
-    KEPT: tl.constexpr,
+    Q, V_scale, V_zero, kept, K_kept, V_kept, newest, parts_m, parts_Z, parts_Z_zero, parts_A,
+    out, parts, window,
+    k: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+    V_TOKENS: tl.constexpr, V_CHANNELS: tl.constexpr, PARTS: tl.constexpr, KEPT: tl.constexpr,
 ):
     """For one query: put the parts together, and the kept tokens, which are in full precision.
     PARTS and KEPT are `parts` and k, rounded up to powers of two."""
@@ -438,11 +385,11 @@ def attention_of_all(
 
     i = tl.arange(0, KEPT)
     slot = tl.load(kept + sequence * k + i, i < k, 0)
-    seen = (i < k) & (slot <= last) & (slot > last - window)
+    is_seen = (i < k) & (slot <= last) & (slot > last - window)
     place = (head * k + i[:, None]) * D + c[None, :]
     inside = (i < k)[:, None] & (c < D)[None, :]
     S_kept = tl.sum(tl.load(K_kept + place, inside, 0.0).to(tl.float32) * q[None, :], axis=1)
-    S_kept = tl.where(seen, S_kept, LOWEST)
+    S_kept = tl.where(is_seen, S_kept, LOWEST)
 
     part = tl.arange(0, PARTS)
     m_of_part = tl.load(parts_m + query * parts + part, part < parts, LOWEST)
@@ -466,7 +413,7 @@ def attention_of_all(
         A -= Z * tl.load(V_zero + c // V_CHANNELS, c < D, 0.0)
         A *= tl.load(V_scale + c // V_CHANNELS, c < D, 0.0)
 
-    P_kept = tl.where(seen, tl.exp2(S_kept - m), 0.0)
+    P_kept = tl.where(is_seen, tl.exp2(S_kept - m), 0.0)
     A += tl.sum(P_kept[:, None] * tl.load(V_kept + place, inside, 0.0).to(tl.float32), axis=0)
     Z += tl.sum(P_kept)
     tl.store(out + query * D + c, A / Z, c < D)
@@ -478,7 +425,8 @@ def attention_of_all(
 
 def can_serve(block, shape):
     """Return whether the kernels compute the attention of a block's cache of this shape."""
-    K, V = block.K, block.V
+    K = block.K
+    V = block.V
     if K.bits == 16:
         if shape.dtype not in (torch.float16, torch.bfloat16):
             return False
@@ -494,7 +442,8 @@ def can_serve(block, shape):
 def attention(block, Q, slot, window):
     """Eq. 3 for one query of each sequence: Q (b, h, 1, d_k), rotated, of the token in `slot`
     (b, 1), over `block`, a BlockCache -> (b, 1, h d_k). It sees `window` slots up to its own."""
-    K, V = block.K, block.V
+    K = block.K
+    V = block.V
     b, h, _, d_k = Q.shape
     if K.bits == 16:
         stored_K = [K.X, K.X, K.X]  # there are no scales: these are not read
@@ -516,7 +465,7 @@ def plan(bits, K_tokens):
     """Return what was measured to be fast: how many tokens a program takes at a time, its warps,
     and how many programs a multiprocessor runs at once."""
     if K_tokens > 1 and K_tokens % (2 * BLOCK) == 0:
-        return 2 * BLOCK, 2, 4  # queries are scaled anew for each BLOCK
+        return 2 * BLOCK, 2, 8  # queries are scaled anew each time
     if bits >= 8:
         return BLOCK, 4, 4 if bits == 8 else 2
     return BLOCK, 1, 8  # so few bytes that one warp works through them by itself
@@ -524,15 +473,8 @@ def plan(bits, K_tokens):
 
 @torch.library.custom_op("kvsink::attention", mutates_args=())
 def launch(
-    Q: torch.Tensor,
-    K: list[torch.Tensor],
-    V: list[torch.Tensor],
-    kept: list[torch.Tensor],
-    slot: torch.Tensor,
-    S_newest: torch.Tensor,
-    window: int,
-    bits: int,
-    sharing: list[int],
+    Q: torch.Tensor, K: list[torch.Tensor], V: list[torch.Tensor], kept: list[torch.Tensor],
+    slot: torch.Tensor, S_newest: torch.Tensor, window: int, bits: int, sharing: list[int],
 ) -> torch.Tensor:
     """Launch the two kernels. To torch.compile this is one operation."""
     b, h, _, d_k = Q.shape
@@ -547,47 +489,17 @@ def launch(
     out = torch.empty(b, 1, h * d_k, dtype=Q.dtype, device=Q.device)
     shape = {"k": k, "H": h_kv, "G": h // h_kv, "D": d_k, "BITS": bits}
     attention_of_parts[(b * h_kv, parts)](
-        Q,
-        *K,
-        *V,
-        kept[0],
-        slot,
-        S_newest,
-        m,
-        Z,
-        Z_zero,
-        A,
-        n,
-        parts,
-        window,
-        K_TOKENS=K_tokens,
-        K_CHANNELS=K_channels,
-        V_TOKENS=V_tokens,
-        V_CHANNELS=V_channels,
-        BLOCK=block,
-        num_warps=warps,
-        num_stages=3,
-        **shape,
+        Q, *K, *V, kept[0], slot, S_newest, m, Z, Z_zero, A, n, parts, window, **shape,
+        K_TOKENS=K_tokens, K_CHANNELS=K_channels, V_TOKENS=V_tokens, V_CHANNELS=V_channels,
+        BLOCK=block, num_warps=warps, num_stages=3,
     )
     attention_of_all[(b * h,)](
-        Q,
-        *V[1:],
-        *kept,
-        slot,
-        m,
-        Z,
-        Z_zero,
-        A,
-        out,
-        parts,
-        window,
-        V_TOKENS=V_tokens,
-        V_CHANNELS=V_channels,
-        PARTS=triton.next_power_of_2(parts),
+        Q, *V[1:], *kept, slot, m, Z, Z_zero, A, out, parts, window, **shape,
+        V_TOKENS=V_tokens, V_CHANNELS=V_channels, PARTS=triton.next_power_of_2(parts),
         KEPT=triton.next_power_of_2(max(1, k)),
-        **shape,
     )
     return out
+# fmt: on
 
 
 @launch.register_fake
@@ -598,7 +510,7 @@ def _(Q, K, V, kept, slot, S_newest, window, bits, sharing):
 
 @functools.cache
 def multiprocessors(device):
-    """Return how many a GPU has; 1 for the CPU, where Triton's interpreter runs the kernels."""
+    """Return how many a GPU has; 1 for a CPU, on which Triton's interpreter runs the kernels."""
     if device.type == "cpu":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

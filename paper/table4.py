@@ -427,7 +427,7 @@ def blocks_to_time(model, n, bits):
     """Return how many blocks take turns, so that none finds its cache in the L2 cache of a GPU: as
     many as a gigabyte holds."""
     L = len(model.blocks)
-    return min(L, max(1, 2**30 * L // computed_bytes(model, n, bits)))
+    return min(L, max(1, int(2**30 * L / computed_bytes(model, n, bits))))
 
 
 def attention_function(benchmark, cache, name):

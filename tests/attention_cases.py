@@ -22,14 +22,14 @@ M = 201  # tokens of the prompt: three groups of 64 and a part of one
 
 
 def cases():
-    """Return (scheme, bits, shape): all schemes and widths, and all shapes at 3 bits, which have
-    two planes."""
-    everything = itertools.product(SCHEMES, (1, 2, 4, 5, 8), SHAPES[:1])
-    return [*everything, *itertools.product(SCHEMES, (3,), SHAPES), *full_precision_cases()]
-
-
-def full_precision_cases():
-    return itertools.product(("full",), (16,), SHAPES)
+    """Return (scheme, bits, shape): all schemes and shapes at 3 bits, which are two planes; each
+    other width once; full precision."""
+    others = zip((*SCHEMES, "channel-static"), (1, 2, 4, 8, 5), SHAPES[:1] * 5)
+    return [
+        *itertools.product(SCHEMES, (3,), SHAPES),
+        *others,
+        *itertools.product(("full",), (16,), SHAPES),
+    ]
 
 
 def error(scheme, bits, shape):
