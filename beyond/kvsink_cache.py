@@ -19,18 +19,21 @@ Shapes: b sequences, n tokens so far (padding too), m tokens of this forward pas
 heads, d_k channels per head.
 """
 
+import copy
+import functools
 import inspect
 import math
+import operator
 import weakref
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 import kvsink
-from beyond.growing import GrowingStore
-from beyond.sites import DecoderView, head_dim, site_of
-from kvsink import AUTO, NOWHERE, predict_sinks
+from beyond.growing import Buffer, GrowingStore
+from beyond.saved import load_cache, save_cache
+from beyond.sites import DecoderView, site_of
+from kvsink import AUTO, NOWHERE, Site, predict_sinks
 from paper.kvcache import check_head
 from support.rows import rule_of
 
@@ -60,13 +63,17 @@ class KVSinkCache(Cache):
     group_size  how many channels of a Value, and how many tokens of a channel of Keys, share a
                 scale and a zero (default: the largest power of 2 that divides a head, at most 128)
     keep        "none", "pfn", "kvsink" or "pfn+kvsink", as in eval_ppl.py
-    sinks       how many tokens to keep, or "auto": as many as stand out, at most 20
+    sinks       how many tokens to keep, or "auto": as many as stand out, at most 20 (default:
+                "auto" if tokens are predicted, else 1)
     predict     a function in the place of Algorithm 1, lines 15-16, from H^{l_E} (b, n, d) to a
                 mask (b, n). For example, RotateKV looks at all channels:
                 lambda H: predict_sinks(H.abs().amax(-1, keepdim=True), c=0, k=min(20, H.shape[1]))
     site        kvsink.Site(l_E, c), or kvsink.NOWHERE to predict no sinks (default: Table 3's,
                 else the one that the finder finds)
     tokenizer   for the finder (default: the model's own)
+    exact_prompt  whether a prompt's own attention reads its Keys and Values as they are, as with
+                transformers' own quantized caches. By default it reads them quantized, as in the
+                paper's perplexities.
 
     Sinks are predicted in prompts. A prompt is the first forward pass, and every later one of two
     or more tokens. If a prompt comes in chunks, the cache keeps a running top-k: a token of a new
@@ -77,14 +84,19 @@ class KVSinkCache(Cache):
 
     # fmt: off
     def __init__(self, model, bits=4, scheme="channel-dynamic", *, group_size=None,
-                 keep="pfn+kvsink", sinks=AUTO, predict=None, site=None, tokenizer=None):
+                 keep="pfn+kvsink", sinks=None, predict=None, site=None, tokenizer=None,
+                 exact_prompt=False):
         # fmt: on
-        check_options(scheme, sinks)
+        if sinks is None:
+            sinks = 1 if keep == "pfn" else AUTO
+        check_options(scheme, keep, sinks)
         self.rule = rule_of(keep, sinks)
         self.decoder = decoder_of(model)
-        self.group_size = choose_group_size(group_size, head_dim(self.decoder.config))
+        self.group_size = choose_group_size(group_size, head_sizes(self.decoder))
         self.predict = predict
-        check_site(site, self.decoder)
+        self.exact_prompt = exact_prompt
+        self.options = {"bits": bits, "scheme": scheme, "keep": keep, "sinks": sinks}
+        site = checked_site(site, self.decoder)
         if self.rule.predicts:
             self.rule = self.rule.with_site(site or site_of(self.decoder, tokenizer))
         elif predict:
@@ -98,22 +110,19 @@ class KVSinkCache(Cache):
         self.tokens = {}
         super().__init__(layers=self.make_layers(scheme, bits))
         self.quantized_layers = [layer for layer in self.layers if isinstance(layer, KVSinkLayer)]
-        if not self.quantized_layers:
-            raise ValueError(
-                "every layer has a sliding window or no Keys: there is nothing to quantize"
-            )
         self.close = self.register_hooks()
 
     def make_layers(self, scheme, bits):
         """Return one layer per block. Layers with a sliding window, and any other layer than
         DynamicLayer, stay transformers' own."""
         layers = DynamicCache(config=self.decoder.config).layers
+        buffers = [Buffer(), Buffer()]  # for Keys, for Values
         quantizers = kvsink.rtn_quantizers(DecoderView(self.decoder), scheme, bits, self.group_size)
         for l, pair in enumerate(quantizers, start=1):
             if type(layers[l - 1]) is DynamicLayer:
                 pair = [replace(quantizer, fp16_params=True) for quantizer in pair]
                 S_sink = UP_TO if l <= self.rule.site.l_E else AFTER
-                layers[l - 1] = KVSinkLayer(pair, self.tokens, S_sink)
+                layers[l - 1] = KVSinkLayer(self, pair, S_sink, buffers)
         return layers
 
     # Algorithm 1, before the first block and after block l_E
@@ -128,8 +137,8 @@ class KVSinkCache(Cache):
         mask = padding_mask(arguments.get("attention_mask"))
         if mask is None:
             attended = torch.ones(b, m, dtype=torch.bool, device=inputs.device)
-        elif mask.shape == (b, past + m):
-            attended = mask[:, past:].bool()
+        elif mask.shape in ((b, past + m), (1, past + m)):
+            attended = mask[:, past:].bool().expand(b, m)
         else:
             shape = tuple(mask.shape)
             raise ValueError(
@@ -169,7 +178,7 @@ class KVSinkCache(Cache):
     @torch.no_grad()
     def calibrate(self, windows):
         """Calibrate a static scheme in full precision, as kvsink.observers do, on windows of token
-        ids (W, n)."""
+        ids (W, n). A second call widens the ranges of the first."""
         self.reset()
         try:
             for window in windows.split(1):
@@ -232,8 +241,39 @@ class KVSinkCache(Cache):
             "no assisted decoding with a KVSinkCache, which would take the drafts for prompts"
         )
 
+    # Copies and files
+
     def __deepcopy__(self, memo):
-        raise TypeError("a KVSinkCache cannot be copied, because it has hooks: make another one")
+        """Return a cache that holds the same tokens, with hooks of its own on the same model. It
+        takes no memory until one of the two grows."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.tokens = dict(self.tokens)
+        buffers = [Buffer(), Buffer()]
+        other.layers = [
+            layer.copy(other, buffers) if layer in self.quantized_layers else copy.deepcopy(layer)
+            for layer in self.layers
+        ]
+        other.quantized_layers = [x for x in other.layers if isinstance(x, KVSinkLayer)]
+        other.close = other.register_hooks()
+        return other
+
+    def __reduce__(self):
+        raise TypeError(
+            "a KVSinkCache cannot be pickled, because it has hooks: use cache.save(FILE)"
+        )
+
+    def save(self, file):
+        """Write what the cache holds to a file of safetensors. Raises ValueError if some layers are
+        not quantized."""
+        save_cache(self, file)
+
+    @classmethod
+    def load(cls, file, model, **options):
+        """Return the cache that `save` wrote, for the same model. `predict` and `exact_prompt` are
+        not in the file: give them again. Raises ValueError if the file is damaged or of another
+        model."""
+        return load_cache(cls, file, model, options)
 
     # Its hooks
 
@@ -241,11 +281,11 @@ class KVSinkCache(Cache):
         """Put the hooks on the model. Return a function that removes them, which also runs when
         the cache is garbage-collected."""
         cache = weakref.ref(self)
-        before_forward = partial(call_if_used, cache, "before_forward")
+        before_forward = functools.partial(call_if_used, cache, "before_forward")
         hooks = [self.decoder.register_forward_pre_hook(before_forward, with_kwargs=True)]
         if self.rule.site != NOWHERE:
             block = self.decoder.layers[self.rule.site.l_E - 1]
-            after_emergence = partial(call_if_used, cache, "after_emergence")
+            after_emergence = functools.partial(call_if_used, cache, "after_emergence")
             hooks.append(block.register_forward_hook(after_emergence, with_kwargs=True))
 
         def remove_hooks():
@@ -272,15 +312,16 @@ def call_if_used(cache, method, module, args, kwargs, *output):
 
 def padding_mask(attention_mask):
     """Return the mask (b, n) of an attention_mask, which may be None, a dict with one mask for each
-    kind of layer, or have four dimensions."""
+    kind of layer, or have four dimensions (b, heads, m, n)."""
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention")
     if attention_mask is None or attention_mask.dim() != 4:
         return attention_mask
-    # Four dimensions hold what each query sees, and the last query of a sequence sees all its
-    # tokens: True, or 0, which is added to the score.
-    last_query = attention_mask[:, 0, -1]
-    return last_query if last_query.dtype == torch.bool else last_query == 0
+    # A token is real if any query of any head sees it. A mask says so by True, or by what is added
+    # to the score: 0 or a bias, against -inf, the lowest number of the dtype, or -1e9.
+    if attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask > 0.9 * max(torch.finfo(attention_mask.dtype).min, -1e9)
+    return attention_mask.any(1).any(1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,27 +329,41 @@ def padding_mask(attention_mask):
 
 
 class KVSinkLayer(DynamicLayer):
-    """The quantized Keys and Values of one block. `tokens` is KVSinkCache.tokens, and `S_sink` the
-    name of the mask in it that says which tokens this block keeps."""
+    """The quantized Keys and Values of one block. `S_sink` is the name of the mask in
+    KVSinkCache.tokens that says which tokens this block keeps."""
 
     # Cropping is not lossless: the range of a group still reflects the removed tokens.
     is_croppable = False
 
-    def __init__(self, quantizers, tokens, S_sink):
+    def __init__(self, cache, quantizers, S_sink, buffers):
         super().__init__()
-        self.quantizers = quantizers  # of the Keys, of the Values
-        self.tokens = tokens
+        self.quantizers = quantizers  # of the Keys, of the Values: these three
+        self.buffers = buffers
+        self.exact_prompt = cache.exact_prompt
+        self.tokens = cache.tokens
         self.S_sink = S_sink
         self.reset()
 
+    def copy(self, cache, buffers):
+        """Return the same layer of another cache. Stores replace their tensors and never write into
+        them, so the two may share them."""
+        other = KVSinkLayer(cache, self.quantizers, self.S_sink, buffers)
+        other.length = self.length
+        other.is_initialized = self.is_initialized
+        other.stores = [store.copy(buffer) for store, buffer in zip(self.stores, buffers)]
+        return other
+
     def reset(self):
         self.length = 0
-        self.stores = []  # of the Keys, of the Values
+        self.is_initialized = False
+        self.stores = []
         self.observing = False  # True while a static scheme is calibrated
 
     def update(self, K, V, *args, **kwargs):
         """Store the new K and V (b, h_kv, m, d_k), and return all of them (b, h_kv, n, d_k). Raises
         ValueError if the cache's hooks have not seen these tokens."""
+        if torch.is_grad_enabled() and (K.requires_grad or V.requires_grad):
+            raise ValueError("a KVSinkCache is for inference: run the model under torch.no_grad()")
         m = K.shape[2]
         is_prompt = self.length == 0 or m > 1
         self.length += m
@@ -325,10 +380,12 @@ class KVSinkLayer(DynamicLayer):
                 quantizer.calibrate(X, S_sink[:, None, :, None])
             return K, V
         if not self.stores:
-            self.stores = [GrowingStore(*pair) for pair in zip(self.quantizers, (K, V))]
+            parts = zip(self.quantizers, self.buffers, (K, V))
+            self.stores = [GrowingStore(*arguments) for arguments in parts]
+            self.is_initialized = True
         with torch.autocast(K.device.type, enabled=False):
             return [
-                store.update(X, S_sink, attended, is_prompt)
+                store.update(X, S_sink, attended, is_prompt, self.exact_prompt)
                 for store, X in zip(self.stores, (K, V))
             ]
 
@@ -352,16 +409,64 @@ class KVSinkLayer(DynamicLayer):
 def decoder_of(model):
     """Return the part of a model whose `layers` are its blocks. Raises ValueError if there is
     none."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} has an encoder: KVSinkCache is for models that only decode")
     decoder = model if hasattr(model, "layers") else model.get_decoder()
+    for inner in ("language_model", "model"):
+        if not hasattr(decoder, "layers"):
+            decoder = getattr(decoder, inner, decoder)
     if not hasattr(decoder, "layers"):
-        name = type(decoder).__name__
         raise ValueError(f"{name} has no `layers`: KVSinkCache cannot find its blocks")
     return decoder
 
 
-def choose_group_size(group_size, d_k):
-    """Return the group size, at most a head. Raises ValueError if it does not divide a head of d_k
-    channels, or if such a head cannot be packed."""
+HEAD_SIZES = weakref.WeakKeyDictionary()  # of the models that `head_sizes` has run
+
+
+def head_sizes(decoder):
+    """Run two tokens through a decoder, once, and return how many channels its Keys and Values
+    have. Raises ValueError if its blocks or their cache are not what KVSinkCache reads."""
+    if decoder in HEAD_SIZES:
+        return HEAD_SIZES[decoder]
+    name = type(decoder).__name__
+    cache = DynamicCache(config=decoder.config)
+    outputs = []
+    hooks = [
+        block.register_forward_hook(lambda block, inputs, output: outputs.append(output))
+        for block in decoder.layers
+    ]
+    device = decoder.get_input_embeddings().weight.device
+    try:
+        with torch.no_grad():
+            tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+            decoder(input_ids=tokens, past_key_values=cache)
+    except Exception as error:  # whatever a model's own code raises
+        raise ValueError(f"{name} does not run with a DynamicCache: {error!r}") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for l, H in enumerate(outputs, start=1):
+        H = H[0] if isinstance(H, tuple) else H
+        if H.ndim != 3:
+            raise ValueError(f"{name}: block {l} gives {H.ndim} dimensions, not (b, n, d)")
+    if not len(cache.layers) == len(outputs) == len(decoder.layers):
+        raise ValueError(f"{name} has blocks whose Keys are not in the cache")
+    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    if not layers:
+        raise ValueError(
+            "every layer has a sliding window or no Keys: there is nothing to quantize"
+        )
+    if not all(layer.is_initialized for layer in layers):
+        raise ValueError(f"{name} has blocks that read the Keys and Values of other blocks")
+    sizes = {X.shape[-1] for layer in layers for X in (layer.keys, layer.values)}
+    return HEAD_SIZES.setdefault(decoder, sizes)
+
+
+def choose_group_size(group_size, heads):
+    """Return the group size, at most a head. Raises ValueError if it does not divide the heads, a
+    set of numbers of channels, or if such a head cannot be packed."""
+    d_k = math.gcd(*heads)
     check_head(d_k)
     group_size = min(group_size or math.gcd(128, d_k), d_k)
     if d_k % group_size:
@@ -369,21 +474,29 @@ def choose_group_size(group_size, d_k):
     return group_size
 
 
-def check_options(scheme, sinks):
+def check_options(scheme, keep, sinks):
     """Raise ValueError if there is no such scheme or number of sinks."""
     if scheme not in kvsink.SCHEMES:
         raise ValueError(f"scheme={scheme!r} is none of {', '.join(kvsink.SCHEMES)}")
     is_number = type(sinks) is int and sinks >= 0
     if not (is_number or sinks == AUTO):
         raise ValueError(f"sinks={sinks!r} is neither a number of tokens nor {AUTO!r}")
+    if keep == "pfn" and sinks == AUTO:
+        raise ValueError("keep='pfn' needs a number of tokens, such as sinks=5")
 
 
-def check_site(site, decoder):
-    """Raise ValueError if a model has no such block or channel. NOWHERE fits every model."""
-    if site in (None, NOWHERE):
-        return
+def checked_site(site, decoder):
+    """Return a site, which may be a plain pair. Raises ValueError if a model has no such block or
+    channel. NOWHERE fits every model."""
+    if site is None:
+        return None
+    try:
+        site = Site(*map(operator.index, site))
+    except TypeError:
+        raise ValueError(f"site={site!r} is not a pair Site(l_E, c)") from None
     L = len(decoder.layers)
     d = decoder.config.hidden_size
-    if not (1 <= site.l_E <= L and 0 <= site.c < d):
+    if site != NOWHERE and not (1 <= site.l_E <= L and 0 <= site.c < d):
         limits = f"blocks 1 to {L} and channels 0 to {d - 1}"
         raise ValueError(f"{site}: this model has {limits}")
+    return site

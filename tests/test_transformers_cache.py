@@ -4,12 +4,14 @@ with the transformers package. transformers is no dependency: these tests skip w
 import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import weakref
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import torch.nn.functional as F
 
@@ -53,7 +55,7 @@ if not transformers.__version__.startswith("5.23."):
     )
 
 from beyond import side_by_side  # noqa: E402
-from beyond.growing import GrowingStore  # noqa: E402
+from beyond.growing import Buffer, GrowingStore  # noqa: E402
 from beyond.kvsink_cache import KVSinkLayer, call_if_used  # noqa: E402
 from beyond.sites import site_of  # noqa: E402
 from beyond.transformers_cache import KVSinkCache  # noqa: E402
@@ -175,8 +177,241 @@ def test_perplexity_is_that_of_the_main_command(default_model, default_theirs, t
     assert loss == pytest.approx(quantized, abs=1e-5) != full
 
 
+def test_logits_are_those_of_an_oracle(theirs, sequences):
+    """A DynamicCache that quantizes all that it holds anew, in a few lines of float64."""
+    prompt = sequences[0][0].tolist()
+    more = ordinary_tokens(13, 5).tolist()
+    for bits, by_channel in ((4, True), (2, False)):
+        scheme = "channel-dynamic" if by_channel else "token-dynamic"
+        cache = make_cache(theirs, scheme, bits)
+        logits = decoded_logits(theirs, cache, prompt, more)
+        oracle = OracleCache(bits, by_channel, prompt=len(prompt), kept=[6, 17])
+        expected = decoded_logits(theirs, oracle, prompt, more)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=2e-5)
+        assert (logits - theirs(torch.tensor([prompt + more])).logits[0, 23:]).abs().max() > 1e-2
+
+
+class OracleCache(transformers.DynamicCache):
+    """Groups of 8 tokens of a channel of Keys, or of the 8 channels of a token; the kept tokens as
+    they are, after block l_E."""
+
+    def __init__(self, bits, by_channel, prompt, kept):
+        super().__init__()
+        self.bits, self.by_channel, self.prompt, self.kept = bits, by_channel, prompt, kept
+
+    def update(self, K, V, layer, *args, **kwargs):
+        K, V = super().update(K, V, layer)
+        n = K.shape[2]
+        coded = n // 8 * 8 if n == self.prompt else (n - 1) // 8 * 8
+        kept = self.kept if layer >= SITE.l_E else []
+        K_ = K.double()
+        if self.by_channel:
+            for group in range(0, coded, 8):
+                tokens = range(group, group + 8)
+                counted = [t for t in tokens if t not in kept]
+                K_[:, :, tokens] = self.rounded(K[:, :, tokens], K[:, :, counted], dim=2)
+        else:
+            K_ = self.rounded(K, K, dim=3)
+        V_ = self.rounded(V, V, dim=3)
+        K_[:, :, kept] = K[:, :, kept].double()
+        V_[:, :, kept] = V[:, :, kept].double()
+        return K_.float(), V_.float()
+
+    def rounded(self, X, counted, dim):
+        lo = counted.double().amin(dim, keepdim=True)
+        hi = counted.double().amax(dim, keepdim=True)
+        s = ((hi - lo) / (2**self.bits - 1)).half().double()
+        z = -(lo / s).round()
+        return s * (((X.double() / s).round() + z).clamp(0, 2**self.bits - 1) - z)
+
+
 # --------------------------------------------------------------------------------------------------
 # What it stores
+
+
+def test_what_it_holds_is_what_it_tells(sequences):
+    """After a prompt of 3,000 tokens the process holds the bytes that the cache tells, those of
+    the masks, and two buffers, each of one layer's Keys or Values."""
+    model = random_model("Llama")
+    tokens = torch.randint(97, (1, 3000), generator=torch.Generator().manual_seed(0))
+    cache = KVSinkCache(model, site=Site(2, 7), group_size=16)
+    held = storages()
+    model(tokens, past_key_values=cache, logits_to_keep=1)
+    new = {pointer: size for pointer, size in storages().items() if pointer not in held}
+    stored, in_16_bits = cache.bytes()
+    masks = sum(numbers.nbytes for numbers in cache.tokens.values())
+    buffer = 3000 * 2 * 16 * 4
+    assert in_16_bits == 4 * buffer
+    assert stored < in_16_bits / 2.5
+    assert stored + masks <= sum(new.values()) <= stored + masks + 2 * 1.2 * buffer + 10_000
+
+
+def storages():
+    """Return address -> bytes of all memory of tensors that is alive."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+
+def test_cutting_off_frees_what_it_cuts(theirs):
+    """Ten tokens, eight more and back, a hundred times."""
+    cache = make_cache(theirs, "channel-dynamic")
+    logits_after(theirs, cache, ordinary_tokens(10, 0)[None])
+    before = cache.bytes()
+    for _ in range(100):
+        logits_after(theirs, cache, ordinary_tokens(8, 1)[None])
+        cache.crop(-8)
+    stored, in_16_bits = cache.bytes()
+    assert in_16_bits == before[1] and stored <= before[0]
+    for store in stores_of(cache):
+        for part in store.parts.values():
+            assert part.untyped_storage().nbytes() == part.nbytes
+
+
+def test_copies_live_on_their_own(theirs, sequences):
+    """A prompt is read once and copied; both copies go on, each like a cache that read it itself,
+    and their hooks do not meet."""
+    prompt = sequences[0][:1]
+    for scheme in ("channel-dynamic", "token-static"):
+        first = make_cache(theirs, scheme)
+        if SCHEMES[scheme].static:
+            first.calibrate(sequences[0])
+        logits_after(theirs, first, prompt)
+        size = first.bytes()
+        second = copy.deepcopy(first)
+        turns = ([[20, 21, STRONG, 22]], [[30, 31]])
+        both = [logits_after(theirs, cache, turn) for cache, turn in zip((second, first), turns)]
+        for logits, cache, turn in zip(both, (second, first), turns):
+            alone = make_cache(theirs, scheme)
+            if SCHEMES[scheme].static:
+                alone.calibrate(sequences[0])
+            logits_after(theirs, alone, prompt)
+            assert torch.equal(logits_after(theirs, alone, turn), logits)
+            assert cache.sinks() == alone.sinks()
+        assert second.sinks() == [[6, 17, 26]]
+        first.crop(-2)
+        assert first.bytes() == size
+        first.close()
+        logits_after(theirs, second, [[5]])
+    gemma = random_model("Gemma3Text", **GEMMA)
+    cache = KVSinkCache(gemma, keep="pfn")
+    logits_after(gemma, cache, torch.arange(3, 33)[None])
+    twin = copy.deepcopy(cache)
+    expected = logits_after(gemma, cache, [[5]])
+    assert torch.equal(logits_after(gemma, twin, [[5]]), expected)
+
+
+@pytest.mark.parametrize("scheme", ["channel-dynamic", "token-static"])
+def test_a_cache_in_a_file(theirs, sequences, scheme, tmp_path):
+    """It goes on as if it had not been away, to the digit."""
+    file = tmp_path / "prompt.safetensors"
+    cache = make_cache(theirs, scheme, 3)
+    if SCHEMES[scheme].static:
+        cache.calibrate(sequences[0])
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[1, :3] = 0
+    logits_after(theirs, cache, sequences[0], attention_mask=mask)
+    cache.save(file)
+    loaded = KVSinkCache.load(file, theirs)
+    assert loaded.sinks() == cache.sinks() and loaded.bytes() == cache.bytes()
+    for turn in ([[20]] * 2, [[21, STRONG]] * 2, [[22]] * 2):
+        assert torch.equal(logits_after(theirs, loaded, turn), logits_after(theirs, cache, turn))
+    empty = tmp_path / "empty.safetensors"
+    make_cache(theirs).save(empty)
+    assert KVSinkCache.load(empty, theirs).bytes() == (0, 0)
+
+
+def test_files_that_are_refused(theirs, sequences, tmp_path):
+    file = tmp_path / "prompt.safetensors"
+    cache = make_cache(theirs)
+    logits_after(theirs, cache, sequences[0])
+    cache.save(file)
+    whole = file.read_bytes()
+
+    def refused(words, model=theirs):
+        with pytest.raises(ValueError, match=words) as error:
+            KVSinkCache.load(file, model)
+        assert len(str(error.value).splitlines()) == 1
+
+    refused("another model", random_model("Llama"))
+    refused("another model", copy.deepcopy(theirs).bfloat16())
+    file.write_bytes(whole[:-100])
+    refused("damaged")
+    file.write_bytes(b"nothing of the kind")
+    refused("damaged")
+    tensors = safetensors.torch.load(whole)
+    with safetensors.safe_open(io_file(tmp_path, whole), "pt") as opened:
+        metadata = opened.metadata()
+    for name, change, words in (
+        ("3.V.codes", lambda X: X[:, :, :-1].clone(), "codes has the shape"),
+        ("3.V.scale", None, "scale"),
+        ("tokens.X", lambda X: X[:1].clone(), "X has the shape"),
+        ("6.K.slot", lambda X: X + 30, "outside"),
+    ):
+        changed = dict(tensors)
+        old = changed.pop(name)
+        if change:
+            changed[name] = change(old)
+        file.write_bytes(safetensors.torch.save(changed, metadata))
+        refused(words)
+    file.write_bytes(safetensors.torch.save(tensors))
+    refused("not written by KVSinkCache.save")
+    with pytest.raises(FileNotFoundError):
+        KVSinkCache.load(tmp_path / "nowhere", theirs)
+    gemma = random_model("Gemma3Text", **GEMMA)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        KVSinkCache(gemma, keep="pfn").save(file)
+
+
+def io_file(tmp_path, content):
+    (tmp_path / "copy").write_bytes(content)
+    return tmp_path / "copy"
+
+
+def test_beams_and_answers_from_a_filled_cache(theirs, sequences):
+    """A prompt is read once, and several answers to a question start from copies of it, as with a
+    DynamicCache; at 8 bits they are the same."""
+    prompt = sequences[0][:1]
+    question = torch.cat((prompt, torch.tensor([[20, 21, 22]])), dim=1)
+    ours = make_cache(theirs, bits=8)
+    full = transformers.DynamicCache(config=theirs.config)
+    for cache in (ours, full):
+        logits_after(theirs, cache, prompt)
+
+    def answers(cache, **options):
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(3)
+        return theirs.generate(
+            question, past_key_values=cache, max_new_tokens=4, pad_token_id=0, eos_token_id=None,
+            **options,
+        )  # fmt: skip
+
+    beams = {"num_beams": 3, "do_sample": False}
+    assert torch.equal(answers(ours, **beams), answers(full, **beams))
+    torch.manual_seed(0)
+    expected = answers(full, num_return_sequences=3, do_sample=True)
+    torch.manual_seed(0)
+    assert torch.equal(answers(ours, num_return_sequences=3, do_sample=True), expected)
+
+
+def test_a_prompt_that_reads_its_own_keys_and_values_as_they_are(theirs, sequences):
+    """Its logits are then full precision's, and what it stores is what it would store anyway."""
+    prompt = sequences[0]
+    cache = make_cache(theirs, "channel-dynamic", 2, exact_prompt=True)
+    torch.testing.assert_close(theirs(prompt, past_key_values=cache).logits, theirs(prompt).logits)
+    assert cache.sinks() == [[6, 17], [3, 9]]
+    more = logits_after(theirs, cache, [[20]] * 2)
+    full = theirs(torch.cat((prompt, torch.tensor([[20]] * 2)), dim=1)).logits[:, -1]
+    assert (more - full).abs().max() > 1e-2  # it reads codes
+    first = 2 * SITE.l_E  # until there the hidden states are the same
+    other = make_cache(theirs, "channel-dynamic", 2)
+    theirs(prompt, past_key_values=other)
+    for ours, expected in zip(stores_of(cache)[:1], stores_of(other)[:first]):
+        assert torch.equal(ours.parts["codes"], expected.parts["codes"])
+
+
+# --------------------------------------------------------------------------------------------------
+# What it stores, part by part
 
 
 def stores_of(cache):
@@ -214,12 +449,17 @@ def test_a_store_of_two_sequences_with_padding_and_unequal_sinks():
     S_sink = torch.zeros(2, 16, dtype=torch.bool)
     S_sink[0, [2, 5]] = True
     S_sink[1, 9] = True
-    store = GrowingStore(Quantizer(4, "channel", 8, fp16_params=True), X)
-    X_ = store.update(X, S_sink, attended, is_prompt=True)
+    store = GrowingStore(Quantizer(4, "channel", 8, fp16_params=True), Buffer(), X)
+    X_ = store.update(X, S_sink, attended, is_prompt=True).clone()
     assert (X_ - X).abs()[1, :, 4:].max() < 0.5
     assert torch.equal((X_ == X).all(-1)[:, 0], S_sink)
     assert torch.equal(store.dequantized(), X_)
-    assert [sorted(slots) for slots in store.parts["slots"].tolist()] == [[2, 5], [-1, 9]]
+    assert kept_of(store) == [(0, 2), (0, 5), (1, 9)]
+
+
+def kept_of(store):
+    """Return the (sequence, slot) of all kept tokens."""
+    return [*zip(store.parts["sequence"].tolist(), store.parts["slot"].tolist())]
 
 
 def test_bytes_are_what_is_stored(theirs, sequences):
@@ -232,8 +472,8 @@ def test_bytes_are_what_is_stored(theirs, sequences):
     scales = 24 * 2
     zeros = 24 * 2
     kept = 2 * 8 * 4  # two tokens, in the 4 blocks after l_E
-    slots = 4 * 2 * 2 * 2 * 8  # 4 blocks, K and V, 2 sequences, 2 tokens, 8 bytes
-    stored = 6 * 8 * (codes + scales + zeros) + 4 * 8 * kept + slots
+    places = 4 * 2 * 2 * 2 * 16  # 4 blocks, K and V, 2 sequences, 2 tokens, two numbers of 8 bytes
+    stored = 6 * 8 * (codes + scales + zeros) + 4 * 8 * kept + places
     assert cache.bytes() == (stored, 6 * 8 * 24 * 8 * 2)
 
 
@@ -245,7 +485,7 @@ def test_cutting_off_the_end(theirs, sequences, scheme):
     if SCHEMES[scheme].static:
         cache.calibrate(sequences[0])
     decoded_logits(theirs, cache, sequences[0][0].tolist(), range(20, 30))
-    before = [store.dequantized() for store in stores_of(cache)]
+    before = [store.dequantized().clone() for store in stores_of(cache)]
     for n in (33, 27, 19, 12):
         cache.crop(n - cache.get_seq_length())
         assert cache.get_seq_length() == n
@@ -315,7 +555,7 @@ def test_a_prompt_in_chunks_keeps_a_running_top_k(theirs, k):
     for store, expected in zip(stores_of(cache)[:first_after], stores_of(whole)):
         assert torch.equal(store.parts["codes"][:, :, :24], expected.parts["codes"])
     for store in stores_of(cache)[first_after:]:
-        assert {3, 12} <= {*store.parts["slots"][0].tolist()}
+        assert {(0, 3), (0, 12)} <= {*kept_of(store)}
 
 
 def test_generate_in_chunks_beams_and_two_turns(theirs, sequences):
@@ -472,6 +712,60 @@ def test_every_family_runs(kind, attention):
     model.generate(tokens, past_key_values=cache, max_new_tokens=4, do_sample=False)
 
 
+def test_models_that_cannot_be_served_are_refused_in_a_line():
+    """When the cache is made, before any text."""
+    names = {
+        "Gemma3nTextConfig": "4 dimensions",
+        "BartConfig": "DynamicCache",
+        "GPT2Config": "no `layers`",
+        "MambaConfig": "nothing to quantize",
+    }
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 4, "d_model": 64}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    gemma = {"vocab_size_per_layer_input": 97, "num_kv_shared_layers": 2, "head_dim": 16}
+    gemma |= {"activation_sparsity_pattern": [0.0] * 4, "layer_types": GEMMA["layer_types"]}
+    for name, words in names.items():
+        config = getattr(transformers, name)(**sizes | (gemma if "Gemma" in name else {}))
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with pytest.raises(ValueError, match=words) as error:
+            KVSinkCache(model, site=Site(2, 7))
+        assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ValueError, match="encoder"):
+        KVSinkCache(transformers.T5ForConditionalGeneration(transformers.T5Config(
+            d_model=16, num_layers=1, num_heads=2, vocab_size=97, d_kv=8, d_ff=16)))  # fmt: skip
+
+
+def test_heads_of_several_sizes():
+    """Gemma 4 has other heads in its layers with a window than in the others; Deepseek's Keys and
+    Values are of unequal length."""
+    gemma = random_model("Gemma4Text", **GEMMA)
+    assert KVSinkCache(gemma, site=Site(2, 7)).group_size == 128
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    deepseek = random_model(
+        "DeepseekV3", head_dim=8, num_key_value_heads=4, v_head_dim=16, moe_intermediate_size=32,
+        **sizes | experts,
+    )  # fmt: skip
+    cache = KVSinkCache(deepseek, 8, site=Site(2, 7))  # Keys of 24 channels, Values of 16
+    assert cache.group_size == 8
+    tokens = torch.arange(3, 33)[None]
+    full = deepseek(tokens).logits
+    logits = deepseek(tokens, past_key_values=cache).logits
+    assert 0 < (logits - full).norm() < 0.02 * full.norm()
+
+
+def test_pfn_alone_keeps_token_0_and_a_site_may_be_a_pair(theirs, sequences):
+    cache = KVSinkCache(theirs, keep="pfn", group_size=8)
+    assert not cache.is_initialized
+    logits_after(theirs, cache, sequences[0])
+    assert cache.is_initialized and cache.sinks() == [[0], [0]]
+    cache.reset()
+    assert not cache.is_initialized
+    cache = make_cache(theirs, site=tuple(SITE))
+    logits_after(theirs, cache, sequences[0])
+    assert cache.sinks() == [[6, 17], [3, 9]]
+
+
 def test_a_model_that_only_slides_is_refused():
     with pytest.raises(ValueError, match="sliding window"):
         KVSinkCache(random_model("Mistral", sliding_window=8), site=Site(2, 7))
@@ -560,7 +854,7 @@ def test_two_caches_do_not_meet_and_hooks_go(theirs, sequences):
     [
         ({"scheme": "kivi"}, "scheme='kivi' is none of token-static"),
         ({"keep": "first"}, "pfn"),
-        ({"keep": "pfn", "sinks": "auto"}, "auto is for --keep kvsink"),
+        ({"keep": "pfn", "sinks": "auto"}, "keep='pfn' needs a number of tokens"),
         ({"sinks": -1}, "sinks=-1"),
         ({"keep": "pfn", "predict": torch.abs}, "predict="),
         ({"bits": 9}, "9 bits"),
@@ -568,6 +862,9 @@ def test_two_caches_do_not_meet_and_hooks_go(theirs, sequences):
         ({"site": Site(0, 5)}, "blocks 1 to 6"),
         ({"site": Site(7, 5)}, "blocks 1 to 6"),
         ({"site": Site(2, 32)}, "channels 0 to 31"),
+        ({"site": (2, 5, 7)}, "not a pair"),
+        ({"site": (2, "x")}, "not a pair"),
+        ({"site": 7}, "not a pair"),
     ],
 )
 def test_arguments_that_are_refused(theirs, options, words):
@@ -587,6 +884,13 @@ def test_other_ways_to_call_a_model(theirs, sequences):
         cache = make_cache(theirs)
         theirs.model(sequences[0], attention_mask, past_key_values=cache)
         assert cache.sinks() == expected.sinks()
+    # What is added to scores: the lowest number of the dtype, and a bias like ALiBi's.
+    bias = -0.5 * (torch.arange(24)[:, None] - torch.arange(24)).abs()
+    for lowest in (torch.finfo(torch.float32).min, -torch.inf):
+        cache = make_cache(theirs)
+        added = torch.where(seen, bias, lowest).expand(2, 4, 24, 24)
+        theirs.model(sequences[0], added, past_key_values=cache)
+        assert [s[:2] for s in cache.sinks()] == expected.sinks()
     gemma = random_model("Gemma3Text", **GEMMA)
     tokens = torch.arange(3, 9)[None]
     causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
@@ -599,6 +903,44 @@ def test_other_ways_to_call_a_model(theirs, sequences):
         for chunk in sequences[0].split(12, dim=1):
             logits_after(theirs, cache, chunk)
     assert cache.get_seq_length() == 24
+
+
+def test_a_token_is_real_if_any_query_of_any_head_sees_it(theirs):
+    """Two documents in one row, the second of which does not see the first; and heads that see
+    different halves. What is taken for padding would not count for a range of Keys."""
+    tokens = ordinary_tokens(32, 0)[None]
+    document = torch.arange(32) // 16
+    causal = torch.ones(32, 32, dtype=torch.bool).tril()
+    documents = (causal & (document[:, None] == document))[None, None]
+    halves = torch.stack([causal & (torch.arange(32) % 2 == i % 2) for i in range(4)])[None]
+    halves |= torch.eye(32, dtype=torch.bool)
+    for mask in (documents, halves):
+        full = theirs.model(tokens, mask).last_hidden_state
+        cache = make_cache(theirs, "channel-dynamic", 8, keep="none", sinks=0)
+        H = theirs.model(tokens, mask, past_key_values=cache).last_hidden_state
+        assert (H - full).norm() < 0.02 * full.norm()
+        assert cache.tokens["attended"].all()
+
+
+def test_a_change_of_dtype_between_two_turns(theirs, sequences):
+    """A prompt under autocast and a token without, and a model that changes its dtype: what is held
+    takes the wider one, as with DynamicCache."""
+    expected = make_cache(theirs, "channel-dynamic", 8)
+    logits_after(theirs, expected, sequences[0])
+    logits = logits_after(theirs, expected, [[20]] * 2)
+    cache = make_cache(theirs, "channel-dynamic", 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_after(theirs, cache, sequences[0])
+    assert stores_of(cache)[1].parts["residual"].dtype == torch.bfloat16  # Values
+    after = logits_after(theirs, cache, [[20]] * 2)
+    assert (after - logits).norm() < 0.05 * logits.norm()
+    assert stores_of(cache)[1].parts["residual"].dtype == torch.float32
+    model = copy.deepcopy(theirs)
+    cache = make_cache(model, "channel-dynamic", 8)
+    logits_after(model, cache, sequences[0])
+    model.double()
+    after = logits_after(model, cache, [[20]] * 2)
+    assert after.dtype == torch.float64 and (after - logits).norm() < 1e-3 * logits.norm()
 
 
 def test_a_failure_leaves_nothing_behind(theirs, sequences):
@@ -621,8 +963,10 @@ def test_a_failure_leaves_nothing_behind(theirs, sequences):
 
 
 def test_uses_that_are_refused(theirs, sequences):
-    with pytest.raises(TypeError, match="copied"):
-        copy.deepcopy(make_cache(theirs))
+    with pytest.raises(TypeError, match="cache.save"):
+        pickle.dumps(make_cache(theirs))
+    with torch.enable_grad(), pytest.raises(ValueError, match="inference"):
+        logits_after(theirs, make_cache(theirs), sequences[0])
     assert make_cache(theirs).sinks() == []
     with pytest.raises(ValueError, match="calibrate"):
         logits_after(theirs, make_cache(theirs, "token-static"), sequences[0])
