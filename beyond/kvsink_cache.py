@@ -30,7 +30,7 @@ from dataclasses import replace
 import torch
 
 import kvsink
-from beyond.growing import Buffer, GrowingStore
+from beyond.growing import GrowingStore
 from beyond.saved import load_cache, save_cache
 from beyond.sites import DecoderView, site_of
 from kvsink import AUTO, NOWHERE, Site, predict_sinks
@@ -157,13 +157,14 @@ class KVSinkCache(Cache):
         H = H[0] if isinstance(H, tuple) else H  # (b, m, d)
         m = H.shape[1]
         in_prompt = self.tokens["in_prompt"][:, -m:]
-        H = H.masked_fill(~in_prompt.to(H.device)[..., None], 0)
-        self.append("X", H[:, :, self.rule.site.c].to(in_prompt.device))
+        X = H[:, :, self.rule.site.c].to(in_prompt.device)
+        self.append("X", X.masked_fill(~in_prompt, 0))  # a copy: a view would keep all of H
         X = self.tokens["X"][..., None]  # (b, n, 1)
         n = X.shape[1]
         if m == 1 < n:  # a decoded token is never a sink, so no top-k is needed
             S_sink = torch.zeros_like(in_prompt)
         elif self.predict:
+            H = H.masked_fill(~in_prompt.to(H.device)[..., None], 0)
             S_sink = self.predict(H).to(in_prompt.device)
         else:
             k = self.rule.k
@@ -203,8 +204,10 @@ class KVSinkCache(Cache):
         """Return the bytes that the quantized layers store, and the bytes that the same numbers
         take in 16 bits."""
         stores = [store for layer in self.quantized_layers for store in layer.stores]
-        stored = sum(store.bytes() for store in stores)
-        return stored, sum(store.bytes_in_16_bits() for store in stores)
+        stored = sum(part.nbytes for store in stores for part in store.parts.values())
+        # A residual is (b, h_kv, tokens, d_k).
+        sizes = [store.parts["residual"].shape for store in stores]
+        return stored, 2 * self.get_seq_length() * sum(b * h * d for b, h, _, d in sizes)
 
     # What transformers asks of a cache
 
@@ -328,6 +331,22 @@ def padding_mask(attention_mask):
 # A layer of it
 
 
+class Buffer:
+    """Memory that all layers share, for what attention reads: one layer's numbers have been read
+    before the next layer writes its own."""
+
+    def __init__(self):
+        self.memory = torch.empty(0)
+
+    def tensor(self, size, like):
+        """Return a tensor of this size, and of the dtype and device of `like`."""
+        fits = size.numel() <= self.memory.numel() <= 2 * size.numel()
+        if not (fits and self.memory.dtype == like.dtype and self.memory.device == like.device):
+            self.memory = None  # freed first
+            self.memory = like.new_empty(size.numel() + size.numel() // 8)
+        return self.memory[: size.numel()].view(size)
+
+
 class KVSinkLayer(DynamicLayer):
     """The quantized Keys and Values of one block. `S_sink` is the name of the mask in
     KVSinkCache.tokens that says which tokens this block keeps."""
@@ -345,12 +364,15 @@ class KVSinkLayer(DynamicLayer):
         self.reset()
 
     def copy(self, cache, buffers):
-        """Return the same layer of another cache. Stores replace their tensors and never write into
-        them, so the two may share them."""
+        """Return the same layer of another cache, which shares all tensors."""
         other = KVSinkLayer(cache, self.quantizers, self.S_sink, buffers)
         other.length = self.length
         other.is_initialized = self.is_initialized
-        other.stores = [store.copy(buffer) for store, buffer in zip(self.stores, buffers)]
+        for store, buffer in zip(self.stores, buffers):
+            store = copy.copy(store)
+            store.buffer = buffer
+            store.parts = dict(store.parts)
+            other.stores.append(store)
         return other
 
     def reset(self):

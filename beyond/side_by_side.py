@@ -1,13 +1,16 @@
-"""transformers' own quantized caches and KVSinkCache on the same text: how much they store, how far
-their predictions are from full precision's, and how fast they decode.
+"""transformers' own quantized caches and KVSinkCache on the same texts: how much they store, how
+far their predictions are from full precision's, how fast they decode, what memory they take.
 
     python -m beyond.transformers_cache --model ID
 
-Read top to bottom: the table; what is measured of a cache; the command.
+Read top to bottom: the table; what follows from it; what is measured of a cache; the command.
 
-What this file does not do: the caches are those of transformers and of beyond/kvsink_cache.py.
+What this file does not do: the caches are those of transformers and of beyond/kvsink_cache.py;
+check.py says whether keeping sinks matters for a model at all.
 """
 
+import itertools
+import sys
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,12 +19,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from beyond.kvsink_cache import KVSinkCache, transformers  # its version is checked there
-from beyond.sites import head_dim, site_of
+from beyond import check
+from beyond.kvsink_cache import (
+    KVSinkCache,
+    head_sizes,
+    transformers,
+)  # its version is checked there
+from beyond.sites import site_of
 from kvsink import Site
-from paper.table4 import their_caches
+from paper.table4 import peak_memory, reset_peak_memory, their_caches
 from support import cli, hub, text
-from support.machine import no_progress_bar, pick_machine
+from support.cache import log
+from support.machine import pick_machine
+from support.report import mean_and_error
+from support.rows import KEEPS
 from support.site import listed_site
 from support.tokenizer import Tokenizer
 
@@ -31,71 +42,135 @@ from support.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model of transformers, and the texts on which caches are compared."""
+    """A model of transformers, the texts on which caches are compared, and the settings of ours."""
 
     model: torch.nn.Module
     windows: torch.Tensor  # the token ids of the texts (W, prompt + m)
     prompt: int  # how many of them are the prompt; the other m are decoded one by one
     site: Site
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    keep: tuple[str, ...]
+
+
+class Measured(NamedTuple):
+    """What was measured of a cache."""
+
+    name: str
+    setting: tuple  # of ours: bits, group size, keep; of theirs: bits
+    stored_bits: float  # per number, a mean over texts and steps
+    kl: list  # of each text: the KL divergence from full precision, in nats per token
 
 
 def print_table(comparison):
-    """Compare each of transformers' caches with the KVSinkCache that has the finest groups and
-    takes no more bytes."""
-    print(f"{'cache':<42}{'stored bits':>12}{'KL, nats per token':>21}{'tokens / s':>11}")
-    full = None  # what full precision, the first cache, predicts
-    for bits, description, cache in their_caches(transformers, comparison.model):
-        if full is None:
-            name = f"transformers, {description}"
-            full, _ = measure_cache(comparison, cache, name, full)
-            continue
-        backend = description.rpartition(" ")[2]
-        name = f"transformers, {backend}, {bits} bits"
-        _, most_bytes = measure_cache(comparison, cache, name, full)
-        ours = finest_cache(comparison, bits, most_bytes)
-        name = f"KVSinkCache, {bits} bits, groups of {ours.group_size}"
-        measure_cache(comparison, ours, name, full)
+    """Measure all caches and print a row for each, and then what follows."""
+    print(
+        f"{'cache':<50}{'stored bits':>12}{'KL, nats per token':>21}{'decoded tokens/s':>18}"
+        f"{'peak, MB':>10}{'kept':>6}"
+    )
+    caches = their_caches(transformers, comparison.model)
+    _, name, cache = next(caches)
+    full, _ = measure_cache(comparison, cache, f"transformers, {name}", (16,), None)
+    theirs = [
+        measure_cache(comparison, cache, f"transformers, {name}", (bits,), full)[1]
+        for bits, name, cache in caches
+    ]
+    ours = []
+    settings = itertools.product(comparison.bits, comparison.group_sizes, comparison.keep)
+    for bits, group_size, keep in settings:
+        cache = KVSinkCache(
+            comparison.model, bits, group_size=group_size, keep=keep, site=comparison.site
+        )
+        name = f"KVSinkCache, {bits} bits, groups of {group_size}, keep={keep}"
+        ours.append(measure_cache(comparison, cache, name, (bits, group_size, keep), full)[1])
+        cache.close()
+    print_conclusions(comparison, theirs, ours)
 
 
-def measure_cache(comparison, cache, name, full):
-    """Measure a cache on all texts, and print its row. `full` is what full precision predicts, None
-    if this is full precision. Return the predictions for each text, and the bytes per token."""
-    windows = comparison.windows.split(1)
-    with tqdm(windows, desc=name, unit="text", leave=False, disable=no_progress_bar()) as bar:
-        decoded = [decode(comparison, window, cache) for window in bar]
+def measure_cache(comparison, cache, name, setting, full):
+    """Measure a cache on all texts, and print its row. `full` is what full precision predicts for
+    each text, None if this is full precision. Return what this one predicts, and its Measured.
+    Peak memory is that of the process or the GPU, above what was in use before."""
+    device = str(comparison.model.device)
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    decoded = [
+        decode(comparison, window, cache) for window in progress(comparison.windows.split(1), name)
+    ]
     predictions = [result.log_p for result in decoded]
     size = sum(result.bytes_per_token for result in decoded) / len(decoded)
-    bits = 8 * size / numbers_per_token(comparison.model.config)
-    tokens_per_second = 1 / min(result.seconds_per_token for result in decoded)
-    kl = kl_divergence(predictions, full) if full else ""
-    print(f"{name:<42}{bits:>12.2f}{kl:>21}{tokens_per_second:>11.1f}", flush=True)
-    return predictions, size
-
-
-def finest_cache(comparison, bits, most_bytes):
-    """Return the KVSinkCache with the smallest groups that takes at most `most_bytes` per token on
-    the first text, or the one with the largest groups if all take more. If no group of 16 or more
-    channels divides a head, it has the group size that KVSinkCache chooses."""
-    d_k = head_dim(text_config(comparison.model.config))
-    sizes = [size for size in (16, 32, 64, 128) if d_k % min(size, d_k) == 0]
-    for group_size in sizes or [None]:
-        cache = KVSinkCache(comparison.model, bits, group_size=group_size, site=comparison.site)
-        if decode(comparison, comparison.windows[:1], cache).bytes_per_token <= most_bytes:
-            break
-    return cache
-
-
-def kl_divergence(predictions, full):
-    """Return, in words, the KL divergence from full precision's predictions, the mean over texts
-    and its standard error."""
-    kl = torch.stack(
-        [
-            F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-            for log_q, log_p in zip(predictions, full)
-        ]
+    bits = 8 * size / numbers_per_token(cache)
+    seconds = min(result.seconds_per_token for result in decoded)
+    kept = sum(result.kept for result in decoded) / len(decoded)
+    peak = f"{(peak_memory(device) - before) / 1e6:.0f}" if before else "-"
+    kl = [kl_divergence(log_q, log_p) for log_q, log_p in zip(predictions, full)] if full else []
+    print(
+        f"{name:<50}{bits:>12.2f}{in_words(kl) if kl else '':>21}{1 / seconds:>18.1f}"
+        f"{peak:>10}{f'{kept:.1f}' if kept else '':>6}",
+        flush=True,
     )
-    error = f" +- {kl.std() / len(kl) ** 0.5:.4f}" if len(kl) > 1 else ""
-    return f"{kl.mean():.4f}{error}"
+    return predictions, Measured(name, setting, bits, kl)
+
+
+def progress(windows, name):
+    """Yield the windows, with a progress bar on a terminal, and a line for each anywhere else."""
+    if sys.stderr.isatty():
+        yield from tqdm(windows, desc=name, unit="text", leave=False)
+        return
+    for i, window in enumerate(windows, start=1):
+        log(f"{name}: text {i} of {len(windows)}")
+        yield window
+
+
+def kl_divergence(log_q, log_p):
+    """Return the KL divergence of log-probabilities log_q (m, vocab) from log_p, a mean over m."""
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
+
+
+def in_words(sample):
+    mean, error = mean_and_error(sample)
+    return f"{mean:.4f} +- {error:.4f}" if len(sample) > 1 else f"{mean:.4f}"
+
+
+# --------------------------------------------------------------------------------------------------
+# What follows from it
+
+
+def print_conclusions(comparison, theirs, ours):
+    """Say of each of their widths whether a cache of ours with the same or fewer stored bits is
+    nearer to full precision than their best; and what the kept tokens gain."""
+    print("\nDifferences of KL, paired over texts; resolved if over two standard errors:")
+    for bits in sorted({cache.setting[0] for cache in theirs}, reverse=True):
+        their_best = min((x for x in theirs if x.setting[0] == bits), key=mean_kl)
+        small = [x for x in ours if x.stored_bits <= their_best.stored_bits]
+        if not small:
+            print(f"  no KVSinkCache here stores as few bits as {their_best.name}")
+            continue
+        our_best = min(small, key=mean_kl)
+        print(
+            f"  {our_best.name}\n    against {their_best.name}: {difference(our_best, their_best)}"
+        )
+    by_setting = {cache.setting: cache for cache in ours}
+    first = comparison.keep[0]
+    if "none" not in comparison.keep[1:]:
+        return
+    for bits, group_size in itertools.product(comparison.bits, comparison.group_sizes):
+        kept = by_setting[bits, group_size, first]
+        gain = difference(kept, by_setting[bits, group_size, "none"])
+        print(f"  {bits} bits, groups of {group_size}: keep={first} against nothing kept: {gain}")
+
+
+def mean_kl(cache):
+    return sum(cache.kl) / len(cache.kl)
+
+
+def difference(one, other):
+    """Return, in words, how much lower one KL is than another."""
+    mean, error = mean_and_error([b - a for a, b in zip(one.kl, other.kl)])
+    words = f"{mean:+.4f} +- {error:.4f}"
+    if not abs(mean) > 2 * error:
+        return f"not resolved ({words})"
+    return f"lower by {words}" if mean > 0 else f"higher ({words})"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,6 +183,7 @@ class Decoded(NamedTuple):
     log_p: torch.Tensor  # log-probabilities (m, vocab) after each decoded token
     bytes_per_token: float
     seconds_per_token: float
+    kept: int  # tokens, in the blocks after l_E
 
 
 def decode(comparison, window, cache):
@@ -120,17 +196,19 @@ def decode(comparison, window, cache):
     cache.reset()
     model = comparison.model
     prompt = comparison.prompt
-    model(window[:, :prompt], past_key_values=cache, logits_to_keep=1)
     log_p = []
     size = 0
     seconds = 0
-    for n, token in enumerate(window[0, prompt:], start=prompt + 1):
-        start = synchronized_time(window.device)
-        logits = model(token.view(1, 1), past_key_values=cache).logits[0, -1]
-        log_p.append(logits.float().log_softmax(-1))
-        seconds += synchronized_time(window.device) - start
-        size += stored_bytes(cache) / n
-    return Decoded(torch.stack(log_p), size / len(log_p), seconds / len(log_p))
+    with torch.no_grad():
+        model(window[:, :prompt], past_key_values=cache, logits_to_keep=1)
+        for n, token in enumerate(window[0, prompt:], start=prompt + 1):
+            start = synchronized_time(window.device)
+            logits = model(token.view(1, 1), past_key_values=cache).logits[0, -1]
+            log_p.append(logits.float().log_softmax(-1))
+            seconds += synchronized_time(window.device) - start
+            size += stored_bytes(cache) / n
+    kept = len(cache.sinks()[0]) if isinstance(cache, KVSinkCache) else 0
+    return Decoded(torch.stack(log_p), size / len(log_p), seconds / len(log_p), kept)
 
 
 def synchronized_time(device):
@@ -160,16 +238,12 @@ def tensor_bytes(part):
     return part.nbytes if isinstance(part, torch.Tensor) else 0
 
 
-def text_config(config):
-    """Return the configuration of the part of a model that reads text."""
-    return config.get_text_config(decoder=True)
-
-
-def numbers_per_token(config):
-    """Return how many numbers the Keys and Values of one token are, over all blocks."""
-    config = text_config(config)
-    h_kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    return 2 * config.num_hidden_layers * h_kv * head_dim(config)
+def numbers_per_token(cache):
+    """Return how many numbers the Keys and Values of one token are, over all layers."""
+    if isinstance(cache, KVSinkCache):
+        return cache.bytes()[1] / 2 / cache.get_seq_length()
+    layers = [layer for layer in cache.layers if layer.keys is not None]
+    return sum(X.shape[1] * X.shape[3] for layer in layers for X in (layer.keys, layer.values))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,31 +253,47 @@ def numbers_per_token(config):
 def main(argv=None):
     def work():
         args = parse_arguments(argv)
-        comparison = load_comparison(args)
-        texts = f"{args.windows} texts of packed articles"
+        comparison, tokenizer = load_comparison(args)
+        if args.check:
+            check.print_check(comparison.model, tokenizer, comparison.windows[:1], comparison.site)
+            return
+        texts = f"{len(comparison.windows)} texts of {args.data}"
         print(f"{args.model}, {texts}: {args.prompt} tokens of prompt, {args.tokens} decoded")
+        l_E, c = comparison.site
+        print(f"sinks predicted after block {l_E} (counted from 1) in channel {c}")
         print_table(comparison)
 
     return cli.run_command("beyond.transformers_cache", work, "lower --prompt")
 
 
 def load_comparison(args):
-    """Return the Comparison that the options ask for."""
+    """Return the Comparison that the options ask for, and the tokenizer."""
     machine = pick_machine(args)
     directory = hub.model_directory(args.model)
     tokenizer = Tokenizer.from_pretrained(directory)
     seq_len = args.prompt + args.tokens
-    windows = text.windows(tokenizer, text.PACKED, "test", seq_len, args.windows, seed=0)
+    windows = text.windows(tokenizer, args.data, "test", seq_len, args.windows, seed=0)
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=machine.torch_dtype)
     model = model.to(machine.device).eval()
-    config = text_config(model.config)
+    config = model.config.get_text_config(decoder=True)
+    decoder = model.get_decoder()
     site = (
         cli.chosen_site(args.layer, args.channel, config)
         or listed_site(args.model, config.num_hidden_layers, config.hidden_size)
-        or site_of(model.get_decoder())
+        or site_of(decoder)
     )
-    return Comparison(model, windows.to(machine.device), args.prompt, site)
+    head = min(head_sizes(decoder))
+    comparison = Comparison(
+        model=model,
+        windows=windows.to(machine.device),
+        prompt=args.prompt,
+        site=site,
+        bits=tuple(args.bits),
+        group_sizes=tuple(size for size in args.group_size if head % size == 0) or (head,),
+        keep=tuple(args.keep),
+    )
+    return comparison, tokenizer
 
 
 # fmt: off
@@ -211,16 +301,26 @@ def parse_arguments(argv):
     parser = cli.Parser(
         prog="python -m beyond.transformers_cache",
         description="Compare transformers' own quantized caches (quanto and HQQ, if they are\n"
-        "installed) with KVSinkCache: the same model, the same texts, and at most the same bytes.",
+        "installed) with KVSinkCache: the same model, the same texts.",
     )
     add = parser.add_argument_group("what to run").add_argument
     cli.add_model_options(add)
-    add("--prompt", type=cli.number(2), default=1000, metavar="N", help="tokens of packed "
-        "Wikipedia articles in a prompt (default: %(default)s)")
-    add("--tokens", type=cli.number(1), default=100, metavar="M", help="tokens after the prompt, "
+    add("--check", action="store_true", help="compare nothing; say where outliers emerge, which "
+        "tokens of a text are sinks, and whether keeping them matters")
+    add("--data", default=text.PACKED, help="wiki-sample, wikitext2, c4, or a UTF-8 text file "
+        "(default: %(default)s)")
+    add("--prompt", type=cli.number(2), default=512, metavar="N", help="tokens of a prompt "
+        "(default: %(default)s)")
+    add("--tokens", type=cli.number(1), default=48, metavar="M", help="tokens after the prompt, "
         "which are decoded (default: %(default)s)")
-    add("--windows", type=cli.number(1), default=4, help="number of such texts (default: "
+    add("--windows", type=cli.number(1), default=6, help="number of such texts (default: "
         "%(default)s)")
+    add("--bits", nargs="+", type=cli.number(1, 8), default=[4, 3, 2], help="of KVSinkCache "
+        "(default: 4 3 2)")
+    add("--group-size", nargs="+", type=cli.number(1), default=[16, 64], help="of KVSinkCache; "
+        "those that divide a head (default: 16 64)")
+    add("--keep", nargs="+", choices=KEEPS, default=["pfn+kvsink", "none"], help="of KVSinkCache "
+        "(default: pfn+kvsink none)")
     add = parser.add_argument_group("how to run it").add_argument
     cli.add_site_options(add)
     cli.add_machine_options(add, compiler=False)

@@ -414,7 +414,7 @@ class PackedStore:
         """Yield a few neighbouring channels at a time: their slice, and their numbers (b, h_kv,
         n/g, g, a few)."""
         parameters = [to_float32(numbers) for numbers in self.parameters]
-        for channels, codes in slices(self.codes, self.bits):
+        for channels, codes in slices(self.codes, self.quantizer.bits):
             first, second = (self.of_channels(numbers, channels) for numbers in parameters)
             yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), first, second)
 

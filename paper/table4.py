@@ -15,6 +15,7 @@ widths are timed one after another, because together they might not fit.
 """
 
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -575,20 +576,26 @@ def compare(benchmark, name, ours, theirs):
     return record | {implementation: time_._asdict() for implementation, time_ in times.items()}
 
 
+# Of the Keys: what transformers' documentation recommends for a backend, by which a token's numbers
+# share a scale; and the other, by which a channel's do.
+AXES = {"quanto": (0, -1), "hqq": (1, 0)}
+
+
 def their_caches(transformers, theirs):
-    """Yield the bits, the name and an empty cache for each width of transformers' caches. Print
-    which of them cannot be made, and why."""
+    """Yield the bits, the name and an empty cache: in full precision, and then for each backend,
+    width and axis of transformers' quantized caches. Print which of them cannot be made, and
+    why."""
     yield 16, "full precision", transformers.DynamicCache(config=theirs.config)
-    for backend, axis in (("quanto", 0), ("hqq", 1)):
-        for bits in (4, 2):
+    for backend, axes in AXES.items():
+        for bits, axis in itertools.product((4, 2), axes):
             try:
                 cache = transformers.QuantizedCache(
-                    backend, theirs.config, bits, axis_key=axis, axis_value=axis
+                    backend, theirs.config, bits, axis_key=axis, axis_value=axes[0]
                 )
             except (ImportError, ValueError) as error:  # not installed; Mistral's sliding window
                 print(f"{backend} at {bits} bits: not run, {' '.join(str(error).split())}")
-                continue
-            yield bits, f"{bits} bits against {backend}", cache
+                break
+            yield bits, f"{backend}, {bits} bits, axis_key={axis}", cache
 
 
 def fill_their_cache(model, their_cache, n):

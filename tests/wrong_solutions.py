@@ -217,18 +217,18 @@ WRONG = {
         ("signed instead of absolute value", ".abs()", ""),
         (
             "all sequences share one S_sink",
-            ".topk(k, dim=1).indices",
-            ".topk(k, dim=1).indices[:1].expand(len(H), -1)",
+            ".topk(k, sorted=False).indices",
+            ".topk(k, sorted=False).indices[:1].expand(len(H), -1)",
         ),
         (
             "top-k over the batch",
-            "return empty_set(H).scatter(1, S_outliers, True)",
+            "return empty_set(H).scatter_(1, S_outliers, True)",
             "return empty_set(H).flatten().scatter("
             "0, H[:, :, c].abs().flatten().topk(k).indices, True).view(H.shape[:2])",
         ),
         ("all channels", "H[:, :, c].abs()", "H.abs().amax(-1)"),
-        ("the smallest", "topk(k, dim=1)", "topk(k, dim=1, largest=False)"),
-        ("one too many", "topk(k, dim=1)", "topk(min(k + 1, H.shape[1]), dim=1)"),
+        ("the smallest", "topk(k, sorted", "topk(k, largest=False, sorted"),
+        ("one too many", "topk(k, sorted", "topk(min(k + 1, H.shape[1]), sorted"),
         ("k = n is refused", "k > H.shape[1]", "k >= H.shape[1]"),
         ("k > n is not refused by name", "if k > H.shape[1]:", "if False:"),
         ("auto keeps all", "return predict_sinks_without_k(H, c)", "k = H.shape[1]"),
