@@ -8,9 +8,8 @@ Tensors of b sequences, h_kv Key/Value heads and d_k channels are (b, h_kv, toke
 import torch
 
 from paper.kvcache import pack, unpack
-from quant import dequantize
 
-CHUNK = 2**18  # so many numbers at a time: what they become on the way fits in a processor's cache
+CHUNK = 2**18  # so many numbers are encoded at a time, which takes several times their memory
 
 
 class GrowingStore:
@@ -45,12 +44,7 @@ class GrowingStore:
         prompt as they are. The masks S_sink and `attended`, which is False for padding, are (b, n).
         Only tokens of a prompt become sinks, and a token that became a sink stays one, because the
         codes of its group were made without it."""
-        # A model may be moved between two turns, or run under autocast in one of them.
-        dtype = torch.promote_types(X.dtype, self.parts["residual"].dtype)
-        for name, part in self.parts.items():
-            is_wide = name in ("residual", "kept")
-            self.parts[name] = part.to(X.device, dtype if is_wide else part.dtype)
-        X = X.to(dtype)
+        X = self.adapt(X)
         past = self.coded + self.parts["residual"].shape[2]
         self.append(X, S_sink | ~attended, is_prompt)
         X_ = self.dequantized()
@@ -64,6 +58,18 @@ class GrowingStore:
                 X_[:, :, past:] = X
         return X_
 
+    def adapt(self, X):
+        """Return X in the wider dtype of X and of what is stored, and move that to the device of X:
+        a model may be moved between two turns, or run under autocast in one of them."""
+        residual = self.parts["residual"]
+        if (X.dtype, X.device) == (residual.dtype, residual.device):
+            return X
+        dtype = torch.promote_types(X.dtype, residual.dtype)
+        for name, part in self.parts.items():
+            is_wide = name in ("residual", "kept")
+            self.parts[name] = part.to(X.device, dtype if is_wide else part.dtype)
+        return X.to(dtype)
+
     def append(self, X, leave_out, is_prompt):
         """Add new tokens X to the residual, and encode the groups that are now complete."""
         residual = torch.cat((self.parts["residual"], X), dim=2)
@@ -73,7 +79,8 @@ class GrowingStore:
         first = self.coded
         complete = (residual.shape[2] - waiting) // self.g * self.g
         self.parts["residual"] = residual[:, :, complete:].clone()
-        step = self.tokens_at_a_time()
+        numbers = X[:, :, 0].numel() * self.g  # of a group of tokens
+        step = max(1, CHUNK // numbers) * self.g
         for i in range(0, complete, step):
             end = min(i + step, complete)
             mask = leave_out[:, None, first + i : first + end, None]
@@ -91,32 +98,27 @@ class GrowingStore:
             old = [self.parts[name]] if name in self.parts else []
             self.parts[name] = torch.cat((*old, part), dim=2)
 
-    def tokens_at_a_time(self):
-        b, h_kv, _, d_k = self.parts["residual"].shape
-        return max(1, CHUNK // (b * h_kv * d_k * self.g)) * self.g
-
     def dequantized(self):
         """Return all tokens: those that have codes dequantized (Eq. 11), those of the residual and
         the kept ones in full precision. They lie in the buffer, which all layers share."""
         residual = self.parts["residual"]
         coded = self.coded
         size = (*residual.shape[:2], coded + residual.shape[2], residual.shape[3])
-        X = self.buffer.tensor(torch.Size(size), residual)
-        step = self.tokens_at_a_time()
-        for first in range(0, coded, step):
-            X[:, :, first : min(first + step, coded)] = self.decode(first, first + step)
+        dtype = torch.promote_types(residual.dtype, torch.float32)
+        X = self.buffer.tensor(torch.Size(size), dtype, residual.device)
+        if coded:
+            self.dequantize_into(X[:, :, :coded])
         X[:, :, coded:] = residual
-        X[self.parts["sequence"], :, self.parts["slot"]] = self.parts["kept"]
-        return X
+        X[self.parts["sequence"], :, self.parts["slot"]] = self.parts["kept"].to(dtype)
+        return X.to(residual.dtype)
 
-    def decode(self, first, end):
-        """Return the tokens from first to end, both multiples of g, dequantized."""
-        codes = unpack(self.parts["codes"][:, :, first:end], self.quantizer.bits)
-        groups = slice(None) if self.quantizer.static else slice(first // self.g, end // self.g)
-        s = self.parts["scale"][:, :, groups, None, :, None].float()
-        z = self.parts["zero"][:, :, groups, None, :, None].float()
-        codes = codes.unflatten(-1, (s.shape[4], -1)).unflatten(2, (-1, self.g))
-        return dequantize(codes, s, z).flatten(-2).flatten(2, 3)
+    def dequantize_into(self, X):
+        """Write the tokens that have codes to X, in place: a new tensor for each operation of
+        Eq. 11 would take three times as long."""
+        X.copy_(unpack(self.parts["codes"], self.quantizer.bits))
+        s = self.parts["scale"][:, :, :, None, :, None].float()  # (b, h_kv, n / g, 1, d_k / w, 1)
+        z = self.parts["zero"][:, :, :, None, :, None].float()
+        X.unflatten(-1, (s.shape[4], -1)).unflatten(2, (-1, self.g)).sub_(z).mul_(s)
 
     def crop(self, n):
         """Keep the first n tokens, and free the others."""

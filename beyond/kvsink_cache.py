@@ -338,13 +338,13 @@ class Buffer:
     def __init__(self):
         self.memory = torch.empty(0)
 
-    def tensor(self, size, like):
-        """Return a tensor of this size, and of the dtype and device of `like`."""
-        fits = size.numel() <= self.memory.numel() <= 2 * size.numel()
-        if not (fits and self.memory.dtype == like.dtype and self.memory.device == like.device):
+    def tensor(self, size, dtype, device):
+        n = size.numel()
+        fits = n <= self.memory.numel() <= 2 * n
+        if not (fits and self.memory.dtype == dtype and self.memory.device == device):
             self.memory = None  # freed first
-            self.memory = like.new_empty(size.numel() + size.numel() // 8)
-        return self.memory[: size.numel()].view(size)
+            self.memory = torch.empty(n + n // 8, dtype=dtype, device=device)
+        return self.memory[:n].view(size)
 
 
 class KVSinkLayer(DynamicLayer):

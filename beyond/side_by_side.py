@@ -71,10 +71,13 @@ def print_table(comparison):
     caches = their_caches(transformers, comparison.model)
     _, name, cache = next(caches)
     full, _ = measure_cache(comparison, cache, f"transformers, {name}", (16,), None)
-    theirs = [
-        measure_cache(comparison, cache, f"transformers, {name}", (bits,), full)[1]
-        for bits, name, cache in caches
-    ]
+    theirs = []
+    for bits, name, cache in caches:
+        try:
+            _, measured = measure_cache(comparison, cache, f"transformers, {name}", (bits,), full)
+            theirs.append(measured)
+        except ValueError as error:  # such as: its groups do not divide the prompt
+            print(f"transformers, {name}: not run, {' '.join(str(error).split())}")
     ours = []
     settings = itertools.product(comparison.bits, comparison.group_sizes, comparison.keep)
     for bits, group_size, keep in settings:

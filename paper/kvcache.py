@@ -616,13 +616,14 @@ def slices(packed, bits):
 def unpack(packed, bits):
     """Return the codes (..., d), uint8, of bytes that `pack` made."""
     d = packed.shape[-1] * 8 // bits
-    codes = 0
+    codes = None
     first = 0
     shift = 0
     for width in planes(bits):
         plane = packed[..., first : first + d * width // 8]
         parts = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
-        codes = codes | (torch.cat(parts, dim=-1) << shift)
+        part = torch.cat(parts, dim=-1)
+        codes = codes | (part << shift) if shift else part
         first = first + plane.shape[-1]
         shift = shift + width
     return codes
