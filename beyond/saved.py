@@ -9,6 +9,7 @@ names them. The metadata are the options of the cache and what tells its model f
 
 import hashlib
 import json
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
@@ -38,7 +39,7 @@ def save_cache(cache, file):
         "site": json.dumps(cache.rule.site),
     }
     tensors = {name: part.contiguous().cpu() for name, part in tensors.items()}
-    save(file, to_bytes(tensors, metadata))
+    save(Path(file), to_bytes(tensors, metadata))
 
 
 def load_cache(cls, file, model, options):

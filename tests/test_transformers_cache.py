@@ -54,7 +54,7 @@ if not transformers.__version__.startswith("5.23."):
         "the transformers package is not the version that was tested", allow_module_level=True
     )
 
-from beyond import side_by_side  # noqa: E402
+from beyond import check, side_by_side  # noqa: E402
 from beyond.growing import GrowingStore  # noqa: E402
 from beyond.kvsink_cache import Buffer, KVSinkLayer, call_if_used  # noqa: E402
 from beyond.sites import site_of  # noqa: E402
@@ -311,8 +311,8 @@ def test_a_cache_in_a_file(theirs, sequences, scheme, tmp_path):
     mask = torch.ones(2, 24, dtype=torch.int64)
     mask[1, :3] = 0
     logits_after(theirs, cache, sequences[0], attention_mask=mask)
-    cache.save(file)
-    loaded = KVSinkCache.load(file, theirs)
+    cache.save(str(file))
+    loaded = KVSinkCache.load(str(file), theirs)
     assert loaded.sinks() == cache.sinks() and loaded.bytes() == cache.bytes()
     for turn in ([[20]] * 2, [[21, STRONG]] * 2, [[22]] * 2):
         assert torch.equal(logits_after(theirs, loaded, turn), logits_after(theirs, cache, turn))
@@ -999,6 +999,37 @@ def test_cuda_agrees_with_cpu(theirs, sequences, scheme, tmp_path):
         assert all(part.is_cuda for part in store.parts.values())
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_example_of_the_readme(default_theirs, monkeypatch, tmp_path, capsys):
+    """As it stands, but for what `from_pretrained` returns: the default model, and its tokenizer
+    with the chat template that it has on the hub."""
+    readme = (HERE / "beyond" / "README.md").read_text()
+    (code,) = [block for block in readme.split("```python\n")[1:] if "from_pretrained" in block]
+    directory = helpers.fetched_default_model()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = CHATML
+    for name, loaded in (("AutoTokenizer", tokenizer), ("AutoModelForCausalLM", default_theirs)):
+        loader = getattr(transformers, name)
+        monkeypatch.setattr(loader, "from_pretrained", lambda repository, loaded=loaded: loaded)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with torch.enable_grad():  # as a script runs
+        exec(code.split("```")[0], names)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(names["messages"]) == 4
+    assert len(printed) >= 3
+    cache = names["cache"]  # from the file
+    assert cache.get_seq_length() == names["encode"](names["system"])["input_ids"].shape[1]
+    stored, in_16_bits = cache.bytes()
+    assert stored < in_16_bits / 2
+    assert 0 in cache.sinks()[0]
+
+
 # --------------------------------------------------------------------------------------------------
 # The command
 
@@ -1024,35 +1055,99 @@ def test_without_transformers_it_says_what_to_install(tmp_path):
 
 
 def test_the_command(tiny, capsys, monkeypatch):
-    """transformers' caches beside ours: a KVSinkCache takes at most the bytes that theirs take."""
+    """transformers' caches beside ours, a row for each, and progress line by line where no terminal
+    shows a bar. A cache that cannot be run says why."""
+
+    class Refuses(transformers.DynamicCache):
+        def update(self, *args, **kwargs):
+            raise ValueError("Group size (64) must be\na divisor")
 
     def their_caches(transformers, model):
         yield 16, "full precision", transformers.DynamicCache(config=model.config)
-        yield 4, "4 bits against itself", make_cache(model, bits=5)
+        yield 4, "itself, 4 bits", make_cache(model, bits=5)
+        yield 2, "other, 2 bits", Refuses()
 
     monkeypatch.setattr(hub, "documents", lambda *_: ["Some text of bytes. " * 30] * 9)
     monkeypatch.setattr(side_by_side, "their_caches", their_caches)
     model = tiny[:2]
     texts = "--layer 1 --channel 5 --prompt 40 --tokens 5 --windows 2".split()
-    assert side_by_side.main([*model, *texts]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:]] == [
+    ours = "--bits 4 2 --group-size 8 64 --keep kvsink none".split()
+    assert side_by_side.main([*model, *texts, *ours]) == 0
+    printed, progress = capsys.readouterr()
+    lines = printed.splitlines()
+    assert "after block 2 (counted from 1) in channel 5" in lines[1]
+    assert [line.split("  ")[0] for line in lines[3:9]] == [
         "transformers, full precision",
         "transformers, itself, 4 bits",
-        "KVSinkCache, 4 bits, groups of 8",
+        "transformers, other, 2 bits: not run, Group size (64) must be a divisor",
+        "KVSinkCache, 4 bits, groups of 8, keep=kvsink",
+        "KVSinkCache, 4 bits, groups of 8, keep=none",
+        "KVSinkCache, 2 bits, groups of 8, keep=kvsink",
     ]
-    assert all("+-" in line for line in lines[3:])
-    assert "32.00" in lines[2]
+    assert "32.00" in lines[3]
+    assert all("+-" in lines[i] for i in (4, 6, 7, 8, 9))
+    assert sum("keep=kvsink against nothing kept" in line for line in lines[10:]) == 2
+    assert "KVSinkCache, 2 bits, groups of 8, keep=none: text 2 of 2" in progress
     refuse(["--model", "nobody"], ["no model", "nobody"], capsys, side_by_side)
 
 
-def test_a_head_that_no_common_group_size_divides():
-    """Of 24 channels the whole head is a group. Of 200, KVSinkCache makes groups of 8."""
-    windows = torch.arange(3, 33)[None]
-    for d_k, group_size in ((24, 24), (200, 8)):
-        model = random_model("Llama", head_dim=d_k)
-        comparison = side_by_side.Comparison(model, windows, 20, Site(2, 7))
-        assert side_by_side.finest_cache(comparison, 4, 1e9).group_size == group_size
+def test_what_follows_from_the_table(capsys):
+    """Ours with the same or fewer bits against their best axis; a difference is resolved if it is
+    over two standard errors."""
+    comparison = side_by_side.Comparison(None, None, 1, SITE, (4, 2), (16,), ("kvsink", "none"))
+    theirs = [
+        side_by_side.Measured("their default", (4,), 6.0, [0.5, 0.6, 0.7]),
+        side_by_side.Measured("their best", (4,), 6.0, [0.010, 0.011, 0.012]),
+        side_by_side.Measured("their 2 bits", (2,), 1.0, [1.0, 1.0, 1.0]),
+    ]
+    ours = [
+        side_by_side.Measured("too many bits", (4, 16, "kvsink"), 6.1, [0.0, 0.0, 0.0]),
+        side_by_side.Measured("ours", (2, 16, "kvsink"), 6.0, [0.004, 0.006, 0.006]),
+        side_by_side.Measured("4 bits, nothing", (4, 16, "none"), 6.1, [0.0, 0.1, -0.1]),
+        side_by_side.Measured("2 bits, nothing", (2, 16, "none"), 6.0, [0.104, 0.106, 0.106]),
+    ]
+    side_by_side.print_conclusions(comparison, theirs, ours)
+    _, _, first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
+    assert first == "  ours"
+    # 0.006, 0.005, 0.006
+    assert second == "    against their best: lower by +0.0057 +- 0.0003"
+    assert third == "  no KVSinkCache here stores as few bits as their 2 bits"
+    assert "4 bits, groups of 16" in fourth and "not resolved (+0.0000 +- 0.0577)" in fourth
+    assert "2 bits, groups of 16" in fifth and "lower by +0.1000 +- 0.0000" in fifth
+
+
+class Letters:
+    def decode(self, ids):
+        return chr(64 + ids[0])
+
+
+def test_the_check(theirs, capsys):
+    """The planted model's sinks, with the attention that they get, counted here from its own maps;
+    a text whose only sink is token 0; a model without a site."""
+    tokens = ordinary_tokens(40, 0)[None]
+    tokens[0, [6, 17]] = torch.tensor([WEAK, STRONG])
+    check.print_check(theirs, Letters(), tokens, SITE)
+    printed = capsys.readouterr().out
+    assert (
+        f"outliers emerge after block {SITE.l_E} of 6 (counted from 1), in channel {SITE.c}"
+        in printed
+    )
+    rows = [line.split() for line in printed.splitlines() if line.startswith("  token ")]
+    assert [int(row[1]) for row in rows[:2]] == [6, 17]
+    eager = copy.deepcopy(theirs)
+    eager.set_attn_implementation("eager")
+    maps = eager(tokens, output_attentions=True).attentions[SITE.l_E :]
+    share = torch.stack(maps)[:, 0].mean((0, 1))[20:].mean(0)
+    for row, i in zip(rows, (6, 17)):
+        assert float(row[-1].rstrip("%")) == pytest.approx(100 * float(share[i]), abs=0.06)
+    assert "There are sinks beyond token 0" in printed
+    tokens = ordinary_tokens(40, 0)[None]
+    tokens[0, 0] = STRONG
+    check.print_check(theirs, Letters(), tokens, SITE)
+    assert "Token 0 is the only sink" in capsys.readouterr().out
+    assert theirs.config._attn_implementation == "sdpa"
+    check.print_check(theirs, Letters(), tokens, kvsink.NOWHERE)
+    assert capsys.readouterr().out.startswith("no stable outliers")
 
 
 # --------------------------------------------------------------------------------------------------
