@@ -51,6 +51,7 @@ class Comparison:
     bits: tuple[int, ...]
     group_sizes: tuple[int, ...]
     keep: tuple[str, ...]
+    exact_prompt: bool = False  # see KVSinkCache
 
 
 class Measured(NamedTuple):
@@ -81,9 +82,8 @@ def print_table(comparison):
     ours = []
     settings = itertools.product(comparison.bits, comparison.group_sizes, comparison.keep)
     for bits, group_size, keep in settings:
-        cache = KVSinkCache(
-            comparison.model, bits, group_size=group_size, keep=keep, site=comparison.site
-        )
+        options = {"keep": keep, "site": comparison.site, "exact_prompt": comparison.exact_prompt}
+        cache = KVSinkCache(comparison.model, bits, group_size=group_size, **options)
         name = f"KVSinkCache, {bits} bits, groups of {group_size}, keep={keep}"
         ours.append(measure_cache(comparison, cache, name, (bits, group_size, keep), full)[1])
         cache.close()
@@ -170,10 +170,9 @@ def mean_kl(cache):
 def difference(one, other):
     """Return, in words, how much lower one KL is than another."""
     mean, error = mean_and_error([b - a for a, b in zip(one.kl, other.kl)])
-    words = f"{mean:+.4f} +- {error:.4f}"
     if not abs(mean) > 2 * error:
-        return f"not resolved ({words})"
-    return f"lower by {words}" if mean > 0 else f"higher ({words})"
+        return f"not resolved ({mean:+.4f} +- {error:.4f})"
+    return f"{'lower' if mean > 0 else 'higher'} by {abs(mean):.4f} +- {error:.4f}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,6 +294,7 @@ def load_comparison(args):
         bits=tuple(args.bits),
         group_sizes=tuple(size for size in args.group_size if head % size == 0) or (head,),
         keep=tuple(args.keep),
+        exact_prompt=args.exact_prompt,
     )
     return comparison, tokenizer
 
@@ -324,6 +324,8 @@ def parse_arguments(argv):
         "those that divide a head (default: 16 64)")
     add("--keep", nargs="+", choices=KEEPS, default=["pfn+kvsink", "none"], help="of KVSinkCache "
         "(default: pfn+kvsink none)")
+    add("--exact-prompt", action="store_true", help="KVSinkCache's prompts read their Keys and "
+        "Values before they are quantized, too, as those of the other caches do")
     add = parser.add_argument_group("how to run it").add_argument
     cli.add_site_options(add)
     cli.add_machine_options(add, compiler=False)

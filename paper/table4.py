@@ -14,7 +14,10 @@ alternate: the two prefills, the values of k, the two implementations. Only cach
 widths are timed one after another, because together they might not fit.
 """
 
+import contextlib
+import ctypes
 import functools
+import gc
 import itertools
 import json
 import math
@@ -369,6 +372,9 @@ def reset_peak_memory(device):
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what has been freed
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux: `peak_memory` returns None

@@ -1110,10 +1110,10 @@ def test_what_follows_from_the_table(capsys):
     _, _, first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
     assert first == "  ours"
     # 0.006, 0.005, 0.006
-    assert second == "    against their best: lower by +0.0057 +- 0.0003"
+    assert second == "    against their best: lower by 0.0057 +- 0.0003"
     assert third == "  no KVSinkCache here stores as few bits as their 2 bits"
     assert "4 bits, groups of 16" in fourth and "not resolved (+0.0000 +- 0.0577)" in fourth
-    assert "2 bits, groups of 16" in fifth and "lower by +0.1000 +- 0.0000" in fifth
+    assert "2 bits, groups of 16" in fifth and "lower by 0.1000 +- 0.0000" in fifth
 
 
 class Letters:
