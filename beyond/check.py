@@ -7,6 +7,7 @@ What this file does not do: the finder and lines 15-16 of Algorithm 1 are kvsink
 """
 
 import torch
+import torch.nn.functional as F
 
 from beyond.kvsink_cache import KVSinkCache, decoder_of
 from beyond.sites import DecoderView
@@ -77,9 +78,7 @@ def print_gain(model, tokens, site, sinks):
     ):
         cache = KVSinkCache(model, BITS, site=site, **options)
         log_p = model(tokens, past_key_values=cache).logits[0].float().log_softmax(-1)
-        kl[name] = torch.nn.functional.kl_div(
-            log_p, full, reduction="batchmean", log_target=True
-        ).item()
+        kl[name] = kl_divergence(log_p, full)
         cache.close()
         print(f"  {name:<36}{kl[name]:.4f}")
     nothing, first, predicted = kl.values()
@@ -93,3 +92,8 @@ def print_gain(model, tokens, site, sinks):
         print("\nThere are sinks beyond token 0, but keeping them does not lower KL on this text.")
     if min(first, predicted) > nothing:
         print("Keeping no token at all is better here.")
+
+
+def kl_divergence(log_q, log_p):
+    """Return the KL divergence of log-probabilities log_q (m, vocab) from log_p, a mean over m."""
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()

@@ -365,11 +365,14 @@ class KVSinkLayer(DynamicLayer):
 
     def copy(self, cache, buffers):
         """Return the same layer of another cache, which shares all tensors."""
-        other = KVSinkLayer(cache, self.quantizers, self.S_sink, buffers)
+        # Quantizers of its own: to calibrate one cache must not change the scales of the other.
+        quantizers = [replace(quantizer) for quantizer in self.quantizers]
+        other = KVSinkLayer(cache, quantizers, self.S_sink, buffers)
         other.length = self.length
         other.is_initialized = self.is_initialized
-        for store, buffer in zip(self.stores, buffers):
+        for store, quantizer, buffer in zip(self.stores, quantizers, buffers):
             store = copy.copy(store)
+            store.quantizer = quantizer
             store.buffer = buffer
             store.parts = dict(store.parts)
             other.stores.append(store)

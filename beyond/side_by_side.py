@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from beyond import check
@@ -55,7 +54,7 @@ class Comparison:
 
 
 class Measured(NamedTuple):
-    """What was measured of a cache."""
+    """The measurements of one cache."""
 
     name: str
     setting: tuple  # of ours: bits, group size, keep; of theirs: bits
@@ -106,7 +105,11 @@ def measure_cache(comparison, cache, name, setting, full):
     seconds = min(result.seconds_per_token for result in decoded)
     kept = sum(result.kept for result in decoded) / len(decoded)
     peak = f"{(peak_memory(device) - before) / 1e6:.0f}" if before else "-"
-    kl = [kl_divergence(log_q, log_p) for log_q, log_p in zip(predictions, full)] if full else []
+    kl = (
+        [check.kl_divergence(log_q, log_p) for log_q, log_p in zip(predictions, full)]
+        if full
+        else []
+    )
     print(
         f"{name:<50}{bits:>12.2f}{in_words(kl) if kl else '':>21}{1 / seconds:>18.1f}"
         f"{peak:>10}{f'{kept:.1f}' if kept else '':>6}",
@@ -123,11 +126,6 @@ def progress(windows, name):
     for i, window in enumerate(windows, start=1):
         log(f"{name}: text {i} of {len(windows)}")
         yield window
-
-
-def kl_divergence(log_q, log_p):
-    """Return the KL divergence of log-probabilities log_q (m, vocab) from log_p, a mean over m."""
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
 
 
 def in_words(sample):

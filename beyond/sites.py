@@ -55,8 +55,3 @@ class DecoderView:
 
     def __call__(self, tokens):
         return self.decoder(input_ids=tokens, use_cache=False)
-
-
-def head_dim(config):
-    """Return d_k, which some configurations leave out."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -291,8 +291,9 @@ def attention_of_parts(
     K_TOKENS: tl.constexpr, K_CHANNELS: tl.constexpr, V_TOKENS: tl.constexpr,
     V_CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """For one head of one sequence, and one part of its tokens: the maximum m of each query's
-    scores, the sum Z of softmax's numerators exp(S - m), and the sum A of Values that they weight.
+    """Compute, for one head of one sequence and one part of its tokens, the maximum m of each
+    query's scores, the sum Z of softmax's numerators exp(S - m), and the sum A of Values that they
+    weight.
 
     newest                   the slot of the query's token (b,); it sees `window` slots up to that
     S_newest                 if groups of tokens share a scale: the scores (b, H, G, K_TOKENS) of
@@ -374,7 +375,7 @@ def attention_of_all(
     k: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
     V_TOKENS: tl.constexpr, V_CHANNELS: tl.constexpr, PARTS: tl.constexpr, KEPT: tl.constexpr,
 ):
-    """For one query: put the parts together, and the kept tokens, which are in full precision.
+    """Put the parts of one query together, and the kept tokens, which are in full precision.
     PARTS and KEPT are `parts` and k, rounded up to powers of two."""
     query = tl.program_id(0).to(tl.int64)  # counted through all heads and sequences
     head = query // G

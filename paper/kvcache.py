@@ -138,7 +138,7 @@ class BlockCache:
         before = leave_out[:, 0, :, 0].cumsum(1)  # (r, m): so many are kept up to each slot
         m = before.shape[1]
         i = torch.arange(1, self.kept.shape[1] + 1, device=before.device).repeat(len(before), 1)
-        slots = torch.searchsorted(before, i)  # where the i-th comes, or m
+        slots = torch.searchsorted(before, i)  # of the i-th kept token, or m
         self.kept[sequences[:, 0]] = torch.where(slots < m, slots, self.n)
 
     def fill(self, store, kept_X, sequences, X, leave_out):

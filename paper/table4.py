@@ -6,7 +6,7 @@ when decoding.
     python -m paper.table4 --vs transformers    beside the `transformers` package and its caches
 
 Read top to bottom: what is measured, and how long a call takes; Table 4; its cost against n;
-decoding; the comparison with another implementation; the command.
+decoding; the attention of one block; the comparison with another implementation; the command.
 
 What this file does not do: it measures no quality; eval_ppl.py does. A time is the median of
 repeats, with the fastest and the slowest, after one round of warm-up. Calls that are compared
@@ -295,8 +295,9 @@ def decoding(benchmark):
             full = math.nan  # tokens a second in full precision, if it fits
             for bits in (16, *benchmark.config.bits):
                 free = free_memory(benchmark.device)
-                b = int(SPARE * free / computed_bytes(model, n, bits)) if batch == MAX else batch
-                computed = max(1, b) * computed_bytes(model, n, bits)
+                one = computed_bytes(model, n, bits)
+                b = max(1, int(SPARE * free / one)) if batch == MAX else batch
+                computed = b * one
                 start = f"{n:>8}{b:>7}{bits if bits < 16 else 'full':>6}"
                 if computed * 1.1 > free:
                     sizes = f"it takes {format_bytes(computed)}, of {format_bytes(free)} free"

@@ -298,6 +298,14 @@ def test_copies_live_on_their_own(theirs, sequences):
         assert first.bytes() == size
         first.close()
         logits_after(theirs, second, [[5]])
+    one = make_cache(theirs, "token-static")
+    one.calibrate(sequences[0])
+    logits_after(theirs, one, prompt)
+    read = [store.dequantized().clone() for store in stores_of(one)]
+    copy.deepcopy(one).calibrate(ordinary_tokens(300, 9).view(1, -1))  # widens only its own ranges
+    logits_after(theirs, one, [[20]])
+    for store, X in zip(stores_of(one), read):
+        assert torch.equal(store.dequantized()[:, :, :24], X)
     gemma = random_model("Gemma3Text", **GEMMA)
     cache = KVSinkCache(gemma, keep="pfn")
     logits_after(gemma, cache, torch.arange(3, 33)[None])
