@@ -30,6 +30,7 @@ from dataclasses import replace
 import torch
 
 import kvsink
+from beyond.codes import CodesOfLayer, use_codes
 from beyond.growing import GrowingStore
 from beyond.saved import load_cache, save_cache
 from beyond.sites import DecoderView, site_of
@@ -71,6 +72,9 @@ class KVSinkCache(Cache):
     site        kvsink.Site(l_E, c), or kvsink.NOWHERE to predict no sinks (default: Table 3's,
                 else the one that the finder finds)
     tokenizer   for the finder (default: the model's own)
+    attention   how a decoding step reads what is stored: "dequantized" gives transformers' attention
+                all Keys and Values in floating point; "codes" computes over the packed codes, which
+                is faster from some thousand tokens on if there is a compiler (codes.py)
     exact_prompt  whether a prompt's own attention reads its Keys and Values as they are, as with
                 transformers' own quantized caches. By default it reads them quantized, as in the
                 paper's perplexities.
@@ -85,16 +89,20 @@ class KVSinkCache(Cache):
     # fmt: off
     def __init__(self, model, bits=4, scheme="channel-dynamic", *, group_size=None,
                  keep="pfn+kvsink", sinks=None, predict=None, site=None, tokenizer=None,
-                 exact_prompt=False):
+                 attention="dequantized", exact_prompt=False):
         # fmt: on
         if sinks is None:
             sinks = 1 if keep == "pfn" else AUTO
-        check_options(scheme, keep, sinks)
+        check_options(scheme, keep, sinks, attention)
         self.rule = rule_of(keep, sinks)
         self.decoder = decoder_of(model)
         self.group_size = choose_group_size(group_size, head_sizes(self.decoder))
         self.predict = predict
         self.exact_prompt = exact_prompt
+        self.reads_codes = attention == "codes"
+        self.pending = []  # see KVSinkLayer.update
+        if self.reads_codes:
+            use_codes(self.decoder, head_sizes(self.decoder))
         self.options = {"bits": bits, "scheme": scheme, "keep": keep, "sinks": sinks}
         site = checked_site(site, self.decoder)
         if self.rule.predicts:
@@ -214,6 +222,7 @@ class KVSinkCache(Cache):
     def reset(self):
         super().reset()
         self.tokens.clear()
+        self.pending.clear()
 
     def crop(self, tokens_to_remove):
         if tokens_to_remove > 0:
@@ -252,6 +261,7 @@ class KVSinkCache(Cache):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.tokens = dict(self.tokens)
+        other.pending = []
         buffers = [Buffer(), Buffer()]
         other.layers = [
             layer.copy(other, buffers) if layer in self.quantized_layers else copy.deepcopy(layer)
@@ -359,6 +369,8 @@ class KVSinkLayer(DynamicLayer):
         self.quantizers = quantizers  # of the Keys, of the Values: these three
         self.buffers = buffers
         self.exact_prompt = cache.exact_prompt
+        self.reads_codes = cache.reads_codes
+        self.pending = cache.pending
         self.tokens = cache.tokens
         self.S_sink = S_sink
         self.reset()
@@ -375,22 +387,35 @@ class KVSinkLayer(DynamicLayer):
             store.quantizer = quantizer
             store.buffer = buffer
             store.parts = dict(store.parts)
-            other.stores.append(store)
+            other.in_place.append(store)
         return other
 
     def reset(self):
         self.length = 0
         self.is_initialized = False
-        self.stores = []
+        self.in_place = []  # the stores of Keys and Values
+        self.codes = None  # or what `attention="codes"` has made of them
         self.observing = False  # True while a static scheme is calibrated
+
+    @property
+    def stores(self):
+        """The GrowingStores of the Keys and the Values."""
+        if self.codes:
+            self.codes.give_back()
+            self.codes = None
+        return self.in_place
 
     def update(self, K, V, *args, **kwargs):
         """Store the new K and V (b, h_kv, m, d_k), and return all of them (b, h_kv, n, d_k). Raises
         ValueError if the cache's hooks have not seen these tokens."""
         if torch.is_grad_enabled() and (K.requires_grad or V.requires_grad):
             raise ValueError("a KVSinkCache is for inference: run the model under torch.no_grad()")
+        if self.pending:
+            raise ValueError(
+                "this model's attention does not go through transformers' AttentionInterface, or a "
+                "forward pass was interrupted: leave attention='codes' out, or reset() the cache"
+            )
         m = K.shape[2]
-        is_prompt = self.length == 0 or m > 1
         self.length += m
         S_sink = self.tokens.get(self.S_sink)
         if S_sink is None or S_sink.shape != (len(K), self.length):
@@ -398,21 +423,45 @@ class KVSinkLayer(DynamicLayer):
                 "this KVSinkCache is closed, or belongs to another model, or a forward pass was "
                 "interrupted: reset() it"
             )
-        S_sink = S_sink.to(K.device)
-        attended = self.tokens["attended"].to(K.device)
         if self.observing:
             for quantizer, X in zip(self.quantizers, (K, V)):
-                quantizer.calibrate(X, S_sink[:, None, :, None])
+                quantizer.calibrate(X, S_sink.to(X.device)[:, None, :, None])
             return K, V
-        if not self.stores:
+        if not self.in_place:
             parts = zip(self.quantizers, self.buffers, (K, V))
-            self.stores = [GrowingStore(*arguments) for arguments in parts]
+            self.in_place = [GrowingStore(*arguments) for arguments in parts]
             self.is_initialized = True
+        if self.reads_codes and m == 1 < self.length:
+            # codes.py's attention function takes them from here.
+            self.pending.append((K, V))
+            K = K.view_as(K)  # a tensor of our own, to put a mark on
+            K.kvsink_layer = self
+            return K, V
+        return self.store(K, V)
+
+    def store(self, K, V):
+        """Store the new K and V, and return all of them."""
+        m = K.shape[2]
+        S_sink = self.tokens[self.S_sink].to(K.device)
+        attended = self.tokens["attended"].to(K.device)
+        is_prompt = m == self.length or m > 1
         with torch.autocast(K.device.type, enabled=False):
             return [
                 store.update(X, S_sink, attended, is_prompt, self.exact_prompt)
                 for store, X in zip(self.stores, (K, V))
             ]
+
+    def attend(self, Q, K, V, mask):
+        """Store one new token, and return the attention of its query over the codes."""
+        if self.codes is None or self.codes.is_full:
+            stores = self.stores
+            kept = max(int(self.tokens[name].sum(1).max()) for name in (UP_TO, AFTER))
+            k = -(-kept // 8) * 8  # by eights, because each number is compiled anew
+            self.codes = CodesOfLayer(stores, self.quantizers, self.length - 1, Q.shape[1], k)
+        seen = None if mask is None else mask[:, 0, 0]
+        attended = self.tokens["attended"].to(K.device)
+        with torch.autocast(K.device.type, enabled=False):
+            return self.codes.attend(Q, K, V, seen, attended)
 
     def get_seq_length(self):
         return self.length
@@ -499,8 +548,10 @@ def choose_group_size(group_size, heads):
     return group_size
 
 
-def check_options(scheme, keep, sinks):
-    """Raise ValueError if there is no such scheme or number of sinks."""
+def check_options(scheme, keep, sinks, attention):
+    """Raise ValueError if there is no such scheme, number of sinks or attention."""
+    if attention not in ("dequantized", "codes"):
+        raise ValueError(f"attention={attention!r} is neither 'dequantized' nor 'codes'")
     if scheme not in kvsink.SCHEMES:
         raise ValueError(f"scheme={scheme!r} is none of {', '.join(kvsink.SCHEMES)}")
     is_number = type(sinks) is int and sinks >= 0

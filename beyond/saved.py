@@ -93,7 +93,7 @@ def fill(cache, tensors):
             store = GrowingStore(quantizer, buffer, parts["residual"])
             check_parts(parts, quantizer, b, n)
             store.parts = parts
-            layer.stores.append(store)
+            layer.in_place.append(store)
 
 
 def check_parts(parts, quantizer, b, n):

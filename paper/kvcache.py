@@ -199,13 +199,14 @@ class PackedBlockCache(BlockCache):
         if self.kernel:  # it multiplies along the channels of Keys, and along the tokens of Values
             self.K.codes = self.K.codes.contiguous()
 
-    def attention(self, Q, slot, rope, window=None):
+    def attention(self, Q, slot, rope, window=None, unseen=None):
         """Eq. 3 for one query of each sequence: Q (b, h, 1, d_k), rotated, of the token in `slot`
         (b, 1) -> (b, 1, h d_k). The query sees its own slot and the slots before it, or a window of
-        them."""
-        if self.kernel:
+        them, or those that a mask `unseen` (b, n + 1) leaves."""
+        if self.kernel and unseen is None:
             return self.kernel(self, Q, slot, window)
-        unseen = unseen_slots(slot, window, self.n)
+        if unseen is None:
+            unseen = unseen_slots(slot, window, self.n)
         b, h, _, d_k = Q.shape
         n = self.n
         h_kv = self.K.codes.shape[1]
@@ -621,12 +622,20 @@ def unpack(packed, bits):
     shift = 0
     for width in planes(bits):
         plane = packed[..., first : first + d * width // 8]
-        parts = [(plane >> (width * i)) & (2**width - 1) for i in range(8 // width)]
+        # Several bytes make one integer and are shifted at once, because without torch.compile
+        # bytes one by one take twice as long.
+        size = math.gcd(plane.shape[-1], 8)
+        words = plane.contiguous().view(WORDS[size])
+        mask = int.from_bytes(bytes([2**width - 1]) * size, "little", signed=True)
+        parts = [((words >> (width * i)) & mask).view(torch.uint8) for i in range(8 // width)]
         part = torch.cat(parts, dim=-1)
         codes = codes | (part << shift) if shift else part
         first = first + plane.shape[-1]
         shift = shift + width
     return codes
+
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 # --------------------------------------------------------------------------------------------------
