@@ -71,7 +71,7 @@ def can_read_codes(layer, K, V, attention_mask, kwargs):
     if kwargs.get("dropout"):
         return False
     # After autocast, or a move of the model, `GrowingStore.adapt` comes first.
-    stored = layer.in_place[0].parts["kept"]
+    stored = layer.held[0].parts["kept"]
     return all((X.dtype, X.device) == (stored.dtype, stored.device) for X in (K, V))
 
 
@@ -124,8 +124,8 @@ class CodesOfLayer:
         return A.unflatten(2, (Q.shape[1], -1))
 
     def finish_groups(self, attended):
-        """Encode a group that has become complete: `GrowingStore.append` does so, too, when the next
-        token comes."""
+        """Encode a group that has become complete. As in `GrowingStore.append`, that happens when
+        the next token comes."""
         for i, packed in enumerate((self.block.K, self.block.V)):
             if packed.residual is not None and self.n - self.coded[i] == packed.g:
                 slots = torch.arange(self.coded[i], self.n, device=attended.device)

@@ -51,6 +51,7 @@ if not transformers.__version__.startswith("5.23."):
 # --------------------------------------------------------------------------------------------------
 # The cache
 
+ATTENTIONS = ("dequantized", "codes")
 UP_TO = "S_sink up to l_E"
 AFTER = "S_sink after l_E"
 
@@ -72,9 +73,9 @@ class KVSinkCache(Cache):
     site        kvsink.Site(l_E, c), or kvsink.NOWHERE to predict no sinks (default: Table 3's,
                 else the one that the finder finds)
     tokenizer   for the finder (default: the model's own)
-    attention   how a decoding step reads what is stored: "dequantized" gives transformers' attention
-                all Keys and Values in floating point; "codes" computes over the packed codes, which
-                is faster from some thousand tokens on if there is a compiler (codes.py)
+    attention   how a decoding step reads what is stored. "dequantized": transformers' own attention
+                gets all Keys and Values in floating point. "codes": an attention of ours computes
+                over the packed codes, which wants a compiler (codes.py)
     exact_prompt  whether a prompt's own attention reads its Keys and Values as they are, as with
                 transformers' own quantized caches. By default it reads them quantized, as in the
                 paper's perplexities.
@@ -211,11 +212,12 @@ class KVSinkCache(Cache):
     def bytes(self):
         """Return the bytes that the quantized layers store, and the bytes that the same numbers
         take in 16 bits."""
-        stores = [store for layer in self.quantized_layers for store in layer.stores]
-        stored = sum(part.nbytes for store in stores for part in store.parts.values())
-        # A residual is (b, h_kv, tokens, d_k).
-        sizes = [store.parts["residual"].shape for store in stores]
-        return stored, 2 * self.get_seq_length() * sum(b * h * d for b, h, _, d in sizes)
+        layers = self.quantized_layers
+        stored = sum(tensor.nbytes for layer in layers for tensor in layer.tensors())
+        # The kept tokens of a store are (k, h_kv, d_k).
+        sizes = [store.parts["kept"].shape for layer in layers for store in layer.held]
+        b = len(self.tokens["attended"]) if self.tokens else 0
+        return stored, 2 * self.get_seq_length() * b * sum(h_kv * d_k for _, h_kv, d_k in sizes)
 
     # What transformers asks of a cache
 
@@ -387,14 +389,14 @@ class KVSinkLayer(DynamicLayer):
             store.quantizer = quantizer
             store.buffer = buffer
             store.parts = dict(store.parts)
-            other.in_place.append(store)
+            other.held.append(store)
         return other
 
     def reset(self):
         self.length = 0
         self.is_initialized = False
-        self.in_place = []  # the stores of Keys and Values
-        self.codes = None  # or what `attention="codes"` has made of them
+        self.held = []  # two stores, of which `codes` may hold the codes
+        self.codes = None  # see codes.CodesOfLayer
         self.observing = False  # True while a static scheme is calibrated
 
     @property
@@ -403,7 +405,12 @@ class KVSinkLayer(DynamicLayer):
         if self.codes:
             self.codes.give_back()
             self.codes = None
-        return self.in_place
+        return self.held
+
+    def tensors(self):
+        """Return all that is stored."""
+        tensors = [part for store in self.held for part in store.parts.values()]
+        return tensors + (self.codes.block.tensors() if self.codes else [])
 
     def update(self, K, V, *args, **kwargs):
         """Store the new K and V (b, h_kv, m, d_k), and return all of them (b, h_kv, n, d_k). Raises
@@ -427,9 +434,9 @@ class KVSinkLayer(DynamicLayer):
             for quantizer, X in zip(self.quantizers, (K, V)):
                 quantizer.calibrate(X, S_sink.to(X.device)[:, None, :, None])
             return K, V
-        if not self.in_place:
+        if not self.held:
             parts = zip(self.quantizers, self.buffers, (K, V))
-            self.in_place = [GrowingStore(*arguments) for arguments in parts]
+            self.held = [GrowingStore(*arguments) for arguments in parts]
             self.is_initialized = True
         if self.reads_codes and m == 1 < self.length:
             # codes.py's attention function takes them from here.
@@ -550,8 +557,10 @@ def choose_group_size(group_size, heads):
 
 def check_options(scheme, keep, sinks, attention):
     """Raise ValueError if there is no such scheme, number of sinks or attention."""
-    if attention not in ("dequantized", "codes"):
-        raise ValueError(f"attention={attention!r} is neither 'dequantized' nor 'codes'")
+    if attention not in ATTENTIONS:
+        raise ValueError(
+            f"attention={attention!r} is neither {' nor '.join(map(repr, ATTENTIONS))}"
+        )
     if scheme not in kvsink.SCHEMES:
         raise ValueError(f"scheme={scheme!r} is none of {', '.join(kvsink.SCHEMES)}")
     is_number = type(sinks) is int and sinks >= 0

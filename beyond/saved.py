@@ -93,7 +93,7 @@ def fill(cache, tensors):
             store = GrowingStore(quantizer, buffer, parts["residual"])
             check_parts(parts, quantizer, b, n)
             store.parts = parts
-            layer.in_place.append(store)
+            layer.held.append(store)
 
 
 def check_parts(parts, quantizer, b, n):

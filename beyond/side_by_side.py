@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from beyond import check
 from beyond.kvsink_cache import (
+    ATTENTIONS,
     KVSinkCache,
     head_sizes,
     transformers,
@@ -50,7 +51,8 @@ class Comparison:
     bits: tuple[int, ...]
     group_sizes: tuple[int, ...]
     keep: tuple[str, ...]
-    exact_prompt: bool = False  # see KVSinkCache
+    attention: str = "dequantized"  # see KVSinkCache
+    exact_prompt: bool = False
 
 
 class Measured(NamedTuple):
@@ -81,7 +83,12 @@ def print_table(comparison):
     ours = []
     settings = itertools.product(comparison.bits, comparison.group_sizes, comparison.keep)
     for bits, group_size, keep in settings:
-        options = {"keep": keep, "site": comparison.site, "exact_prompt": comparison.exact_prompt}
+        options = {
+            "keep": keep,
+            "site": comparison.site,
+            "attention": comparison.attention,
+            "exact_prompt": comparison.exact_prompt,
+        }
         cache = KVSinkCache(comparison.model, bits, group_size=group_size, **options)
         name = f"KVSinkCache, {bits} bits, groups of {group_size}, keep={keep}"
         ours.append(measure_cache(comparison, cache, name, (bits, group_size, keep), full)[1])
@@ -292,6 +299,7 @@ def load_comparison(args):
         bits=tuple(args.bits),
         group_sizes=tuple(size for size in args.group_size if head % size == 0) or (head,),
         keep=tuple(args.keep),
+        attention=args.attention,
         exact_prompt=args.exact_prompt,
     )
     return comparison, tokenizer
@@ -322,6 +330,8 @@ def parse_arguments(argv):
         "those that divide a head (default: 16 64)")
     add("--keep", nargs="+", choices=KEEPS, default=["pfn+kvsink", "none"], help="of KVSinkCache "
         "(default: pfn+kvsink none)")
+    add("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="how KVSinkCache decodes "
+        "(default: %(default)s)")
     add("--exact-prompt", action="store_true", help="KVSinkCache's prompts read their Keys and "
         "Values before they are quantized, too, as those of the other caches do")
     add = parser.add_argument_group("how to run it").add_argument
