@@ -9,7 +9,8 @@ What this file does not do: the finder and lines 15-16 of Algorithm 1 are kvsink
 import torch
 import torch.nn.functional as F
 
-from beyond.kvsink_cache import KVSinkCache, decoder_of
+from beyond.kvsink_cache import KVSinkCache
+from beyond.models import decoder_of
 from beyond.sites import DecoderView
 from kvsink import NOWHERE, predict_sinks_without_k, stable_outliers
 

@@ -76,15 +76,14 @@ class GrowingStore:
         # As in paper/kvcache.py, a group that a decoded token completes is read in full precision
         # once more: it is encoded when the next token comes.
         waiting = 1 if self.g > 1 and not is_prompt else 0
-        first = self.coded
         complete = (residual.shape[2] - waiting) // self.g * self.g
+        leave_out = leave_out[:, None, self.coded :, None]
         self.parts["residual"] = residual[:, :, complete:].clone()
         numbers = X[:, :, 0].numel() * self.g  # of a group of tokens
         step = max(1, CHUNK // numbers) * self.g
         for i in range(0, complete, step):
             end = min(i + step, complete)
-            mask = leave_out[:, None, first + i : first + end, None]
-            self.encode(residual[:, :, i:end], mask)
+            self.encode(residual[:, :, i:end], leave_out[:, :, i:end])
 
     def encode(self, X, leave_out):
         """Add the codes of complete groups of tokens X."""

@@ -5,11 +5,11 @@ full precision.
     model.generate(**inputs, past_key_values=cache)
     print(cache.sinks(), cache.bytes())
 
-Read top to bottom: the cache; its hooks; a layer of it; checks of the arguments. beyond/README.md
-says for which models it works.
+Read top to bottom: the cache; its hooks; checks of the arguments. beyond/README.md says for which
+models it works.
 
-What this file does not do: kvsink.py predicts sinks, quant.py quantizes, growing.py stores, and
-sites.py finds l_E and c.
+What this file does not do: kvsink.py predicts sinks, quant.py quantizes, layer.py and growing.py
+store the Keys and Values of a block, and sites.py finds l_E and c.
 
 transformers runs the model. It gives Keys and Values to a cache, but no hidden state. So the cache
 puts two hooks on the model: one on the decoder, which sees the tokens that come, and one on block
@@ -29,31 +29,32 @@ from dataclasses import replace
 
 import torch
 
+try:
+    import transformers
+
+    if not transformers.__version__.startswith("5.23."):
+        raise ImportError
+except ImportError:
+    raise ImportError(
+        "KVSinkCache needs transformers 5.23, with which it was tested: "
+        "pip install transformers==5.23.0"
+    ) from None
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
 import kvsink
-from beyond.codes import CodesOfLayer, use_codes
-from beyond.growing import GrowingStore
+from beyond.codes import use_codes
+from beyond.layer import AFTER, UP_TO, Buffer, KVSinkLayer
+from beyond.models import decoder_of, head_sizes
 from beyond.saved import load_cache, save_cache
 from beyond.sites import DecoderView, site_of
 from kvsink import AUTO, NOWHERE, Site, predict_sinks
 from paper.kvcache import check_head
 from support.rows import rule_of
 
-try:
-    import transformers
-    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-except ImportError:
-    raise ImportError("KVSinkCache needs transformers: pip install transformers==5.23.0") from None
-if not transformers.__version__.startswith("5.23."):
-    raise ImportError(
-        f"KVSinkCache was tested with transformers 5.23, not with {transformers.__version__}"
-    )
-
 # --------------------------------------------------------------------------------------------------
 # The cache
 
 ATTENTIONS = ("dequantized", "codes")
-UP_TO = "S_sink up to l_E"
-AFTER = "S_sink after l_E"
 
 
 class KVSinkCache(Cache):
@@ -340,208 +341,7 @@ def padding_mask(attention_mask):
 
 
 # --------------------------------------------------------------------------------------------------
-# A layer of it
-
-
-class Buffer:
-    """Memory that all layers share, for what attention reads: one layer's numbers have been read
-    before the next layer writes its own."""
-
-    def __init__(self):
-        self.memory = torch.empty(0)
-
-    def tensor(self, size, dtype, device):
-        n = size.numel()
-        fits = n <= self.memory.numel() <= 2 * n
-        if not (fits and self.memory.dtype == dtype and self.memory.device == device):
-            self.memory = None  # freed first
-            self.memory = torch.empty(n + n // 8, dtype=dtype, device=device)
-        return self.memory[:n].view(size)
-
-
-class KVSinkLayer(DynamicLayer):
-    """The quantized Keys and Values of one block. `S_sink` is the name of the mask in
-    KVSinkCache.tokens that says which tokens this block keeps."""
-
-    # Cropping is not lossless: the range of a group still reflects the removed tokens.
-    is_croppable = False
-
-    def __init__(self, cache, quantizers, S_sink, buffers):
-        super().__init__()
-        self.quantizers = quantizers  # of the Keys, of the Values: these three
-        self.buffers = buffers
-        self.exact_prompt = cache.exact_prompt
-        self.reads_codes = cache.reads_codes
-        self.pending = cache.pending
-        self.tokens = cache.tokens
-        self.S_sink = S_sink
-        self.reset()
-
-    def copy(self, cache, buffers):
-        """Return the same layer of another cache, which shares all tensors."""
-        # Quantizers of its own: to calibrate one cache must not change the scales of the other.
-        quantizers = [replace(quantizer) for quantizer in self.quantizers]
-        other = KVSinkLayer(cache, quantizers, self.S_sink, buffers)
-        other.length = self.length
-        other.is_initialized = self.is_initialized
-        for store, quantizer, buffer in zip(self.stores, quantizers, buffers):
-            store = copy.copy(store)
-            store.quantizer = quantizer
-            store.buffer = buffer
-            store.parts = dict(store.parts)
-            other.held.append(store)
-        return other
-
-    def reset(self):
-        self.length = 0
-        self.is_initialized = False
-        self.held = []  # two stores, of which `codes` may hold the codes
-        self.codes = None  # see codes.CodesOfLayer
-        self.observing = False  # True while a static scheme is calibrated
-
-    @property
-    def stores(self):
-        """The GrowingStores of the Keys and the Values."""
-        if self.codes:
-            self.codes.give_back()
-            self.codes = None
-        return self.held
-
-    def tensors(self):
-        """Return all that is stored."""
-        tensors = [part for store in self.held for part in store.parts.values()]
-        return tensors + (self.codes.block.tensors() if self.codes else [])
-
-    def update(self, K, V, *args, **kwargs):
-        """Store the new K and V (b, h_kv, m, d_k), and return all of them (b, h_kv, n, d_k). Raises
-        ValueError if the cache's hooks have not seen these tokens."""
-        if torch.is_grad_enabled() and (K.requires_grad or V.requires_grad):
-            raise ValueError("a KVSinkCache is for inference: run the model under torch.no_grad()")
-        if self.pending:
-            raise ValueError(
-                "this model's attention does not go through transformers' AttentionInterface, or a "
-                "forward pass was interrupted: leave attention='codes' out, or reset() the cache"
-            )
-        m = K.shape[2]
-        self.length += m
-        S_sink = self.tokens.get(self.S_sink)
-        if S_sink is None or S_sink.shape != (len(K), self.length):
-            raise ValueError(
-                "this KVSinkCache is closed, or belongs to another model, or a forward pass was "
-                "interrupted: reset() it"
-            )
-        if self.observing:
-            for quantizer, X in zip(self.quantizers, (K, V)):
-                quantizer.calibrate(X, S_sink.to(X.device)[:, None, :, None])
-            return K, V
-        if not self.held:
-            parts = zip(self.quantizers, self.buffers, (K, V))
-            self.held = [GrowingStore(*arguments) for arguments in parts]
-            self.is_initialized = True
-        if self.reads_codes and m == 1 < self.length:
-            # codes.py's attention function takes them from here.
-            self.pending.append((K, V))
-            K = K.view_as(K)  # a tensor of our own, to put a mark on
-            K.kvsink_layer = self
-            return K, V
-        return self.store(K, V)
-
-    def store(self, K, V):
-        """Store the new K and V, and return all of them."""
-        m = K.shape[2]
-        S_sink = self.tokens[self.S_sink].to(K.device)
-        attended = self.tokens["attended"].to(K.device)
-        is_prompt = m == self.length or m > 1
-        with torch.autocast(K.device.type, enabled=False):
-            return [
-                store.update(X, S_sink, attended, is_prompt, self.exact_prompt)
-                for store, X in zip(self.stores, (K, V))
-            ]
-
-    def attend(self, Q, K, V, mask):
-        """Store one new token, and return the attention of its query over the codes."""
-        if self.codes is None or self.codes.is_full:
-            stores = self.stores
-            kept = max(int(self.tokens[name].sum(1).max()) for name in (UP_TO, AFTER))
-            k = -(-kept // 8) * 8  # by eights, because each number is compiled anew
-            self.codes = CodesOfLayer(stores, self.quantizers, self.length - 1, Q.shape[1], k)
-        seen = None if mask is None else mask[:, 0, 0]
-        attended = self.tokens["attended"].to(K.device)
-        with torch.autocast(K.device.type, enabled=False):
-            return self.codes.attend(Q, K, V, seen, attended)
-
-    def get_seq_length(self):
-        return self.length
-
-    def crop(self, tokens_to_remove):
-        self.length = max(self.length + tokens_to_remove, 0)
-        for store in self.stores:
-            store.crop(self.length)
-
-    def reorder_cache(self, beam_idx):
-        for store in self.stores:
-            store.reorder(beam_idx)
-
-
-# --------------------------------------------------------------------------------------------------
 # Checks of the arguments
-
-
-def decoder_of(model):
-    """Return the part of a model whose `layers` are its blocks. Raises ValueError if there is
-    none."""
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} has an encoder: KVSinkCache is for models that only decode")
-    decoder = model if hasattr(model, "layers") else model.get_decoder()
-    for inner in ("language_model", "model"):
-        if not hasattr(decoder, "layers"):
-            decoder = getattr(decoder, inner, decoder)
-    if not hasattr(decoder, "layers"):
-        raise ValueError(f"{name} has no `layers`: KVSinkCache cannot find its blocks")
-    return decoder
-
-
-HEAD_SIZES = weakref.WeakKeyDictionary()  # of the models that `head_sizes` has run
-
-
-def head_sizes(decoder):
-    """Run two tokens through a decoder, once, and return how many channels its Keys and Values
-    have. Raises ValueError if its blocks or their cache are not what KVSinkCache reads."""
-    if decoder in HEAD_SIZES:
-        return HEAD_SIZES[decoder]
-    name = type(decoder).__name__
-    cache = DynamicCache(config=decoder.config)
-    outputs = []
-    hooks = [
-        block.register_forward_hook(lambda block, inputs, output: outputs.append(output))
-        for block in decoder.layers
-    ]
-    device = decoder.get_input_embeddings().weight.device
-    try:
-        with torch.no_grad():
-            tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-            decoder(input_ids=tokens, past_key_values=cache)
-    except Exception as error:  # whatever a model's own code raises
-        raise ValueError(f"{name} does not run with a DynamicCache: {error!r}") from None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for l, H in enumerate(outputs, start=1):
-        H = H[0] if isinstance(H, tuple) else H
-        if H.ndim != 3:
-            raise ValueError(f"{name}: block {l} gives {H.ndim} dimensions, not (b, n, d)")
-    if not len(cache.layers) == len(outputs) == len(decoder.layers):
-        raise ValueError(f"{name} has blocks whose Keys are not in the cache")
-    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
-    if not layers:
-        raise ValueError(
-            "every layer has a sliding window or no Keys: there is nothing to quantize"
-        )
-    if not all(layer.is_initialized for layer in layers):
-        raise ValueError(f"{name} has blocks that read the Keys and Values of other blocks")
-    sizes = {X.shape[-1] for layer in layers for X in (layer.keys, layer.values)}
-    return HEAD_SIZES.setdefault(decoder, sizes)
 
 
 def choose_group_size(group_size, heads):

@@ -19,12 +19,8 @@ import torch
 from tqdm import tqdm
 
 from beyond import check
-from beyond.kvsink_cache import (
-    ATTENTIONS,
-    KVSinkCache,
-    head_sizes,
-    transformers,
-)  # its version is checked there
+from beyond.kvsink_cache import ATTENTIONS, KVSinkCache, transformers
+from beyond.models import head_sizes
 from beyond.sites import site_of
 from kvsink import Site
 from paper.table4 import peak_memory, reset_peak_memory, their_caches

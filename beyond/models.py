@@ -1,0 +1,66 @@
+"""What KVSinkCache needs of a model of transformers: its blocks, and the sizes of its heads.
+
+What this file does not do: sites.py finds l_E and c of the model.
+"""
+
+import weakref
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+
+def decoder_of(model):
+    """Return the part of a model whose `layers` are its blocks. Raises ValueError if there is
+    none."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} has an encoder: KVSinkCache is for models that only decode")
+    decoder = model if hasattr(model, "layers") else model.get_decoder()
+    for inner in ("language_model", "model"):
+        if not hasattr(decoder, "layers"):
+            decoder = getattr(decoder, inner, decoder)
+    if not hasattr(decoder, "layers"):
+        raise ValueError(f"{name} has no `layers`: KVSinkCache cannot find its blocks")
+    return decoder
+
+
+HEAD_SIZES = weakref.WeakKeyDictionary()  # of the models that `head_sizes` has run
+
+
+def head_sizes(decoder):
+    """Run two tokens through a decoder, once, and return how many channels its Keys and Values
+    have. Raises ValueError if its blocks or their cache are not what KVSinkCache reads."""
+    if decoder in HEAD_SIZES:
+        return HEAD_SIZES[decoder]
+    name = type(decoder).__name__
+    cache = DynamicCache(config=decoder.config)
+    outputs = []
+    hooks = [
+        block.register_forward_hook(lambda block, inputs, output: outputs.append(output))
+        for block in decoder.layers
+    ]
+    device = decoder.get_input_embeddings().weight.device
+    try:
+        with torch.no_grad():
+            tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+            decoder(input_ids=tokens, past_key_values=cache)
+    except Exception as error:  # whatever a model's own code raises
+        raise ValueError(f"{name} does not run with a DynamicCache: {error!r}") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for l, H in enumerate(outputs, start=1):
+        H = H[0] if isinstance(H, tuple) else H
+        if H.ndim != 3:
+            raise ValueError(f"{name}: block {l} gives {H.ndim} dimensions, not (b, n, d)")
+    if not len(cache.layers) == len(outputs) == len(decoder.layers):
+        raise ValueError(f"{name} has blocks whose Keys are not in the cache")
+    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    if not layers:
+        raise ValueError(
+            "every layer has a sliding window or no Keys: there is nothing to quantize"
+        )
+    if not all(layer.is_initialized for layer in layers):
+        raise ValueError(f"{name} has blocks that read the Keys and Values of other blocks")
+    sizes = {X.shape[-1] for layer in layers for X in (layer.keys, layer.values)}
+    return HEAD_SIZES.setdefault(decoder, sizes)
