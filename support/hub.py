@@ -89,7 +89,8 @@ def fingerprint(directory):
     """Return a key that identifies a checkpoint. It changes with the path, with the name, size or
     mtime of a weight or tokenizer file, and with the content of config.json."""
     files = []
-    for path in sorted({*weight_files(directory), *directory.glob("tokenizer*")}):
+    tokenizer_files = {*directory.glob("tokenizer*"), *directory.glob("*_tokens*.json")}
+    for path in sorted(tokenizer_files.union(weight_files(directory))):
         stat = path.stat()
         files.append((str(path.relative_to(directory)), stat.st_size, stat.st_mtime_ns))
     config = (directory / "config.json").read_bytes()

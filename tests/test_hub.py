@@ -1192,7 +1192,14 @@ def test_something_other_than_a_model_is_called_what_it_is(name, words, web, tmp
 
 def test_the_fingerprint_of_a_checkpoint_changes_with_each_of_its_files(tmp_path):
     directory = write_model(tmp_path / "model", SMALL, shards=2)
-    (directory / "tokenizer.json").write_text("{}")
+    files = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "special_tokens_map.json",
+    )
+    for name in files:
+        (directory / name).write_text("{}")
     seen = {hub.fingerprint(directory)}
     assert seen == {hub.fingerprint(directory)}
     config = directory / "config.json"
@@ -1200,12 +1207,12 @@ def test_the_fingerprint_of_a_checkpoint_changes_with_each_of_its_files(tmp_path
     config.write_text(json.dumps(SMALL).replace("1e-05", "1e-06"))
     os.utime(config, ns=(mtime, mtime))  # its content counts, not its mtime
     seen.add(hub.fingerprint(directory))
-    for name in (SHARDS[1], "tokenizer.json"):
+    for name in (SHARDS[1], *files):
         os.utime(directory / name, ns=(1, 1))
         seen.add(hub.fingerprint(directory))
     (tmp_path / "elsewhere").symlink_to(directory)
     assert hub.fingerprint(tmp_path / "elsewhere") in seen
-    assert len(seen) == 4
+    assert len(seen) == 3 + len(files)
     cache.shutil.copytree(directory, tmp_path / "copy")
     assert hub.fingerprint(tmp_path / "copy") not in seen
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from llama import ROPE_KEYS, Llama, LlamaConfig, rope_table
+from support.tokenizer import Tokenizer
 from tests.helpers import LLAMA31_ROPE, SMALL, write_model
+from tests.test_tokenizer import ADDED, LAYOUTS, STRINGS_THAT_HURT, write_fine_tune
 
 transformers = pytest.importorskip(
     "transformers", reason="the transformers package is not installed"
@@ -149,3 +151,42 @@ def test_two_keys_that_say_the_same_give_the_logits_of_transformers(change, tmp_
 def test_what_transformers_would_compute_otherwise_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         LlamaConfig.from_dict({**SMALL, **change})
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+CHATS = (
+    "<|im_start|>the cat<|im_end|>",
+    "the cat<|im_end|>",
+    "<|im_start|>user\n a cat <|im_end|>\n<|im_start|>assistant\n",
+    "<|im_start|><|im_end|> 1 2",
+    "is <|im_star|> a <|im_end|>the 5",
+)
+
+
+@pytest.mark.parametrize("legacy", [None, False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ids_are_those_of_transformers_in_every_layout(layout, family, legacy, tmp_path):
+    """On text with and without added tokens. Two things differ, where transformers reads a
+    tokenizer.model: SentencePiece itself puts a space also before a text that begins with one; and
+    transformers puts none before a text of a Mistral, which is no SentencePiece's."""
+    from_model = "tokenizer.json" not in (*LAYOUTS[layout], layout.split()[-1])
+    if from_model:
+        reason = "the transformers package needs protobuf to read a tokenizer.model"
+        pytest.importorskip("google.protobuf", reason=reason)
+    settings = {} if legacy is None else {"legacy": legacy}
+    write_fine_tune(tmp_path, layout, family, **settings)
+    ours = Tokenizer.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for words in (*STRINGS_THAT_HURT, *CHATS):
+        starts_added = words.startswith(ADDED)
+        if from_model and not starts_added and (words.startswith(" ") or family == "mistral"):
+            continue
+        if from_model and family == "mistral" and legacy:
+            continue  # there, transformers knows no `legacy`
+        assert ours.encode(words) == theirs(words).input_ids, words
+    ids = [1, 320, *ours.encode("the cat", bos=False), 321]
+    assert ours.decode(ids).removeprefix("<s>") == theirs.decode(ids).removeprefix("<s>")
+    assert theirs.eos_token_id in ours.stop_ids
