@@ -13,7 +13,8 @@ head.
 
 import json
 import math
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -427,24 +428,81 @@ def weight_files(directory):
     return files
 
 
-def stored_tensors(directory):
-    """Return a dict of all stored tensors but RoPE's frequencies: checkpoint key -> file, shape and
-    dtype."""
+def stored_names(directory):
+    """Return a dict of all stored tensors but RoPE's frequencies: checkpoint key -> its file."""
     stored = {}
     for path, listed in weight_files(directory).items():
-        try:
-            with safe_open(path, framework="pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}
-                for key, s in slices.items():
-                    stored[key] = path, tuple(s.get_shape()), s.get_dtype()
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-        if missing := set(listed) - set(slices):
+        with open_weights(path) as file:
+            keys = file.keys()
+        if missing := set(listed) - set(keys):
             raise ValueError(
                 f"{path}: tensor {min(missing)} is missing, though the index says it is here"
             )
+        stored |= dict.fromkeys(keys, path)
     # Old LLaMA files carry RoPE's frequencies: not needed.
-    return {key: place for key, place in stored.items() if not key.endswith("rotary_emb.inv_freq")}
+    return {key: path for key, path in stored.items() if not key.endswith("rotary_emb.inv_freq")}
+
+
+@contextmanager
+def open_weights(path, device="cpu"):
+    """Open a safetensors file. Raises ValueError if it is not a whole one."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def check_names(directory, config, stored):
+    """Raise ValueError if the stored tensors are not those of the model, by name: this takes no
+    time however many there are."""
+    if "embed_tokens.weight" in stored:
+        raise ValueError(
+            f"{directory}: a LlamaModel without its output layer: save the LlamaForCausalLM instead"
+        )
+    if config.num_hidden_layers > len(stored):  # before all names are listed
+        raise ValueError(
+            f"{directory}: config.json has more blocks than there are tensors ({len(stored)})"
+        )
+    names = checkpoint_names(config)
+    if unexpected := stored.keys() - names.keys():
+        key = min(unexpected)
+        raise ValueError(
+            f"{stored[key]}: tensor {key} is unexpected: this model has none of that name"
+        )
+    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if missing := names.keys() - stored.keys() - optional:
+        raise ValueError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} in all)")
+
+
+def check_tensors(path, keys, shapes):
+    """Raise ValueError if a tensor of a file has another shape than that in `shapes`, a dict, or a
+    dtype that is not read."""
+    with open_weights(path) as file:
+        for key in sorted(keys):
+            tensor = file.get_slice(key)
+            shape = tuple(tensor.get_shape())
+            if shape != shapes[key]:
+                raise ValueError(
+                    f"{path}: tensor {key} has shape {shape}, config.json asks for {shapes[key]}"
+                )
+            if tensor.get_dtype() not in ("F32", "F16", "BF16"):
+                raise ValueError(
+                    f"{path}: tensor {key} is stored as {tensor.get_dtype()}: only F32, F16 and "
+                    "BF16 are read"
+                )
+
+
+def checkpoint_shapes(config):
+    """Return a dict of all tensors of the model: checkpoint key -> shape."""
+    with torch.device("meta"):  # shapes without storage; one block has the shapes of all
+        model = Llama(replace(config, num_hidden_layers=1))
+    shapes = {}
+    for name, key in CHECKPOINT_KEYS.items():
+        shape = tuple(model.get_parameter(name.format(l=0)).shape)
+        for l in range(config.num_hidden_layers if "{l}" in name else 1):
+            shapes[key.format(l=l)] = shape
+    return shapes
 
 
 def locate_weights(directory):
@@ -452,37 +510,15 @@ def locate_weights(directory):
     Check all tensors and read none. Raises FileNotFoundError or ValueError."""
     directory = Path(directory)
     config = LlamaConfig.from_pretrained(directory)
-    stored = stored_tensors(directory)
-    if "embed_tokens.weight" in stored:
-        raise ValueError(
-            f"{directory}: a LlamaModel without its output layer: save the LlamaForCausalLM instead"
-        )
-    if config.num_hidden_layers > len(stored):  # before a module is made for each block
-        raise ValueError(
-            f"{directory}: config.json has more blocks than there are tensors ({len(stored)})"
-        )
-    with torch.device("meta"):  # shapes without storage
+    stored = stored_names(directory)
+    check_names(directory, config, stored)
+    shapes = checkpoint_shapes(config)
+    for path in sorted(set(stored.values())):
+        check_tensors(path, [key for key in stored if stored[key] == path], shapes)
+    with torch.device("meta"):
         model = Llama(config)
     names = checkpoint_names(config)
-    places = {}
-    for key, (path, shape, dtype) in sorted(stored.items()):
-        if key not in names:
-            raise ValueError(
-                f"{path}: tensor {key} is unexpected: this model has none of that name"
-            )
-        if shape != (expected := tuple(model.get_parameter(names[key]).shape)):
-            raise ValueError(
-                f"{path}: tensor {key} has shape {shape}, config.json asks for {expected}"
-            )
-        if dtype not in ("F32", "F16", "BF16"):
-            raise ValueError(
-                f"{path}: tensor {key} is stored as {dtype}: only F32, F16 and BF16 are read"
-            )
-        places[names[key]] = path, key
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := names.keys() - stored.keys() - optional:
-        raise ValueError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} in all)")
-    return model, places
+    return model, {names[key]: (stored[key], key) for key in sorted(stored)}
 
 
 def read_weights(places, device, dtype, prefixes=("",)):
@@ -490,7 +526,7 @@ def read_weights(places, device, dtype, prefixes=("",)):
     `prefixes`."""
     for name, (path, key) in places.items():
         if name.startswith(prefixes):
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with open_weights(path, device) as file:
                 yield name, file.get_tensor(key).to(dtype)
 
 

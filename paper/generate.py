@@ -119,6 +119,10 @@ class CacheConfig:
     calib_windows: int
     calib_tokens: int  # per window
 
+    @property
+    def is_calibrated(self):
+        return any(row.is_static or row.scheme == "kvquant" for row in self.rows)
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -316,8 +320,7 @@ def check_against_model(config, prompt, model_config):
             f"the prompt has {len(prompt)} tokens: lower --sinks {most}, or give a longer prompt"
         )
     most = max(row.rule.max_kept for row in rows)
-    calibrated = any(row.is_static or row.scheme == "kvquant" for row in rows)
-    if calibrated and most > config.caches.calib_tokens - 2:
+    if config.caches.is_calibrated and most > config.caches.calib_tokens - 2:
         raise ValueError(
             f"--sinks {most}: calibration has windows of {config.caches.calib_tokens} tokens, too "
             "few to keep so many"
@@ -407,7 +410,11 @@ def main(argv=None):
 def generate_text(config):
     """Print a text or, if the first row is full precision, one of each row side by side."""
     run = load_run(config)
-    first_row = config.caches.rows[0]
+    caches = run.config.caches
+    if caches.is_calibrated:
+        calibration = (caches.calib_text, caches.calib_windows, caches.calib_tokens)
+        print(text.describe_calibration(*calibration))
+    first_row = caches.rows[0]
     if first_row == FULL_PRECISION:
         print(f"{config.prompt}\n")
         print_comparison(run)

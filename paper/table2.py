@@ -68,6 +68,11 @@ class KVQuantConfig(EvalConfig):
     calibration: Path | None = None  # a file; None: one of our cache
 
     @property
+    def calib_data(self):
+        """The text to calibrate on: as in KVQuant, WikiText-2 calibrates for C4, too."""
+        return "wikitext2" if self.data in TEXTS else text.PACKED
+
+    @property
     def calibration_tokens(self):
         """Tokens per calibration window: 2,048 as in KVQuant's paper, or --seq-len if that is
         smaller."""
@@ -107,13 +112,13 @@ def quantizers(run, row, calibrations):
 
 def calibration_config(run):
     """Return the recipes of all rows, finished rows included, so that one file serves all rows, and
-    the settings of their calibration. As in KVQuant, WikiText-2 calibrates for C4 too."""
+    the settings of their calibration."""
     config = run.config
     return kvquant.CalibrationConfig(
         recipes=[kvquant.Recipe(r.rule, r.rho) for r in config.rows if r != FULL_PRECISION],
         site=run.site,
         weights=run.weights,
-        data="wikitext2" if config.data in TEXTS else text.PACKED,
+        data=config.calib_data,
         windows=config.calib_windows,
         tokens=config.calibration_tokens,
         seed=config.seed,
@@ -130,6 +135,7 @@ def result_settings(run, row):
     return settings | {
         "rope": "pre",
         "calib_windows": config.calib_windows,
+        "calib_data": config.calib_data,
         "outliers": row.rho,
         "q_norm": config.q_norm,
     }
@@ -199,7 +205,9 @@ def calibration_passes(run):
 def heading(run):
     config = run.config
     windows = f"{len(run.tokens)} windows of {config.seq_len} tokens"
-    line = f"{config.model} on {config.data}, {windows}"
+    line = f"{config.model} on {config.data}, {windows}\n"
+    tokens = config.calibration_tokens
+    line += text.describe_calibration(config.calib_data, config.calib_windows, tokens)
     if any(row.rule.first and row.rule.predicts for row in config.rows):
         line += "\nPFN-1+KVSink is not one of the paper's rules"
     return line

