@@ -13,7 +13,6 @@ rows then stand beside those of the RTN schemes.
 """
 
 import math
-import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from support import cli, evaluate, hub, report, text
 from support.evaluate import EvalConfig
 from support.machine import pick_machine
 from support.results import read_results
-from support.rows import FULL_PRECISION, KEEPS, Row, average_bits, expand_rows, row_of, rtn_bits
+from support.rows import FULL_PRECISION, KEEPS, Row, expand_rows, row_of, rtn_bits
 
 # --------------------------------------------------------------------------------------------------
 # Table 2 as printed: PPL on WikiText-2, then on C4, of the models in this order
@@ -95,8 +94,9 @@ def evaluate_rows(run, old_results):
             )
             row_run = run if row == FULL_PRECISION else pre_rope_run
             row_quantizers = quantizers(run, row, calibrations)
-            result = evaluate.measure_row(row_run, row, row_quantizers, ppl_fp)
-            result = result_settings(run, row) | add_bits(run, row, result)
+            result = result_settings(run, row)
+            result |= evaluate.measure_row(row_run, row, row_quantizers, ppl_fp)
+            result = evaluate.add_average_bits(run, row, result, storage_bits(run, row))
         if row == FULL_PRECISION:
             ppl_fp = result["ppl"]
         yield result
@@ -108,6 +108,13 @@ def quantizers(run, row, calibrations):
         return kvsink.full_precision_quantizers(run.model)
     calibration = calibrations[kvquant.Recipe(row.rule, row.rho)]
     return kvquant.kvquant_quantizers(calibration, row.rho, row.bits, run.config.q_norm)
+
+
+def storage_bits(run, row):
+    """Return the bits that a token takes in the cache of a row, and those stored once."""
+    if row == FULL_PRECISION:
+        return rtn_bits(row, run.model.config, run.group_size)
+    return kvquant.kvquant_bits(row, run.model.config)
 
 
 def calibration_config(run):
@@ -139,19 +146,6 @@ def result_settings(run, row):
         "outliers": row.rho,
         "q_norm": config.q_norm,
     }
-
-
-def add_bits(run, row, result):
-    """Return a result with the bits per number by Table 2's count."""
-    model_config = run.model.config
-    if row == FULL_PRECISION:
-        storage = rtn_bits(row, model_config, run.group_size)
-    else:
-        storage = kvquant.kvquant_bits(row, model_config)
-    kept = statistics.mean(result["kept"])
-    n = run.config.seq_len
-    average = average_bits(row, model_config, n, storage, run.site.l_E, kept)
-    return result | {"avg_bits": average}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -78,12 +78,12 @@ def is_own_group(gid):
 
 
 def make_folder(folder):
-    """Make a folder and its parents. Those of our cache are for the user alone."""
+    """Make a folder and its parents. In those of our cache, only the user may write."""
     cache = cache_path().resolve()
     folder = folder.resolve()
     for part in reversed([folder, *folder.parents]):
-        private = part == cache or cache in part.parents
-        part.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
+        ours = part == cache or cache in part.parents
+        part.mkdir(mode=0o755 if ours else 0o777, exist_ok=True)
 
 
 def expand_home(path):
@@ -177,7 +177,7 @@ def staging_dir(path):
     """Make a temporary folder beside `path`, in which to prepare it, and remove the folder at the
     end. The caller holds the lock of `path`."""
     folder = temporary_name(path)
-    folder.mkdir(mode=0o700)
+    folder.mkdir(mode=0o755)
     try:
         yield folder
     except ConnectionError as error:

@@ -315,14 +315,20 @@ def row_result(run, losses, kept, seconds, ppl_fp):
 def add_bits(run, row, result):
     """Add to a result the bits per number of its RTN cache: as Table 2 counts them, and as the
     packed cache stores it."""
-    n = run.config.seq_len
-    stored = stored_bits(row, run.model.config, n, run.group_size)
     if "avg_bits" not in result:
         storage = rtn_bits(row, run.model.config, run.group_size)
-        kept = statistics.mean(result["kept"])
-        average = average_bits(row, run.model.config, n, storage, run.site.l_E, kept)
-        result = result | {"avg_bits": average}
+        result = add_average_bits(run, row, result, storage)
+    stored = stored_bits(row, run.model.config, run.config.seq_len, run.group_size)
     return result | {"stored_bits": stored}
+
+
+def add_average_bits(run, row, result, storage):
+    """Add to a result the bits per number as Table 2 counts them; `storage` is what the codes and
+    their scales take, as `rtn_bits` returns it."""
+    kept = statistics.mean(result["kept"])
+    n = run.config.seq_len
+    average = average_bits(row, run.model.config, n, storage, run.site.l_E, kept)
+    return result | {"avg_bits": average}
 
 
 def gather(run, numbers):

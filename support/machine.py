@@ -82,20 +82,22 @@ def keep_compiled_code():
     # A blank or a quote in its name would break the call of the C++ compiler.
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ or shlex.quote(str(folder)) != str(folder):
         return
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    with suppress(OSError):  # torch.compile will say that it cannot be made
-        make_folder(folder)
+    with suppress(OSError):  # it cannot be made: PyTorch's own place has to do
+        make_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 @functools.cache
 def has_compiler(device):
     """Return whether torch.compile works here; if not, say so in one line. Raises PermissionError
     if others could write the code that it would find in its folders, and run."""
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", cache_path()))
-    if cache_path().absolute() in folder.absolute().parents:
-        check_private(cache_path(), "KVSINK_CACHE")
-    else:
-        check_private(folder, "TORCHINDUCTOR_CACHE_DIR")
+    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        if cache_path().absolute() in Path(folder).absolute().parents:
+            check_private(cache_path(), "KVSINK_CACHE")
+        else:
+            check_private(Path(folder), "TORCHINDUCTOR_CACHE_DIR")
     # Its precompiled headers always lie here.
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 

@@ -137,7 +137,7 @@ def test_a_cache_that_others_could_change_is_refused(
     assert str(changed) in str(error.value)
 
 
-def test_our_folders_are_the_users_alone(cache_folder):
+def test_only_the_user_may_write_in_our_folders(cache_folder):
     """Whatever the umask; what a user names outside of the cache follows it."""
     umask = os.umask(0)
     try:
@@ -145,7 +145,7 @@ def test_our_folders_are_the_users_alone(cache_folder):
         cache.write_atomically(cache_folder.parent / "results" / "file", b"")
     finally:
         os.umask(umask)
-    for folder, mode in ((".", 0o700), ("texts", 0o700), ("../results", 0o777)):
+    for folder, mode in ((".", 0o755), ("texts", 0o755), ("../results", 0o777)):
         assert (cache_folder / folder).stat().st_mode & 0o777 == mode
     assert cache.cache_directory() == cache_folder
 

@@ -133,7 +133,8 @@ def test_compiled_code_lies_in_our_cache(tmp_path, temporary):
     done = compile_in(tmp_path / "cache", temporary)
     assert done.stdout.split() == ["True", str(tmp_path / "cache" / "compiled")], done.stderr
     assert len(list((tmp_path / "cache" / "compiled").rglob("*.so"))) > 0
-    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "cache" / "compiled").stat().st_mode & 0o777 == 0o700
     again = compile_in(tmp_path / "cache", temporary)
     assert again.stdout == done.stdout
 
@@ -145,6 +146,18 @@ def test_a_cache_with_a_blank_in_its_name_compiles(tmp_path, temporary):
     done = compile_in(tmp_path / "a b'c", temporary)
     assert done.stdout.startswith(f"True {temporary}"), done.stderr
     assert "a b" not in done.stdout
+
+
+def test_a_cache_that_cannot_be_written_is_not_for_compiled_code(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        machine.keep_compiled_code()
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("KVSINK_CACHE", "/dev/null/cache")
+    machine.keep_compiled_code()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 def test_a_compiler_that_is_turned_off_is_no_compiler(tmp_path, temporary):
