@@ -227,7 +227,7 @@ def test_a_nan_of_one_of_two_ranks_ends_both(tiny, tmp_path):
     command = [*TWO_RANKS, *tiny, *options, "--scheme", "token-dynamic", "--stream"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "rank 1: full precision: NaN or inf first appeared in block 1 of 6" in done.stderr
+    assert "rank 1: 1/19 full precision: NaN or inf first appeared in block 1 of 6" in done.stderr
 
 
 def test_streaming_the_default_model_changes_no_digit(default_model, tmp_path):
