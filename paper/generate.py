@@ -200,6 +200,7 @@ def print_text(run, row):
         speed = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens per second"
     prefill_time = f"prompt of {len(run.prompt)} tokens in {times[0] - start:.2f} s"
     print(f"{row}: {prefill_time}, {len(times)} new ones{speed}")
+    print_calibration(run.config.caches)
     print_cache(run, row, cache)
 
 
@@ -248,6 +249,14 @@ def print_comparison(run):
         "divergence from its predictions, nats per token, and the standard error over tokens; "
         "same: the share of tokens after which both find the same token the likeliest"
     )
+    print_calibration(run.config.caches)
+
+
+def print_calibration(caches):
+    """Print on what the caches were calibrated, if they were."""
+    if caches.is_calibrated:
+        calibration = (caches.calib_text, caches.calib_windows, caches.calib_tokens)
+        print(text.describe_calibration(*calibration))
 
 
 def recording_sampler(run, predictions):
@@ -410,11 +419,7 @@ def main(argv=None):
 def generate_text(config):
     """Print a text or, if the first row is full precision, one of each row side by side."""
     run = load_run(config)
-    caches = run.config.caches
-    if caches.is_calibrated:
-        calibration = (caches.calib_text, caches.calib_windows, caches.calib_tokens)
-        print(text.describe_calibration(*calibration))
-    first_row = caches.rows[0]
+    first_row = config.caches.rows[0]
     if first_row == FULL_PRECISION:
         print(f"{config.prompt}\n")
         print_comparison(run)

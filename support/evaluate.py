@@ -156,7 +156,7 @@ def load_runs(configs, check=check_against_model):
         check(config, model_config)
     _, model, tokenizer = load_model(first.model, first.machine, first.stream)
     windows = functools.cache(functools.partial(text.windows, tokenizer))  # several share a text
-    texts = [windows(c.data, "test", c.seq_len, c.limit, c.seed, c.bos) for c in configs]
+    texts = [windows(c.data, "test", c.seq_len, c.limit, c.seed, bos=c.bos) for c in configs]
     for tokens in texts:
         text.check_vocabulary(tokens, model_config, directory)
     if site is None and any(row.rule.predicts for config in configs for row in config.rows):
@@ -396,7 +396,7 @@ def calibration_windows(run):
         config.seq_len,
         config.calib_windows,
         config.seed,
-        config.bos,
+        bos=config.bos,
     )
     text.check_vocabulary(tokens, run.model.config, config.model)
     return tokens

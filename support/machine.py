@@ -38,7 +38,7 @@ class Machine:
 
     @property
     def compiles(self):
-        """Whether functions run compiled: False if the user said --no-compile or the machine has no
+        """True if functions run compiled, False if the user said --no-compile or the machine has no
         working compiler."""
         return self.compile and has_compiler(self.device)
 
@@ -221,10 +221,9 @@ def free_memory(device):
 
 def format_duration(seconds):
     """Return a duration in words, with at least two digits."""
-    number, unit = seconds, "s"
-    for length, longer_unit in ((60, "min"), (3600, "h")):
-        if seconds >= length:
-            number, unit = seconds / length, longer_unit
+    units = {"h": 3600, "min": 60, "s": 1}
+    unit = next((name for name, length in units.items() if seconds >= length), "s")
+    number = seconds / units[unit]
     return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
 
 

@@ -17,7 +17,7 @@ PACKED = "wiki-sample"
 BOS = ("start", "window")
 
 
-def windows(tokenizer, name, split, seq_len, count, seed, bos="start", advice="lower --seq-len"):
+def windows(tokenizer, name, split, seq_len, count, seed, *, bos="start", advice="lower --seq-len"):
     """Return windows of a text (count, seq_len) int64, or all its windows if `count` is None.
 
     wiki-sample   articles packed end to end, with an end-of-text id after each; windows in order
@@ -87,10 +87,10 @@ def random_window(encode, documents, seq_len, rng, advice):
     raise ValueError(f"no document has {seq_len} tokens: {advice}")
 
 
-def calibration_windows(tokenizer, name, seq_len, count, seed, bos="start"):
+def calibration_windows(tokenizer, name, seq_len, count, seed, *, bos="start"):
     """Return `count` windows of the training split, to calibrate on. Raises ValueError if there are
     fewer."""
-    tokens = windows(tokenizer, name, "train", seq_len, count, seed, bos)
+    tokens = windows(tokenizer, name, "train", seq_len, count, seed, bos=bos)
     if len(tokens) < count:
         raise ValueError(
             f"--calib-windows {count}: there are only {len(tokens)} of {seq_len} tokens"

@@ -270,7 +270,7 @@ def tokens_before_text(processor):
 
 
 class FilesBeside(NamedTuple):
-    """What the files beside a tokenizer's own file say of it."""
+    """The contents of the files beside a tokenizer's own file, as far as they matter."""
 
     added: dict  # see `added_tokens`
     is_llama: bool  # transformers takes its class for LLaMA's tokenizers
@@ -337,9 +337,7 @@ def with_added_tokens(backend, added, encode_later, decode_later):
     and `decode_later` are for what follows one of them."""
     if not added:
         return backend
-    for name, (_, flags) in added.items():
-        if any(flags.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-            raise ValueError(f"the added token {name!r} takes in what is beside it: not supported")
+    check_flags(added)
     ids = {name: i for name, (i, _) in added.items()}
     names = {i: name for name, i in ids.items()}
     longest_first = sorted(map(re.escape, ids), key=len, reverse=True)
@@ -467,6 +465,14 @@ def check_ranks(ranks):
     all_bytes = all(bytes([byte]) in ranks for byte in range(256))
     if not all_bytes or sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError("it is cut short: bytes or ranks are missing")
+
+
+def check_flags(added):
+    """Raise ValueError if an added token takes in blanks beside it, or is one only as a word."""
+    for name, (_, flags) in added.items():
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if flags.get(flag):
+                raise ValueError(f"{flag} of the added token {name!r} is not supported")
 
 
 def check_model(raw, text):
