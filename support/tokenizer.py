@@ -310,6 +310,7 @@ def added_tokens(directory):
             flags = {"special": is_special, "normalized": not is_special}
             if added.setdefault(name, (i, flags))[0] != i:
                 raise ValueError(f"{name!r} has another id in tokenizer_config.json")
+    with library_errors(directory, "its added tokens cannot be read"):
         ids = [i for i, _ in added.values()]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
             raise ValueError("ids of added tokens are not whole numbers, or two have the same")

@@ -166,7 +166,7 @@ def test_a_compiler_that_is_turned_off_is_no_compiler(tmp_path, temporary):
     assert "turns torch.compile off" in done.stderr
 
 
-def test_code_that_others_may_write_is_not_run(tmp_path, monkeypatch):
+def test_code_that_others_may_write_is_not_run(tiny, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("KVSINK_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     (tmp_path / "compiled").mkdir()
@@ -175,6 +175,11 @@ def test_code_that_others_may_write_is_not_run(tmp_path, monkeypatch):
         folder.chmod(0o757)
         with pytest.raises(PermissionError, match=f"chmod go-w {folder}, or set KVSINK_CACHE"):
             machine.has_compiler.__wrapped__("cpu")
+        if folder == tmp_path:
+            with monkeypatch.context() as patch:
+                patch.setattr(machine, "has_compiler", machine.has_compiler.__wrapped__)
+                options = [option for option in tiny if option != "--no-compile"]
+                refuse(options, ["other users may write", "chmod go-w"], capsys, eval_ppl)
         folder.chmod(0o755)
     elsewhere = tmp_path.parent / f"{tmp_path.name} elsewhere"
     elsewhere.mkdir()

@@ -425,6 +425,7 @@ def test_added_tokens_of_metas_file(tmp_path):
     ("added_tokens.json", [], "JSON object"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<a>"}}}, "configuration"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"320": "<a>"}}, "configuration"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"-1": {"content": "<a>"}}}, "whole numbers"),
     ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "configuration"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"320": {"content": "<a>", "lstrip": True}}},
         "not supported"),
