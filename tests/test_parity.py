@@ -1,4 +1,4 @@
-"""This project beside the transformers package: what it makes of a config.json, and the ids of its
+"""This project beside the transformers package: what it makes of a config.json, the ids of its
 tokenizers. transformers is no dependency: these tests skip without it."""
 
 import itertools
@@ -10,7 +10,7 @@ import torch
 
 from llama import ROPE_KEYS, Llama, LlamaConfig, rope_table
 from support.tokenizer import Tokenizer
-from tests.helpers import LLAMA31_ROPE, SMALL, write_model
+from tests.helpers import LLAMA31_ROPE, SMALL, refuse, write_model
 from tests.test_tokenizer import ADDED, LAYOUTS, STRINGS_THAT_HURT, write_fine_tune
 
 transformers = pytest.importorskip(
@@ -190,3 +190,10 @@ def test_ids_are_those_of_transformers_in_every_layout(layout, family, legacy, t
     ids = [1, 320, *ours.encode("the cat", bos=False), 321]
     assert ours.decode(ids).removeprefix("<s>") == theirs.decode(ids).removeprefix("<s>")
     assert theirs.eos_token_id in ours.stop_ids
+
+
+def test_a_prompt_longer_than_the_text_names_its_own_option(tiny, capsys):
+    from beyond import side_by_side
+
+    options = ["--model", tiny[1], "--data", tiny[3], "--prompt", "9999"]
+    refuse(options, ["fewer than one window", "lower --prompt"], capsys, side_by_side)
