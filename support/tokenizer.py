@@ -410,7 +410,7 @@ def named_id(backend, names, key, default):
     """Return the id of the token that the configuration names under a key. Raises ValueError if
     the tokenizer has no such token."""
     name = names.get(key)
-    if name is None:
+    if name in (None, ""):  # some of the first LLaMA files name the empty token
         return default
     i = backend.token_to_id(name)
     if i is None:

@@ -457,6 +457,14 @@ def test_an_end_of_text_that_is_an_ordinary_token_ends_a_text(tmp_path):
     assert 256 in Tokenizer.from_pretrained(tmp_path).stop_ids
 
 
+def test_an_empty_name_names_nothing(tmp_path):
+    write_sentencepiece(tmp_path)
+    names = {"bos_token": "", "eos_token": {"content": ""}, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.bos, tokenizer.stop_ids) == (1, {2})
+
+
 def test_older_files_name_the_end_of_a_text_in_special_tokens_map(tmp_path):
     write_sentencepiece(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": 320}))
