@@ -77,19 +77,11 @@ def evaluate_texts(configs, json_path=None, plot_path=None):
             calibration = [run.config.calib_windows] * len(rules)  # windows of each pass
             evaluate.announce_streaming(run, unfinished, calibration)
         new_results = evaluate_rows(run, old_results)  # a generator: each is printed at once
+        heading = evaluate.heading(run)
         columns = [report.STORED_BITS]
-        results += report.print_and_save(heading(run), run.site, new_results, json_path, columns)
+        results += report.print_and_save(heading, run.site, new_results, json_path, columns)
     if results and plot_path:
         report.save_figure(report.figure_9(results), plot_path)
-
-
-def heading(run):
-    config = run.config
-    groups = f"groups of {run.group_size} channels"
-    if run.group_size < config.group_size:
-        groups += f", which is a head ({config.group_size} were asked for)"
-    windows = f"{len(run.tokens)} windows of {config.seq_len} tokens"
-    return f"{config.model} on {config.data}, {windows}, {groups}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,6 +116,7 @@ def eval_configs(args):
             data=name,
             rows=(FULL_PRECISION, *rows),
             seq_len=args.seq_len or (1024 if name == text.PACKED else 4096),
+            bos=args.bos,
             limit=args.limit or (8 if name == text.PACKED else None),
             calib_windows=args.calib_windows or (16 if name in ("wikitext2", "c4") else 4),
             seed=args.seed,
@@ -169,6 +162,9 @@ def parse_arguments(argv):
     add = parser.add_argument_group("how to run it").add_argument
     add("--seq-len", type=cli.number(2), help="tokens per window (default: 1024 on wiki-sample, "
         "else 4096)")
+    add("--bos", choices=text.BOS, default="start", help="put the begin-of-sequence token before "
+        "the start of the text, as in the paper, if the model's tokenizer does; or before every "
+        "window, as some evaluation harnesses do (default: start)")
     add("--limit", type=cli.number(1), metavar="WINDOWS", help="number of windows at most; "
         "four times as many halve the error of a comparison (default: 8 on wiki-sample, 256 on "
         "c4, else all)")

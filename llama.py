@@ -13,7 +13,8 @@ head.
 
 import json
 import math
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -194,7 +195,15 @@ ROPE_KEYS = {
         "rope_original_context": "original_max_position_embeddings",
     },
 }
-
+# Parameters of RoPE that may also stand beside all others, outside of RoPE's own object
+ROPE_KEYS_OUTSIDE = ("original_max_position_embeddings", "partial_rotary_factor")
+# Keys that change what a model computes, and the only value of each that this file computes
+PLAIN = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "per_layer_config": None,
+}
 
 REQUIRED_FIELDS = (
     "vocab_size",
@@ -250,31 +259,24 @@ class LlamaConfig:
         defaults of transformers. Raises ValueError, naming the field, for anything but a plain
         LLaMA or Mistral in full precision."""
         mistral = check_architecture(raw) == "mistral"
-        # Newer files keep all of RoPE in `rope_parameters`, older ones in `rope_scaling` and
-        # `rope_theta`.
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(
-                f"rope_scaling {rope!r} is not supported: it has to be an object or null"
-            )
-        rope_type = str(rope.get("rope_type", rope.get("type", "default")))
-        if rope_type not in ROPE_KEYS:
-            raise ValueError(
-                f"rope type {rope_type!r} is not supported: only {', '.join(ROPE_KEYS)} are"
-            )
+        rope = rope_parameters(raw)
         try:
             values = {name: raw[name] for name in REQUIRED_FIELDS}
-            values |= {ours: rope[theirs] for ours, theirs in ROPE_KEYS[rope_type].items()}
             d = raw["hidden_size"]
             h = raw["num_attention_heads"]
-            context = 131072 if mistral else 2048
+            h_kv = raw.get("num_key_value_heads", 8 if mistral else None)
+            head_dim = raw.get("head_dim")
+            context = raw.get("max_position_embeddings", 131072 if mistral else 2048)
+            rope.setdefault("original_max_position_embeddings", context)
+            keys = ROPE_KEYS[rope["rope_type"]]
+            values |= {ours: rope[theirs] for ours, theirs in keys.items()}
             values |= {
-                "num_key_value_heads": raw.get("num_key_value_heads", 8 if mistral else h) or h,
-                "head_dim": raw.get("head_dim") or d // h,
-                "max_position_embeddings": raw.get("max_position_embeddings", context),
+                "num_key_value_heads": h if h_kv is None else h_kv,
+                "head_dim": d // h if head_dim is None else head_dim,
+                "max_position_embeddings": context,
                 "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
-                "rope_type": rope_type,
-                "rope_theta": rope.get("rope_theta", raw.get("rope_theta") or 10000.0),
+                "rope_type": rope["rope_type"],
+                "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
                 "sliding_window": raw.get("sliding_window", 4096) if mistral else None,
                 "tie_word_embeddings": raw.get("tie_word_embeddings", False),
             }
@@ -284,7 +286,37 @@ class LlamaConfig:
             raise ValueError("a required field is not a number, or is 0") from None
         config = cls(**values)
         check_fields(config)
+        # transformers takes a Mistral with `layer_types` for another model, which mixes them.
+        kind = "sliding_attention" if config.sliding_window else "full_attention"
+        kinds = raw.get("layer_types") or []
+        if not isinstance(kinds, list) or any(other != kind for other in kinds):
+            raise ValueError(f"layer_types is not supported unless all of them are {kind}")
         return config
+
+
+def rope_parameters(raw):
+    """Return all parameters of RoPE in a parsed config.json, a dict that has "rope_type".
+
+    Several keys may say the same thing, and we follow transformers: `rope_scaling`, which people
+    add by hand, goes before `rope_parameters` of newer files; `rope_type` before `type`; the
+    original context outside of them before the one inside. Raises ValueError, naming the key, for
+    what this file does not compute."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling {rope!r} is not supported: it has to be an object or null")
+    rope_type = str(rope.get("rope_type", rope.get("type", "default")))
+    if rope_type not in ROPE_KEYS:
+        raise ValueError(
+            f"rope type {rope_type!r} is not supported: only {', '.join(ROPE_KEYS)} are"
+        )
+    for name, value in rope.items():
+        if isinstance(value, dict):  # the parameters of one type of layers
+            raise ValueError(f"RoPE that differs between layers ({name}) is not supported")
+    outside = {key: raw[key] for key in ROPE_KEYS_OUTSIDE if key in raw}
+    rope = {**rope, **outside, "rope_type": rope_type}
+    if rope.get("partial_rotary_factor", 1) not in (1, None):
+        raise ValueError("partial_rotary_factor is not supported: all channels are rotated")
+    return rope
 
 
 def check_architecture(raw):
@@ -292,20 +324,27 @@ def check_architecture(raw):
     this file does not compute."""
     if not isinstance(raw, dict):
         raise ValueError("not a model's configuration")
-    names = raw.get("architectures") or [raw.get("model_type")]
-    name = names[0] if isinstance(names, list) else names
-    if name not in ("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral"):
-        raise ValueError(f"architecture {name!r} is not supported: only LLaMA and Mistral are")
+    architecture = raw.get("architectures")
+    if isinstance(architecture, list):
+        architecture = architecture[0] if architecture else None
+    # transformers goes by model_type. A checkpoint that calls itself two things is neither.
+    names = [name for name in (architecture, raw.get("model_type")) if name] or [None]
+    for name in names:
+        if name not in ("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral"):
+            raise ValueError(f"architecture {name!r} is not supported: only LLaMA and Mistral are")
+    kinds = {name.lower().removesuffix("forcausallm") for name in names}
+    if len(kinds) > 1:
+        raise ValueError(f"architecture {names[0]} and model_type {names[1]} contradict each other")
     if method := raw.get("quantization_config"):
         if isinstance(method, dict):
             method = method.get("quant_method", "unnamed")
         raise ValueError(
             f"its weights are quantized ({method}): take the checkpoint in fp16, bf16 or fp32"
         )
-    for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+    for key, plain in PLAIN.items():
         if (raw.get(key) or plain) != plain:
             raise ValueError(f"{key} {raw[key]!r} is not supported: only {plain!r} is")
-    return name.lower().removesuffix("forcausallm")
+    return kinds.pop()
 
 
 def check_fields(config):
@@ -389,24 +428,81 @@ def weight_files(directory):
     return files
 
 
-def stored_tensors(directory):
-    """Return a dict of all stored tensors but RoPE's frequencies: checkpoint key -> file, shape and
-    dtype."""
+def stored_names(directory):
+    """Return a dict of all stored tensors but RoPE's frequencies: checkpoint key -> its file."""
     stored = {}
     for path, listed in weight_files(directory).items():
-        try:
-            with safe_open(path, framework="pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}
-                for key, s in slices.items():
-                    stored[key] = path, tuple(s.get_shape()), s.get_dtype()
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-        if missing := set(listed) - set(slices):
+        with open_weights(path) as file:
+            keys = file.keys()
+        if missing := set(listed) - set(keys):
             raise ValueError(
                 f"{path}: tensor {min(missing)} is missing, though the index says it is here"
             )
+        stored |= dict.fromkeys(keys, path)
     # Old LLaMA files carry RoPE's frequencies: not needed.
-    return {key: place for key, place in stored.items() if not key.endswith("rotary_emb.inv_freq")}
+    return {key: path for key, path in stored.items() if not key.endswith("rotary_emb.inv_freq")}
+
+
+@contextmanager
+def open_weights(path, device="cpu"):
+    """Open a safetensors file. Raises ValueError if it is not a whole one."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def check_names(directory, config, stored):
+    """Raise ValueError if the stored tensors are not those of the model, by name: this takes no
+    time however many there are."""
+    if "embed_tokens.weight" in stored:
+        raise ValueError(
+            f"{directory}: a LlamaModel without its output layer: save the LlamaForCausalLM instead"
+        )
+    if config.num_hidden_layers > len(stored):  # before all names are listed
+        raise ValueError(
+            f"{directory}: config.json has more blocks than there are tensors ({len(stored)})"
+        )
+    names = checkpoint_names(config)
+    if unexpected := stored.keys() - names.keys():
+        key = min(unexpected)
+        raise ValueError(
+            f"{stored[key]}: tensor {key} is unexpected: this model has none of that name"
+        )
+    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if missing := names.keys() - stored.keys() - optional:
+        raise ValueError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} in all)")
+
+
+def check_tensors(path, keys, shapes):
+    """Raise ValueError if a tensor of a file has another shape than that in `shapes`, a dict, or a
+    dtype that is not read."""
+    with open_weights(path) as file:
+        for key in sorted(keys):
+            tensor = file.get_slice(key)
+            shape = tuple(tensor.get_shape())
+            if shape != shapes[key]:
+                raise ValueError(
+                    f"{path}: tensor {key} has shape {shape}, config.json asks for {shapes[key]}"
+                )
+            if tensor.get_dtype() not in ("F32", "F16", "BF16"):
+                raise ValueError(
+                    f"{path}: tensor {key} is stored as {tensor.get_dtype()}: only F32, F16 and "
+                    "BF16 are read"
+                )
+
+
+def checkpoint_shapes(config):
+    """Return a dict of all tensors of the model: checkpoint key -> shape."""
+    with torch.device("meta"):  # shapes without storage; one block has the shapes of all
+        model = Llama(replace(config, num_hidden_layers=1))
+    shapes = {}
+    for name, key in CHECKPOINT_KEYS.items():
+        shape = tuple(model.get_parameter(name.format(l=0)).shape)
+        for l in range(config.num_hidden_layers if "{l}" in name else 1):
+            shapes[key.format(l=l)] = shape
+    return shapes
 
 
 def locate_weights(directory):
@@ -414,37 +510,15 @@ def locate_weights(directory):
     Check all tensors and read none. Raises FileNotFoundError or ValueError."""
     directory = Path(directory)
     config = LlamaConfig.from_pretrained(directory)
-    stored = stored_tensors(directory)
-    if "embed_tokens.weight" in stored:
-        raise ValueError(
-            f"{directory}: a LlamaModel without its output layer: save the LlamaForCausalLM instead"
-        )
-    if config.num_hidden_layers > len(stored):  # before a module is made for each block
-        raise ValueError(
-            f"{directory}: config.json has more blocks than there are tensors ({len(stored)})"
-        )
-    with torch.device("meta"):  # shapes without storage
+    stored = stored_names(directory)
+    check_names(directory, config, stored)
+    shapes = checkpoint_shapes(config)
+    for path in sorted(set(stored.values())):
+        check_tensors(path, [key for key in stored if stored[key] == path], shapes)
+    with torch.device("meta"):
         model = Llama(config)
     names = checkpoint_names(config)
-    places = {}
-    for key, (path, shape, dtype) in sorted(stored.items()):
-        if key not in names:
-            raise ValueError(
-                f"{path}: tensor {key} is unexpected: this model has none of that name"
-            )
-        if shape != (expected := tuple(model.get_parameter(names[key]).shape)):
-            raise ValueError(
-                f"{path}: tensor {key} has shape {shape}, config.json asks for {expected}"
-            )
-        if dtype not in ("F32", "F16", "BF16"):
-            raise ValueError(
-                f"{path}: tensor {key} is stored as {dtype}: only F32, F16 and BF16 are read"
-            )
-        places[names[key]] = path, key
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := names.keys() - stored.keys() - optional:
-        raise ValueError(f"{directory}: tensor {min(missing)} is missing ({len(missing)} in all)")
-    return model, places
+    return model, {names[key]: (stored[key], key) for key in sorted(stored)}
 
 
 def read_weights(places, device, dtype, prefixes=("",)):
@@ -452,7 +526,7 @@ def read_weights(places, device, dtype, prefixes=("",)):
     `prefixes`."""
     for name, (path, key) in places.items():
         if name.startswith(prefixes):
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with open_weights(path, device) as file:
                 yield name, file.get_tensor(key).to(dtype)
 
 

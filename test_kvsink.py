@@ -169,8 +169,8 @@ def test_a_batch_equals_its_sequences_one_by_one(tmp_path):
     ({"rope_scaling": "linear"}, "rope_scaling 'linear'"),
     ({"rope_scaling": {"rope_type": []}}, "rope type"),
     ({"rms_norm_eps": "x"}, "'x'"),
-    ({"architectures": ["MistralForCausalLM"], "sliding_window": "x"}, "sliding_window is 'x'"),
-    ({"architectures": ["MistralForCausalLM"], "sliding_window": -4}, "sliding_window is -4"),
+    ({**FAMILIES["mistral"], "sliding_window": "x"}, "sliding_window is 'x'"),
+    ({**FAMILIES["mistral"], "sliding_window": -4}, "sliding_window is -4"),
     ({"rope_scaling": {"type": "linear", "factor": "x"}}, "x"),
 ])  # fmt: skip
 def test_configurations_that_are_refused_by_name(change, words):

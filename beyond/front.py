@@ -69,7 +69,8 @@ def measure_settings(configs, json=None, plot=None):
     results = []
     for run in evaluate.load_runs(configs):
         rows = measure_rows(run, old_results)
-        results += report.print_and_save(heading(run), run.site, rows, json, [report.STORED_BITS])
+        heading = evaluate.heading(run)
+        results += report.print_and_save(heading, run.site, rows, json, [report.STORED_BITS])
     if results:  # they are on rank 0 alone
         print_front(results)
         if plot:
@@ -87,12 +88,6 @@ def measure_rows(run, old_results):
         if row == FULL_PRECISION:
             ppl_fp = result["ppl"]
         yield evaluate.add_bits(run, row, result)
-
-
-def heading(run):
-    windows = f"{len(run.tokens)} windows of {run.config.seq_len} tokens"
-    groups = f"groups of {run.group_size} channels"
-    return f"{run.config.model} on {run.config.data}, {windows}, {groups}"
 
 
 def all_rows():

@@ -275,7 +275,9 @@ def load_comparison(args):
     directory = hub.model_directory(args.model)
     tokenizer = Tokenizer.from_pretrained(directory)
     seq_len = args.prompt + args.tokens
-    windows = text.windows(tokenizer, args.data, "test", seq_len, args.windows, seed=0)
+    windows = text.windows(
+        tokenizer, args.data, "test", seq_len, args.windows, seed=0, advice="lower --prompt"
+    )
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=machine.torch_dtype)
     model = model.to(machine.device).eval()

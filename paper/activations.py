@@ -255,6 +255,7 @@ class Subject:
     stable_blocks: list  # those of the stabilization stage that come after l_E: they have sinks
     S: torch.Tensor  # (n,), the sinks of the first window, on the CPU
     quantizers: dict = field(default_factory=dict)  # as `static_quantizers` returns them
+    calibration: str = ""  # on what they were calibrated, in words
 
     @functools.cached_property
     def activations(self):

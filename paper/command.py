@@ -112,11 +112,17 @@ def read_windows(prompt, tokenizer, context):
     return title, windows
 
 
+def calibration_text(config):
+    """Return the name of the text to calibrate on."""
+    packed = config.prompt == "packed" or config.model == hub.DEFAULT_MODEL
+    return text.PACKED if packed else "wikitext2"
+
+
 def calibration_windows(config, loaded):
     """Return windows (count, n) of the training split, as many as eval_ppl.py takes by default: 4
     of packed text, or 16 of WikiText-2."""
-    packed = config.prompt == "packed" or config.model == hub.DEFAULT_MODEL
-    name, n, count = (text.PACKED, 1024, 4) if packed else ("wikitext2", 4096, 16)
+    name = calibration_text(config)
+    n, count = (1024, 4) if name == text.PACKED else (4096, 16)
     n = min(n, loaded.model.config.max_position_embeddings)
     return text.calibration_windows(loaded.tokenizer, name, n, count, seed=0)
 
@@ -150,7 +156,9 @@ def calibrate(config, loaded, subject):
     text.check_vocabulary(tokens, loaded.model.config, loaded.directory)
     bar = tqdm(tokens, desc="calibrating", unit="window", leave=False, disable=None)
     windows = (window[None].to(loaded.model.device) for window in bar)
-    return replace(subject, quantizers=activations.static_quantizers(subject, windows))
+    quantizers = activations.static_quantizers(subject, windows)
+    calibration = text.describe_calibration(calibration_text(config), *tokens.shape)
+    return replace(subject, quantizers=quantizers, calibration=calibration)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,7 +184,8 @@ def format_span(blocks):
 def describe_setting(subject):
     """Return, for a heading, what the numbers of Table 1 and Figure 7 were measured on."""
     blocks = format_span(subject.stable_blocks)
-    return f"groups of {activations.GROUP}: {subject.name} on {subject.text}, blocks {blocks}"
+    setting = f"groups of {activations.GROUP}: {subject.name} on {subject.text}, blocks {blocks}"
+    return f"{setting}\n{subject.calibration}"
 
 
 def save_json(path, subject, rows):

@@ -83,8 +83,9 @@ def decode(model, cache, tokens, step=None):
     for block_cache in cache.blocks:
         block_cache.make_room()
     if cache.next_slot.is_cuda:
-        # Captured once: later calls with this cache replay the first call's model and step.
-        cache.replay = cache.replay or capture_cuda_graph(model, cache, step)
+        if cache.replayed != (model, step):  # captured once, unless another model takes the cache
+            cache.replay = capture_cuda_graph(model, cache, step)
+            cache.replayed = (model, step)
         logits = cache.replay(tokens)
     else:
         logits = decode_step(model, cache, step, tokens)

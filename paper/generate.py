@@ -119,6 +119,10 @@ class CacheConfig:
     calib_windows: int
     calib_tokens: int  # per window
 
+    @property
+    def is_calibrated(self):
+        return any(row.is_static or row.scheme == "kvquant" for row in self.rows)
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -196,6 +200,7 @@ def print_text(run, row):
         speed = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens per second"
     prefill_time = f"prompt of {len(run.prompt)} tokens in {times[0] - start:.2f} s"
     print(f"{row}: {prefill_time}, {len(times)} new ones{speed}")
+    print_calibration(run.config.caches)
     print_cache(run, row, cache)
 
 
@@ -244,6 +249,14 @@ def print_comparison(run):
         "divergence from its predictions, nats per token, and the standard error over tokens; "
         "same: the share of tokens after which both find the same token the likeliest"
     )
+    print_calibration(run.config.caches)
+
+
+def print_calibration(caches):
+    """Print on what the caches were calibrated, if they were."""
+    if caches.is_calibrated:
+        calibration = (caches.calib_text, caches.calib_windows, caches.calib_tokens)
+        print(text.describe_calibration(*calibration))
 
 
 def recording_sampler(run, predictions):
@@ -316,8 +329,7 @@ def check_against_model(config, prompt, model_config):
             f"the prompt has {len(prompt)} tokens: lower --sinks {most}, or give a longer prompt"
         )
     most = max(row.rule.max_kept for row in rows)
-    calibrated = any(row.is_static or row.scheme == "kvquant" for row in rows)
-    if calibrated and most > config.caches.calib_tokens - 2:
+    if config.caches.is_calibrated and most > config.caches.calib_tokens - 2:
         raise ValueError(
             f"--sinks {most}: calibration has windows of {config.caches.calib_tokens} tokens, too "
             "few to keep so many"

@@ -51,7 +51,8 @@ class KVCache:
         self.lengths = [0] * b  # of each sequence so far
         self.next_slot = torch.zeros(b, 1, dtype=torch.int64, device=model.device)  # = lengths
         self.rope = rope_table(config, self.n + 1, model.device)
-        self.replay = None  # on a CUDA device: decode.py's graph
+        self.replay = None  # on a CUDA device: decode.py's graph,
+        self.replayed = None  # and the model and the step that it replays
         shape = CacheShape(
             b=b,
             n=self.n,

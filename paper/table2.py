@@ -13,7 +13,6 @@ rows then stand beside those of the RTN schemes.
 """
 
 import math
-import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from support import cli, evaluate, hub, report, text
 from support.evaluate import EvalConfig
 from support.machine import pick_machine
 from support.results import read_results
-from support.rows import FULL_PRECISION, KEEPS, Row, average_bits, expand_rows, row_of, rtn_bits
+from support.rows import FULL_PRECISION, KEEPS, Row, expand_rows, row_of, rtn_bits
 
 # --------------------------------------------------------------------------------------------------
 # Table 2 as printed: PPL on WikiText-2, then on C4, of the models in this order
@@ -68,6 +67,11 @@ class KVQuantConfig(EvalConfig):
     calibration: Path | None = None  # a file; None: one of our cache
 
     @property
+    def calib_data(self):
+        """The text to calibrate on: as in KVQuant, WikiText-2 calibrates for C4, too."""
+        return "wikitext2" if self.data in TEXTS else text.PACKED
+
+    @property
     def calibration_tokens(self):
         """Tokens per calibration window: 2,048 as in KVQuant's paper, or --seq-len if that is
         smaller."""
@@ -90,8 +94,9 @@ def evaluate_rows(run, old_results):
             )
             row_run = run if row == FULL_PRECISION else pre_rope_run
             row_quantizers = quantizers(run, row, calibrations)
-            result = evaluate.measure_row(row_run, row, row_quantizers, ppl_fp)
-            result = result_settings(run, row) | add_bits(run, row, result)
+            result = result_settings(run, row)
+            result |= evaluate.measure_row(row_run, row, row_quantizers, ppl_fp)
+            result = evaluate.add_average_bits(run, row, result, storage_bits(run, row))
         if row == FULL_PRECISION:
             ppl_fp = result["ppl"]
         yield result
@@ -105,15 +110,22 @@ def quantizers(run, row, calibrations):
     return kvquant.kvquant_quantizers(calibration, row.rho, row.bits, run.config.q_norm)
 
 
+def storage_bits(run, row):
+    """Return the bits that a token takes in the cache of a row, and those stored once."""
+    if row == FULL_PRECISION:
+        return rtn_bits(row, run.model.config, run.group_size)
+    return kvquant.kvquant_bits(row, run.model.config)
+
+
 def calibration_config(run):
     """Return the recipes of all rows, finished rows included, so that one file serves all rows, and
-    the settings of their calibration. As in KVQuant, WikiText-2 calibrates for C4 too."""
+    the settings of their calibration."""
     config = run.config
     return kvquant.CalibrationConfig(
         recipes=[kvquant.Recipe(r.rule, r.rho) for r in config.rows if r != FULL_PRECISION],
         site=run.site,
         weights=run.weights,
-        data="wikitext2" if config.data in TEXTS else text.PACKED,
+        data=config.calib_data,
         windows=config.calib_windows,
         tokens=config.calibration_tokens,
         seed=config.seed,
@@ -130,22 +142,10 @@ def result_settings(run, row):
     return settings | {
         "rope": "pre",
         "calib_windows": config.calib_windows,
+        "calib_data": config.calib_data,
         "outliers": row.rho,
         "q_norm": config.q_norm,
     }
-
-
-def add_bits(run, row, result):
-    """Return a result with the bits per number by Table 2's count."""
-    model_config = run.model.config
-    if row == FULL_PRECISION:
-        storage = rtn_bits(row, model_config, run.group_size)
-    else:
-        storage = kvquant.kvquant_bits(row, model_config)
-    kept = statistics.mean(result["kept"])
-    n = run.config.seq_len
-    average = average_bits(row, model_config, n, storage, run.site.l_E, kept)
-    return result | {"avg_bits": average}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,7 +199,9 @@ def calibration_passes(run):
 def heading(run):
     config = run.config
     windows = f"{len(run.tokens)} windows of {config.seq_len} tokens"
-    line = f"{config.model} on {config.data}, {windows}"
+    line = f"{config.model} on {config.data}, {windows}\n"
+    tokens = config.calibration_tokens
+    line += text.describe_calibration(config.calib_data, config.calib_windows, tokens)
     if any(row.rule.first and row.rule.predicts for row in config.rows):
         line += "\nPFN-1+KVSink is not one of the paper's rules"
     return line

@@ -43,7 +43,7 @@ from paper.shapes import SHAPES, random_model, shape
 from support import cli, evaluate, hub
 from support.cache import format_bytes, save
 from support.evaluate import negative_log_likelihood
-from support.machine import Machine, free_memory, pick_machine
+from support.machine import Machine, free_memory, pick_machine, ran_compiled
 
 # --------------------------------------------------------------------------------------------------
 # What is measured
@@ -76,14 +76,11 @@ class Benchmark:
     step: Callable  # kvsink.decoder_block
     decode_block: Callable
     loss: Callable
+    used: set  # holds True if a function ran compiled, False if the compiler failed on one
 
     @property
     def device(self):
         return str(self.model.device)
-
-    @property
-    def is_compiled(self):
-        return self.step is not kvsink.decoder_block
 
 
 class Time(NamedTuple):
@@ -446,7 +443,8 @@ def attention_function(benchmark, cache, name):
     size = (1, config.num_attention_heads, 1, config.head_dim)
     Q = torch.randn(size, device=model.device, dtype=model.dtype)
     slot = torch.full((1, 1), cache.n - 2, device=model.device)
-    one_block = benchmark.config.machine.compiled(attention_of_block, **decode.FUSE)
+    machine = benchmark.config.machine
+    one_block = machine.compiled(attention_of_block, benchmark.used, **decode.FUSE)
 
     def theirs():
         for block in cache.blocks:
@@ -644,21 +642,23 @@ def run_benchmarks(config, json_file=None):
         torch.cuda.set_device(machine.device)  # CUDA events measure on the current device
         device_name = torch.cuda.get_device_name(machine.device)
     benchmark = load_benchmark(config)
-    compiled = "compiled" if benchmark.is_compiled else "eager"
+    compiled = "compiled" if machine.compiles else "eager"
     print(
         f"{config.model} on {device_name}, {machine.dtype}, {compiled}, torch {torch.__version__}; "
         f"median of {config.repeats} (fastest-slowest)"
+        + (", static ranges calibrated on noise" if kvsink.SCHEMES[config.scheme].static else "")
     )
     settings = {
         "model": config.model,
         "device": device_name,
         "dtype": machine.dtype,
-        "compiled": benchmark.is_compiled,
     }
     records = []
     for part in config.parts:
         for record in PARTS[part](benchmark):
-            records.append(settings | record)
+            compiled = ran_compiled(benchmark.used, machine.device)
+            records.append(settings | {"compiled": compiled} | record)
+            benchmark.used.clear()
             if json_file:
                 save(json_file, json.dumps(records, indent=1).encode())
 
@@ -666,6 +666,7 @@ def run_benchmarks(config, json_file=None):
 def load_benchmark(config):
     """Return the Benchmark of a BenchmarkConfig. Raises OSError or ValueError."""
     machine = config.machine
+    used = set()
     directory = None
     if config.is_shape:
         model = random_model(shape(config.model), machine.device, machine.torch_dtype)
@@ -679,9 +680,10 @@ def load_benchmark(config):
         config=config,
         model=model,
         directory=directory,
-        step=machine.compiled(kvsink.decoder_block),
-        decode_block=machine.compiled(decode.decode_block, **decode.FUSE),
-        loss=machine.compiled(negative_log_likelihood),
+        step=machine.compiled(kvsink.decoder_block, used),
+        decode_block=machine.compiled(decode.decode_block, used, **decode.FUSE),
+        loss=machine.compiled(negative_log_likelihood, used),
+        used=used,
     )
 
 

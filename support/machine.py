@@ -7,6 +7,8 @@ import functools
 import math
 import os
 import re
+import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import kvsink
-from support.cache import cache_directory, format_bytes, log
+from support.cache import cache_path, check_private, format_bytes, log, make_folder
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,29 @@ class Machine:
     def torch_dtype(self):
         return getattr(torch, self.dtype)
 
-    def compiled(self, function, **options):
-        """Return `function` under torch.compile with these options. Return it as it is if the user
-        said --no-compile or the machine has no working compiler."""
-        if self.compile and has_compiler(self.device):
-            return or_eager(kvsink.compiled(function, **options), function)
+    @property
+    def kind(self):
+        """The device without its number: cpu, cuda or mps."""
+        return self.device.split(":")[0]
+
+    @property
+    def compiles(self):
+        """True if functions run compiled, False if the user said --no-compile or the machine has no
+        working compiler."""
+        return self.compile and has_compiler(self.device)
+
+    def compiled(self, function, used=None, **options):
+        """Return `function` under torch.compile with these options, or as it is if this machine
+        does not compile. Each call adds to the set `used` whether it ran compiled."""
+        if self.compiles:
+            return or_eager(kvsink.compiled(function, **options), function, used)
         return function
 
 
 def pick_machine(args):
     """Return the Machine that the options --device, --dtype and --no-compile ask for.
     Raises ValueError if that device cannot be used."""
+    keep_compiled_code()
     best = "cpu"
     if torch.backends.mps.is_available():
         best = "mps"
@@ -61,41 +75,97 @@ def pick_machine(args):
     return Machine("cpu" if device.type == "cpu" else str(device), dtype, not args.no_compile)
 
 
+def keep_compiled_code():
+    """Let PyTorch keep compiled code in our cache, where the next run finds it. PyTorch chooses and
+    makes its folder when something first imports its compiler, so this comes before all else."""
+    folder = cache_path().absolute() / "compiled"
+    # A blank or a quote in its name would break the call of the C++ compiler.
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ or shlex.quote(str(folder)) != str(folder):
+        return
+    with suppress(OSError):  # it cannot be made: PyTorch's own place has to do
+        make_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
 @functools.cache
 def has_compiler(device):
-    """Return whether torch.compile works here; if not, say so in one line."""
-    # Keep compiled code in our cache, where the next run finds it.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "compiled"))
+    """Return whether torch.compile works here; if not, say so in one line. Raises PermissionError
+    if others could write the code that it would find in its folders, and run."""
+    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        if cache_path().absolute() in Path(folder).absolute().parents:
+            check_private(cache_path(), "KVSINK_CACHE")
+        else:
+            check_private(Path(folder), "TORCHINDUCTOR_CACHE_DIR")
+    # Its precompiled headers always lie here.
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    check_private(Path(default_cache_dir()), "TMPDIR")
+    # Beyond its limit of graphs, torch.compile would run eager without a word.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
     try:
         # Takes a second and needs the whole toolchain.
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        if graphs["unique_graphs"] == before:
+            raise RuntimeError("a setting of PyTorch turns torch.compile off")
     except Exception as error:  # a missing C++ compiler, headers or Triton: each has its own type
         log(f"no working compiler on this machine, running eager ({reason(error)})")
         return False
     return True
 
 
-def or_eager(compiled, function):
+def or_eager(compiled, function, used=None):
     """Return a function that calls `compiled`. From the first input for which the compiler fails,
-    it says so in one line and calls `function`, the same in eager."""
-    chosen = compiled
+    it says so in one line and calls `function`, the same in eager. Each call adds to the set `used`
+    whether it ran compiled."""
+    used = set() if used is None else used
+    is_compiled = True
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        nonlocal chosen
-        try:
-            return chosen(*args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            log(f"torch.compile failed on {function.__name__}, running it eager ({reason(error)})")
-            chosen = function
-            return function(*args, **kwargs)
+        nonlocal is_compiled
+        if is_compiled:
+            try:
+                result = compiled(*args, **kwargs)
+                used.add(True)
+                return result
+            except (
+                torch._dynamo.exc.BackendCompilerFailed,
+                torch._dynamo.exc.FailOnRecompileLimitHit,
+            ) as error:
+                problem = f"torch.compile failed on {function.__name__}, running it eager"
+                log(f"{problem} ({reason(error)})")
+                is_compiled = False
+        used.add(False)
+        return function(*args, **kwargs)
 
     return call
 
 
+def ran_compiled(used, device):
+    """Return what a result says of how it was computed, from the sets `used` of all ranks: True or
+    False, or "partly" if the compiler failed on the way."""
+    flags = torch.tensor([False in used, True in used], dtype=torch.int32)
+    if dist.is_initialized():
+        flags = flags.to(device if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    some_eager, some_compiled = map(bool, flags.tolist())
+    return "partly" if some_eager and some_compiled else some_compiled
+
+
 def reason(error):
-    """Return the beginning of an error's message, in one line."""
-    return " ".join(str(error).split())[:160]
+    """Return the cause in a compiler's error, in one line: the first line of the C++ compiler's
+    output that names one, or the beginning of the message."""
+    message = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]
+    _, _, output = message.partition("Output:\n")
+    for line in output.splitlines():
+        if re.search(r"error: |cannot find|No such file", line):
+            message = line
+            break
+    return " ".join(message.split())[:200]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,11 +220,11 @@ def free_memory(device):
 
 
 def format_duration(seconds):
-    """Return a duration in words, with two digits."""
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.2g} {unit}"
-    return f"{seconds:.2g} s"
+    """Return a duration in words, with at least two digits."""
+    units = {"h": 3600, "min": 60, "s": 1}
+    unit = next((name for name, length in units.items() if seconds >= length), "s")
+    number = seconds / units[unit]
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
 
 
 def out_of_memory_message(error):

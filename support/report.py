@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvsink import AUTO
-from support.cache import save
+from support.cache import printable, save
 from support.machine import is_first_rank
 from support.results import add_result
 from support.rows import FULL_PRECISION, PAPER_KEEPS, row_of
@@ -144,8 +144,8 @@ COLORS = {"pfn": "#0072B2", "kvsink": "#009E73", "pfn+kvsink": "#CC79A7", "full"
 CURVES = (("pfn", "PFN", "o"), ("kvsink", "KVSink", "s"), ("pfn+kvsink", "PFN-1+KVSink", "^"))
 # The results in one panel have to agree in these settings.
 SAME_IN_A_PANEL = (
-    "seq_len", "windows", "group_size", "rope", "dtype", "seed", "calib_windows", "q_norm",
-    "weights",
+    "seq_len", "bos", "windows", "group_size", "rope", "dtype", "device", "compiled", "torch",
+    "seed", "calib_windows", "calib_data", "q_norm", "weights", "tokens",
 )  # fmt: skip
 
 
@@ -178,7 +178,8 @@ def figure_9(results):
         ppl = rows[0]["ppl_fp"]
         axis.axhline(ppl, color=COLORS["full"], linestyle="--", label="full precision")
         axis.set(xlabel="tokens kept, N", ylabel="PPL", xlim=(-1, right), xticks=ticks)
-        names = f"{Path(model).name} on {Path(text).name}".replace("$", r"\$")  # no formula
+        names = " on ".join(printable(Path(name).name[:60]) for name in (model, text))
+        names = names.replace("$", r"\$")  # no formula
         axis.set_title(f"{names}\n{scheme}, {bits} bits", fontsize=10)
         axis.legend(fontsize=8)
     return figure

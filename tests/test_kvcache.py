@@ -359,6 +359,37 @@ def test_a_step_as_a_graph(planted, sequences, monkeypatch, capsys, fails):
     assert run_step.func is decode.decode_step  # its outliers grow
 
 
+def test_a_second_model_does_not_replay_the_graph_of_the_first(planted, sequences, monkeypatch):
+    """Nor does another step. A cache that goes back to the first model is captured anew."""
+    quantizers = kvsink.full_precision_quantizers(planted)
+    cache = KVCache(planted, quantizers, 24)
+    decode.prefill(planted, cache, [sequences[0][0][:20].tolist()])
+    captured = []
+
+    def capture(model, cache, step):
+        captured.append((model, step))
+        return lambda tokens: len(captured)
+
+    on_cuda = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(decode, "capture_cuda_graph", capture)
+    monkeypatch.setattr(cache, "next_slot", on_cuda)
+    monkeypatch.setattr(cache, "finish_groups", lambda: None)
+    other = SimpleNamespace()
+    for expected, model, step in (
+        (1, planted, None),
+        (1, planted, None),
+        (2, other, None),
+        (3, planted, len),
+    ):
+        cache.lengths = [20]
+        assert decode.decode(model, cache, torch.zeros(1), step) == expected
+    assert captured == [
+        (planted, decode.decode_block),
+        (other, decode.decode_block),
+        (planted, len),
+    ]
+
+
 def note_steps(monkeypatch):
     """Let `decode_step` append its tokens and its logits to a list, and return the list."""
     decode_step = decode.decode_step

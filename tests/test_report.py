@@ -254,5 +254,13 @@ def test_figure_9_needs_results_of_one_setting():
     full, nothing, *_ = results_of_model("llama2-7b")
     with pytest.raises(ValueError, match="no results to draw"):
         report.figure_9([full])
-    with pytest.raises(ValueError, match="differ in rope"):
-        report.figure_9([{**nothing, "rope": "post"}, {**nothing, "rope": "pre"}])
+    for setting in ("rope", "compiled", "tokens", "device", "torch", "bos", "calib_data"):
+        with pytest.raises(ValueError, match=f"differ in {setting}"):
+            report.figure_9([{**nothing, setting: "post"}, {**nothing, setting: "pre"}])
+
+
+def test_the_title_of_a_panel_is_short_and_has_no_escapes():
+    full, nothing, *_ = results_of_model("m" * 4000)
+    nothing["data"] = "\x1b[2J"
+    (title,) = lines_of(report.figure_9([full, nothing]))
+    assert title.startswith("m" * 60 + r" on \x1b[2J")

@@ -12,6 +12,7 @@ import time
 import pytest
 
 import eval_ppl
+from paper import figures
 from support import results
 from tests.helpers import EVAL_PPL, HERE, RESULT, refuse, results_of
 
@@ -122,7 +123,37 @@ def test_results_of_this_program_and_of_its_earlier_versions_are_read(more, tmp_
     assert results.read_results(out) == [RESULT | more]
 
 
+def test_a_scheme_of_a_million_characters_is_refused_at_once(capsys, tmp_path):
+    out = tmp_path / "out.json"
+    start = time.perf_counter()
+    for scheme in ("x" * 10**6, "token-static" * 10**5, "\x1b[2J"):
+        out.write_text(json.dumps([RESULT | {"scheme": scheme}]))
+        options = f"--fig 9 --json {out} --out {tmp_path}".split()
+        refuse(options, ["out.json", "left as it is"], capsys, figures)
+    assert time.perf_counter() - start < 10
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    out.write_text(json.dumps([RESULT]))
+    monkeypatch.setattr(results, "LARGEST_FILE", out.stat().st_size)
+    assert results.read_results(out) == [RESULT]
+    monkeypatch.setattr(results, "LARGEST_FILE", out.stat().st_size - 1)
+    with pytest.raises(ValueError, match="left as it is"):
+        results.read_results(out)
+
+
+def test_the_escapes_of_a_file_do_not_reach_the_terminal(capsys, tmp_path):
+    """A panel of two settings is refused with the model's name, which begins with an escape."""
+    out = tmp_path / "out.json"
+    rows = [RESULT | {"model": "\x1b[2J\r\x9bmodel", "rope": rope} for rope in ("pre", "post")]
+    out.write_text(json.dumps(rows))
+    words = [r"\x1b[2J \x9bmodel", "differ in rope"]
+    refuse(f"--fig 9 --json {out} --out {tmp_path}".split(), words, capsys, figures)
+
+
 @pytest.mark.parametrize("change", [
+    {"scheme": "row"}, {"scheme": ["full"]}, {"weights": "x" * 4097}, {"model": "x" * 4097},
     {"sinks": 10**400}, {"sinks": -1}, {"sinks": True}, {"bits": 2.5}, {"outliers": [1]},
     {"seq_len": [4]}, {"seq_len": 10**400}, {"model": "\ud800"}, {"weights": {}},
     {"keep": "some"}, {"keep": ["none"]},

@@ -217,6 +217,19 @@ def test_a_nan_names_its_block(key, place, tiny, tmp_path, capsys):
     assert f"full precision: NaN or inf first appeared in {place}" in error
 
 
+def test_a_nan_of_one_of_two_ranks_ends_both(tiny, tmp_path):
+    """The rank that looks for the block does so without the other."""
+    weights = write_unplanted(tmp_path / "model")
+    weights["model.embed_tokens.weight"][ord("~")] = torch.nan
+    write_weights(tmp_path / "model", weights)
+    (tmp_path / "text.txt").write_text("a" * 64 + "~" * 64)  # the second window is rank 1's
+    options = f"--model {tmp_path / 'model'} --data {tmp_path / 'text.txt'} --limit 2".split()
+    command = [*TWO_RANKS, *tiny, *options, "--scheme", "token-dynamic", "--stream"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "rank 1: 1/19 full precision: NaN or inf first appeared in block 1 of 6" in done.stderr
+
+
 def test_streaming_the_default_model_changes_no_digit(default_model, tmp_path):
     """Two windows of 128 tokens; the tiny model has the other schemes."""
     whole = tmp_path / "whole.json"

@@ -183,7 +183,7 @@ def test_calibration_follows_the_prompt(drawable, tiny, monkeypatch):  # noqa: F
     model's context, here 512."""
     calls = []
 
-    def windows(tokenizer, name, split, seq_len, count, seed):
+    def windows(tokenizer, name, split, seq_len, count, seed, bos):
         calls.append((name, split, seq_len, count, seed))
         return torch.zeros(count, seq_len).long()
 

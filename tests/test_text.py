@@ -30,9 +30,9 @@ class Characters:
 def take(monkeypatch):
     """`text.windows` on documents that are given instead of fetched."""
 
-    def windows_of(name, split, documents, n, count=None, seed=0):
+    def windows_of(name, split, documents, n, count=None, seed=0, **options):
         monkeypatch.setattr(hub, "documents", lambda *_: documents)
-        return text.windows(Characters(), name, split, n, count, seed).tolist()
+        return text.windows(Characters(), name, split, n, count, seed, **options).tolist()
 
     return windows_of
 
@@ -57,6 +57,36 @@ def test_packed_windows(take):
     second = [2, 100, 101, 102, 103]
     assert take("wiki-sample", "test", documents, 5) == [first, second]
     assert take("wiki-sample", "train", documents, 5, 1) == [first]
+
+
+def test_a_window_each_with_its_own_beginning(take):
+    """Of each window, the first token begins a text, and the others are the text's, without gap."""
+    documents = ["ab", "c", "defg"]
+    packed = [[1, 97, 98, 2, 99], [1, 2, 100, 101, 102]]
+    assert take("wiki-sample", "test", documents, 5, bos="window") == packed
+    assert take("wiki-sample", "train", documents, 5, 1, bos="window") == packed[:1]
+    in_order = [[1, *IDS[1:20]], [1, *IDS[20:39]]]
+    assert take("some.txt", "test", [DOCUMENT], 20, bos="window") == in_order
+    rng = random.Random(3)
+    starts = [1 + rng.randint(0, 31) for _ in range(4)]
+    at_random = [[1, *IDS[start : start + 19]] for start in starts]
+    assert take("wikitext2", "train", [DOCUMENT], 20, 4, seed=3, bos="window") == at_random
+    for window in take("c4", "test", [DOCUMENT], 20, 9, bos="window"):
+        start = window[1] - 99
+        assert window == [1, *IDS[start : start + 19]]
+    # 50 characters are two windows of 26 then, and none of 52.
+    assert len(take("some.txt", "test", [DOCUMENT], 26, bos="window")) == 2
+    with pytest.raises(ValueError, match="50 tokens, fewer than one window of 51: lower --seq-len"):
+        take("some.txt", "test", [DOCUMENT], 52, bos="window")
+
+
+def test_what_begins_a_window_if_the_tokenizer_begins_no_text(monkeypatch):
+    """The end of another: as several evaluation harnesses have it."""
+    monkeypatch.setattr(Characters, "bos", None)
+    assert text.first_id(Characters()) == 2
+    monkeypatch.setattr(Characters, "eot", None)
+    with pytest.raises(ValueError, match="--bos window: this tokenizer has no token"):
+        text.first_id(Characters())
 
 
 def test_windows_at_random(take):

@@ -91,7 +91,7 @@ def write_sentencepiece(directory, **settings):
         minloglevel=2,
         **settings,
     )
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(exist_ok=True, parents=True)
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
@@ -227,7 +227,7 @@ def write_byte_fallback(directory, pieces):
             "merges": merges,
         },
     }
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     (directory / "tokenizer.json").write_text(json.dumps(raw))
 
 
@@ -315,10 +315,164 @@ def test_a_file_that_was_saved_in_training_truncates_and_pads_nothing(tmp_path):
     assert Tokenizer.from_pretrained(tmp_path).encode("abc") == [*b"abc"]
 
 
-def test_a_tokenizer_model_goes_before_a_tokenizer_json(tmp_path):
+def test_a_tokenizer_json_goes_before_a_tokenizer_model(tmp_path):
+    """As in transformers: a fine-tune may have left the tokenizer.model of its base model there."""
     write_tiktoken(tmp_path, bytes_vocabulary())
     write_bpe(tmp_path, bytes_vocabulary(["ab"]), DIGITS)
-    assert Tokenizer.from_pretrained(tmp_path).encode("ab", bos=False) == [*b"ab"]
+    assert Tokenizer.from_pretrained(tmp_path).encode("ab", bos=False) == [256]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens that a fine-tune added
+
+ADDED = ("<|im_start|>", "<|im_end|>")  # ChatML's, with the ids after the 320 of the vocabulary
+FLAGS = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+LAYOUTS = {  # the files of a fine-tune of LLaMA-2
+    "added_tokens.json": ("tokenizer.model", "added_tokens.json"),
+    "added_tokens_decoder": ("tokenizer.model", "added_tokens_decoder"),
+    "all of them": ("tokenizer.model", "tokenizer.json", "added_tokens.json"),
+    "added_tokens.json beside tokenizer.json": ("base tokenizer.json", "added_tokens.json"),
+    "tokenizer.json beside tokenizer.model": ("tokenizer.model", "tokenizer.json"),
+    "tokenizer.json": ("tokenizer.json",),
+}
+
+
+def write_fine_tune(directory, layout, family="llama", **settings):
+    """Write a fine-tune of LLaMA-2 whose turns end at <|im_end|>, with the files of a layout.
+    Return its SentencePiece model."""
+    files = LAYOUTS[layout]
+    pieces = write_sentencepiece(directory / "pieces")
+    added = [
+        {"id": 320 + i, "content": name, **FLAGS, "special": True} for i, name in enumerate(ADDED)
+    ]
+    if "tokenizer.json" in layout or "tokenizer.json" in files:
+        write_byte_fallback(directory / "json", pieces)
+        raw = json.loads((directory / "json" / "tokenizer.json").read_text())
+        if "base tokenizer.json" not in files:
+            raw["added_tokens"] += added
+        (directory / "tokenizer.json").write_text(json.dumps(raw))
+    if "tokenizer.model" in files:
+        (directory / "tokenizer.model").write_bytes(
+            (directory / "pieces/tokenizer.model").read_bytes()
+        )
+    if "added_tokens.json" in files:
+        (directory / "added_tokens.json").write_text(
+            json.dumps({t["content"]: t["id"] for t in added})
+        )
+    settings = {"bos_token": "<s>", "eos_token": "<|im_end|>", "add_bos_token": True, **settings}
+    if "added_tokens_decoder" in files:
+        settings["added_tokens_decoder"] = {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+            for token in added
+        }
+    settings["tokenizer_class"] = "LlamaTokenizer"
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "config.json").write_text(json.dumps({"model_type": family}))
+    return pieces
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_added_tokens_are_read_in_every_layout(layout, tmp_path):
+    """By hand: six ids, of which 320 and 321 are the added ones. The text after one of them has no
+    space before it, which the text itself has; with `legacy` it has one, too."""
+    pieces = write_fine_tune(tmp_path, layout)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    t, he, the, cat = (pieces.piece_to_id(name) for name in ("t", "he", "▁the", "▁cat"))
+    assert tokenizer.encode("<|im_start|>the cat<|im_end|>") == [1, 320, t, he, cat, 321]
+    assert tokenizer.encode("the cat<|im_end|>the") == [1, the, cat, 321, t, he]
+    assert tokenizer.encode("<|im_start|> the cat") == [1, 320, the, cat]
+    assert tokenizer.encode("the cat") == [1, *pieces.encode("the cat")]
+    assert tokenizer.encode("<|im_star|>", bos=False) == pieces.encode("<|im_star|>")
+    for text in (
+        "<|im_start|>the cat<|im_end|>",
+        "the cat<|im_end|>\n<|im_start|> a 1",
+        "a<|im_end|>",
+    ):
+        assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
+    assert 321 in tokenizer.stop_ids
+    write_fine_tune(tmp_path / "legacy", layout, legacy=True)
+    legacy = Tokenizer.from_pretrained(tmp_path / "legacy")
+    assert legacy.encode("<|im_start|>the cat<|im_end|>") == [1, 320, the, cat, 321]
+    assert legacy.encode("<|im_start|> the cat") == [1, 320, the, cat]
+
+
+def test_the_longest_added_token_is_recognized(tmp_path):
+    write_sentencepiece(tmp_path)
+    added = {"<|a|>": 320, "<|a|><|b|>": 321, "<|b|>": 322}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("<|a|><|b|><|b|><|a|>", bos=False) == [321, 322, 320]
+
+
+def test_added_tokens_of_metas_file(tmp_path):
+    """A file that lists <|eot_id|> makes it a token in a text; without one, it is text."""
+    write_tiktoken(tmp_path, bytes_vocabulary())
+    eot_id = 256 + 9
+    assert Tokenizer.from_pretrained(tmp_path).encode("<|eot_id|>", bos=False) == [*b"<|eot_id|>"]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|eot_id|>": eot_id}))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("a<|eot_id|>", bos=False) == [ord("a"), eot_id]
+    assert tokenizer.decode([ord("a"), eot_id]) == "a<|eot_id|>"
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("added_tokens.json", {"<a>": 5}, "another token's"),
+    ("added_tokens.json", {"<a>": 320, "<b>": 320}, "two have the same"),
+    ("added_tokens.json", {"<a>": -1}, "whole numbers"),
+    ("added_tokens.json", {"<a>": "320"}, "whole numbers"),
+    ("added_tokens.json", {"": 320}, "no text"),
+    ("added_tokens.json", {"<a>": 320, "<c>": 321}, "another id in tokenizer_config.json"),
+    ("added_tokens.json", [], "JSON object"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<a>"}}}, "configuration"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"320": "<a>"}}, "configuration"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"-1": {"content": "<a>"}}},
+        "whole numbers"),
+    ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "configuration"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"320": {"content": "<a>", "lstrip": True}}},
+        "not supported"),
+    ("tokenizer_config.json", {"eos_token": "<|im_end|>"}, "its id is unknown"),
+    ("tokenizer_config.json", {"bos_token": "<b>", "add_bos_token": True}, "its id is unknown"),
+])  # fmt: skip
+def test_added_tokens_that_cannot_be_read_are_refused(name, content, words, tmp_path):
+    write_sentencepiece(tmp_path)
+    decoder = {"added_tokens_decoder": {"322": {"content": "<c>"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(decoder))
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words) as error:
+        Tokenizer.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_token_that_tokenizer_json_numbers_otherwise_is_refused(tmp_path):
+    write_bpe(tmp_path, bytes_vocabulary(), DIGITS)  # 257 tokens
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<a>": 300}))
+    check_refusal(tmp_path, "tokenizer.json", "leaves a gap")
+
+
+def test_an_end_of_text_that_is_an_ordinary_token_ends_a_text(tmp_path):
+    """tokenizer_config.json may name a token that tokenizer.json does not list as special."""
+    write_bpe(tmp_path, bytes_vocabulary(["ab"]), DIGITS)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "ab"}))
+    assert 256 in Tokenizer.from_pretrained(tmp_path).stop_ids
+
+
+def test_an_empty_name_names_nothing(tmp_path):
+    write_sentencepiece(tmp_path)
+    names = {"bos_token": "", "eos_token": {"content": ""}, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.bos, tokenizer.stop_ids) == (1, {2})
+
+
+def test_older_files_name_the_end_of_a_text_in_special_tokens_map(tmp_path):
+    write_sentencepiece(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": 320}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": {"content": "<end>"}})
+    )
+    assert Tokenizer.from_pretrained(tmp_path).stop_ids == {2, 320}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -359,10 +513,11 @@ def test_a_long_run_gives_the_ids_of_metas_tokenizer(text, tmp_path):
     merged = ["".join(merge) for merge in merges]
     ranks = {token.replace("Ġ", " ").encode(): 256 + i for i, token in enumerate(merged)}
     write_tiktoken(tmp_path, bytes_vocabulary() | ranks)
-    model = write_bpe(tmp_path, bytes_vocabulary(), llama3_pre_tokenizer(), special=())["model"]
+    hub = tmp_path / "hub"
+    model = write_bpe(hub, bytes_vocabulary(), llama3_pre_tokenizer(), special=())["model"]
     vocabulary = model["vocab"] | {token: 256 + i for i, token in enumerate(merged)}
-    rewrite(tmp_path, model={**model, "vocab": vocabulary, "merges": merges})
-    original = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rewrite(hub, model={**model, "vocab": vocabulary, "merges": merges})
+    original = tokenizers.Tokenizer.from_file(str(hub / "tokenizer.json"))
     expected = []
     for part in cut_as_meta_cuts(text):
         expected += original.encode(part).ids
