@@ -10,8 +10,6 @@ import textwrap
 from pathlib import Path
 
 from course.problems import FILES, PROBLEMS, WITHHELD
-from paper.figures import figure_10
-from support.report import save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,8 +28,12 @@ testpaths = ["checks"]
 
 
 def write(folder):
-    """Write the handout. Raises ValueError if the folder is not empty, or if a file would hold part
-    of a solution."""
+    """Write the handout. Raises ValueError if the folder is not empty, if a file would hold part of
+    a solution, or without matplotlib."""
+    from paper import figures  # only here, because the grader starts faster without it
+    from support.report import save_figure
+
+    figures.check_matplotlib()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: name a new one")
     texts = files()
@@ -41,7 +43,7 @@ def write(folder):
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    save_figure(figure_10(None), folder / PICTURE)
+    save_figure(figures.figure_10(None), folder / PICTURE)
     print(f"wrote {folder}: {len(texts) + 1} files")
     for problem in PROBLEMS:
         cut = ", ".join(f"{f.name} ({f.file})" for f in problem.functions) or "a written answer"

@@ -378,9 +378,9 @@ class PackedStore:
         """Return Q K^T for the queries Q (b, h_kv, G, d_k) of the tokens in `slot` (b, 1): G
         tensors (b, h_kv, n), fp32.
 
-        `rope` is cos and sin (n, d_k) if Keys are stored before RoPE, else None. A query that is
-        rotated back by a Key's angle has the same product with the Key as the query has with the
-        rotated Key."""
+        `rope` is cos and sin (n, d_k) if Keys are stored before RoPE, in the codes and in
+        `residual` alike; else None. A query that is rotated back by a Key's angle has the same
+        product with the Key as the query has with the rotated Key."""
         K = list(self.dequantized())
         Q_n = Q[:, :, :, None, None]  # (b, h_kv, G, 1, 1, d_k)
         if rope is not None:

@@ -71,6 +71,18 @@ def test_decoder_block_by_hand(run):
     close(seen["H"].ravel(), [-877, 1775], "H")
 
 
+def test_decoder_block_keeps_tokens_in_every_head(run):
+    """Two sequences of two tokens in two heads: the second token of the first sequence is a sink,
+    and keeps its Key and Value in both heads. (A mask on another axis would fit, too.)"""
+    H = np.arange(16, dtype=np.float32).reshape(2, 2, 4)
+    seen = run(through_block, H, np.array([[False, True], [False, False]]))
+    kept = np.zeros((2, 2, 2, 2), bool)  # (b, h_kv, n, d_k)
+    kept[0, :, 1] = True
+    for i, name in ((1, "K"), (2, "V")):
+        same(seen["attention"][i] > 0, kept, f"where {name} is kept")
+        same(seen[f"quantize_{name}"][1], kept, f"leave_out of {name}")
+
+
 def test_decoder_block_tells_the_quantizers_which_tokens_to_leave_out(run):
     """They get all Keys, after RoPE, and all Values, and a mask that is True for a sink."""
     seen = run(through_block, TWO, SECOND)

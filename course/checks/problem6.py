@@ -71,6 +71,23 @@ def test_scores_of_the_newest_group(run):
     close(S[0, 0], [[8, 8, 40, 48]], "scores")
 
 
+def test_scores_of_the_newest_group_before_rope(run):
+    """The newest group lies before RoPE, as the codes do: token 1's angle is a quarter of a turn,
+    and rotates its Key 5, 0, 0, 0, 0, 0, 0, 0 into channel 4. (This uses `apply_rope`.)"""
+    stored = {
+        "codes": np.ones((1, 1, 2, 8), np.uint8),
+        "bits": 8,
+        "scale": np.ones((1, 1, 1, 8), np.float32),
+        "zero": np.zeros((1, 1, 1, 8), np.float32),
+        "residual": np.float32([[4] + [0] * 7, [5] + [0] * 7]).reshape(1, 1, 2, 8),
+    }
+    cos = np.float32([[1] * 8, [0] * 8])
+    sin = np.float32([[0] * 8, [1] * 8])
+    Q = np.float32([3, 0, 0, 0, 2, 0, 0, 0]).reshape(1, 1, 1, 8)
+    S = run(scored, stored, Q, np.int64([[1]]), [cos, sin])
+    close(S[0, 0], [[12, 10]], "scores")
+
+
 def test_scores_of_keys_before_rope(run):
     """Token 1's angle is a quarter of a turn: rotated, its Key (1, 0, 0, 0, 0, 0, 0, 0) is 1 in
     channel 4. (This uses `apply_rope`.)"""

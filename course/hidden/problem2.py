@@ -103,7 +103,8 @@ def test_calibrate_against_loops(run):
 
 
 def test_calibrate_uses_quantile_and_ratio(run):
-    """The quantizer's quantile and ratio count; the first tensor may be left out entirely."""
+    """Quantile and ratio clip the range of each tensor by itself; the first may be left out
+    entirely."""
     nothing = (np.ones((1, 1, 1, 3), np.float32), np.ones((1, 1, 1, 1), bool))
     batches = [nothing, (np.float32([[[[-2, 0, 6]]]]), None)]
     lo, hi, _ = run(calibrated, "token", None, {"ratio": 0.5}, batches)
