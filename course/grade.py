@@ -103,8 +103,8 @@ def grade_problem(server, problem, folder):
 
     A function passes beside the student's other functions of the problem, which may share a
     convention, or else alone among the reference's, so that a mistake in one costs no points of
-    another. Those that pass only alone must then pass with all that pass: functions that are
-    written from each other do not.
+    another. One that passes alone must not call itself by way of those that pass: of two functions
+    that are written from each other, one has its points.
     """
     functions = problem.functions
     try:
@@ -113,19 +113,14 @@ def grade_problem(server, problem, folder):
         return [to_grade(problem, f, [(str(absent), "it has no points")]) for f in functions]
     outcomes = run_tests(server, problem, data, functions, functions)
     passing = [f for f in functions if passes(problem, f, outcomes)]
-    alone = []
-    for function in functions:
-        if function not in passing:
-            outcomes |= run_tests(server, problem, data, [function], [function])
-            if passes(problem, function, outcomes):
-                alone.append(function)
-    if alone:
-        again = run_tests(server, problem, data, [*passing, *alone], alone)
-        for name, tests in again.items():
-            if any(reason for _, reason in tests):
-                outcomes[name] = [
-                    (f"{test}, with your other functions", why) for test, why in tests
-                ]
+    for function in [f for f in functions if f not in passing]:
+        outcomes |= run_tests(server, problem, data, [function], [function])
+        if passes(problem, function, outcomes):
+            beside = run_tests(server, problem, data, [*passing, function], [function])
+            if any("RecursionError" in (reason or "") for _, reason in beside[function.name]):
+                outcomes |= beside
+            else:
+                passing.append(function)
     return [to_grade(problem, f, outcomes[f.name]) for f in functions]
 
 
