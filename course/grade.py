@@ -1,7 +1,6 @@
 """Grade a submission, or a folder of them, with the public tests and the hidden ones.
 
-Read top to bottom: a submission; its tests; the student's process; the sandbox; what is printed and
-written.
+Read top to bottom: a submission; its tests; the student's process; what is printed and written.
 
 What this file does not do: it runs no line of a student's code in this process. worker.py does, in
 another, and sends back values. The tests compare them here, so the student's process never sees a
@@ -9,12 +8,12 @@ test.
 """
 
 import csv
-import functools
 import importlib
 import io
 import json
 import os
 import shutil
+import signal
 import site
 import socket
 import subprocess
@@ -30,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from course import values
+from course import sandbox, values
 from course.problems import BY_NAME, FILES, PROBLEMS
 from support.cache import save
 
@@ -53,10 +52,6 @@ class Grade(NamedTuple):
     tests: int
     passed: int  # of these tests
     failures: tuple[tuple[str, str], ...]  # name of a test, and why it failed
-
-
-class Absent(Exception):
-    """The submission lacks a file. The message is one line."""
 
 
 def grade(server, folder, disable=None):
@@ -87,13 +82,13 @@ def find_submission(folder):
 
 
 def read_file(folder, name):
-    """Return the bytes of a file of a submission. Raises Absent."""
+    """Return the bytes of a file of a submission. Raises OSError."""
     path = folder / name
     inside = folder.resolve() in path.resolve().parents  # a link may lead to the reference
     if not (path.is_file() and inside):
-        raise Absent(f"{name} is not there")
+        raise FileNotFoundError(f"{name} is not there")
     if path.stat().st_size > SOURCE_BYTES:
-        raise Absent(f"{name} is larger than 1 MB")
+        raise OSError(f"{name} is larger than 1 MB")
     return path.read_bytes()
 
 
@@ -109,8 +104,9 @@ def grade_problem(server, problem, folder):
     functions = problem.functions
     try:
         data = read_file(folder, functions[0].file)
-    except Absent as absent:
-        return [to_grade(problem, f, [(str(absent), "it has no points")]) for f in functions]
+    except OSError as error:
+        reason = one_line(str(error))
+        return [to_grade(problem, f, [(reason, "it has no points")]) for f in functions]
     outcomes = run_tests(server, problem, data, functions, functions)
     passing = [f for f in functions if passes(problem, f, outcomes)]
     for function in [f for f in functions if f not in passing]:
@@ -148,8 +144,7 @@ def tests_of(problem, function):
     for package, suffix in (("checks", ""), ("hidden", " (hidden)")):
         module = importlib.import_module(f"course.{package}.problem{problem.number}")
         for name, test in vars(module).items():
-            defined_here = getattr(test, "__module__", None) == module.__name__
-            if name.startswith(f"test_{function.short_name}_") and defined_here:
+            if name.startswith(f"test_{function.short_name}_"):
                 tests.append((name + suffix, test))
     return tests
 
@@ -193,10 +188,6 @@ def failure(test, run):
 # The student's process
 
 
-class ScenarioFailed(Exception):
-    """A scenario raised an exception in the student's process. The message is one line."""
-
-
 class ProcessGone(Exception):
     """The student's process will not answer any more. The message says why."""
 
@@ -216,8 +207,8 @@ def serving():
         with ours:
             with theirs:
                 command = [sys.executable, "-W", "ignore", str(given / "worker.py")]
-                if not why_unconfined():
-                    command = [*bubblewrap(given), *command]
+                if not sandbox.why_unconfined():
+                    command = [*sandbox.bubblewrap(given), *command]
                 process = subprocess.Popen(
                     [*command, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
@@ -231,7 +222,8 @@ def serving():
                 ours.settimeout(SECONDS)
                 yield ours
             finally:
-                process.kill()  # in a sandbox, all of its processes end with it
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
@@ -239,11 +231,10 @@ def write_given(folder):
     """Write what the student's process imports to a folder in `folder`, and return it."""
     given = folder / "given"
     (given / "paper").mkdir(parents=True)
-    (given / "paper/__init__.py").touch()
-    ours = ["worker.py", "source.py", "values.py", "checks/scenarios.py"]
-    for name in [*FILES, *(f"course/{name}" for name in ours)]:
-        target = name if name in FILES else Path(name).name
-        shutil.copyfile(ROOT / name, given / target)
+    for name in (*FILES, "paper/__init__.py"):
+        shutil.copyfile(ROOT / name, given / name)
+    for name in ("worker.py", "source.py", "values.py", "checks/scenarios.py"):
+        shutil.copyfile(ROOT / "course" / name, given / Path(name).name)
     folder.chmod(0o755)  # for the user nobody
     return given
 
@@ -294,7 +285,7 @@ def ask_server(server, *connection):
 
 
 def ask(connection, name, arguments):
-    """Return what a scenario returns in the student's process. Raises ScenarioFailed if it raises
+    """Return what a scenario returns in the student's process. Raises RuntimeError if it raises
     there, ProcessGone if the answer cannot be read, EOFError or OSError if the process has
     ended."""
     connection.send_bytes(values.encode([name, arguments]))
@@ -305,7 +296,7 @@ def ask(connection, name, arguments):
             message = one_line(reply["error"])
             if printed := one_line(reply["printed"].strip().rpartition("\n")[2]):
                 message += f" (printed: {printed})"
-            raise ScenarioFailed(message)
+            raise RuntimeError(message)
         return reply["value"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ProcessGone("an answer that cannot be read") from None
@@ -318,65 +309,6 @@ def one_line(text):
 
 def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-# --------------------------------------------------------------------------------------------------
-# The sandbox: bubblewrap (https://github.com/containers/bubblewrap)
-
-NOBODY = "65534"
-WRITABLE_BYTES = str(2**24)
-# What Python and torch read besides Python's own folders.
-SYSTEM = (
-    "/usr",
-    "/bin",
-    "/lib",
-    "/lib32",
-    "/lib64",
-    "/nix/store",
-    "/etc/ld.so.cache",
-    "/etc/alternatives",
-    "/sys/devices/system/cpu",
-)
-
-
-@functools.cache
-def why_unconfined():
-    """Return in one line why there is no sandbox, or "" if there is one."""
-    if not shutil.which("bwrap"):
-        return "bubblewrap (bwrap) is not installed"
-    trial = subprocess.run(
-        [*bubblewrap(), sys.executable, "-S", "-c", ""], capture_output=True, text=True
-    )
-    return one_line(trial.stderr) or "bwrap fails" if trial.returncode else ""
-
-
-def bubblewrap(*folders):
-    """Return the command that runs another in namespaces of its own: without capabilities, network
-    and other processes, with a small /tmp as the only place to write. It sees the system's
-    libraries, Python with its packages and, of this repository, nothing but `folders`."""
-    options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --cap-drop ALL"
-    if os.geteuid() == 0:  # worker.py becomes nobody, which root in a user namespace could not
-        options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
-    else:
-        options += f" --unshare-user --uid {NOBODY} --gid {NOBODY}"
-    options += " --die-with-parent --new-session --proc /proc --dev /dev --remount-ro /dev"
-    options += f" --perms 1777 --size {WRITABLE_BYTES} --tmpfs /tmp --chdir /tmp"
-    options += " --setenv HOME /tmp --setenv TMPDIR /tmp"
-    command = ["bwrap", *options.split()]
-    python = [Path(sys.prefix), Path(sys.base_prefix), Path(site.getusersitepackages())]
-    for path in (*SYSTEM, *python):
-        command += bind(Path(path))
-    command += ["--tmpfs", str(ROOT)]
-    for path in (*folders, *(path for path in python if ROOT in path.parents)):
-        command += bind(path)
-    return [*command, "--remount-ro", str(ROOT), "--remount-ro", "/", "--"]
-
-
-def bind(path):
-    """Return options that show a file or folder, read-only, and let nobody look into the folders
-    above it."""
-    above = [f"--perms 0755 --dir {folder}".split() for folder in reversed(path.parents[:-1])]
-    return [*sum(above, []), "--ro-bind-try", str(path), str(path)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -450,7 +382,7 @@ def cell(text):
 
 
 def warn_if_unconfined():
-    if reason := why_unconfined():
+    if reason := sandbox.why_unconfined():
         message = "submissions run unconfined, which course/README.md says when to do"
         print(f"{message}: {reason}", file=sys.stderr)
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from course import __main__ as command
-from course import grade, handout, values
+from course import grade, handout, sandbox, values
 from course.checks.compare import close, same
 from course.grade import ROOT
 from course.problems import BY_NAME, FILES, PROBLEMS, WITHHELD
@@ -492,7 +492,7 @@ def test_a_failing_hidden_test_says_what_it_checks(server, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # The grader: hostile submissions
 
-confined = pytest.mark.skipif(bool(grade.why_unconfined()), reason="needs bubblewrap")
+confined = pytest.mark.skipif(bool(sandbox.why_unconfined()), reason="needs bubblewrap")
 
 ZERO = "def zero(lo, s):\n    {}\n    return -torch.round(lo / s)\n"
 PATCHES = (
@@ -660,7 +660,7 @@ def test_without_bubblewrap(tmp_path, monkeypatch, capfd):
     """The grader says in one line that submissions run unconfined; root becomes nobody."""
     monkeypatch.setattr(grade, "PROBLEMS", PROBLEMS[:1])
     monkeypatch.setenv("PATH", str(tmp_path))
-    grade.why_unconfined.cache_clear()
+    sandbox.why_unconfined.cache_clear()
     line = f"import os; assert os.getuid() == {os.getuid() or 65534}"
     text = (
         (ROOT / "quant.py")
@@ -670,7 +670,7 @@ def test_without_bubblewrap(tmp_path, monkeypatch, capfd):
     folder = submission(tmp_path / "in", {"quant.py": text})
     assert command.main(["grade", str(folder)]) == 0
     monkeypatch.undo()
-    grade.why_unconfined.cache_clear()
+    sandbox.why_unconfined.cache_clear()
     printed = capfd.readouterr()
     assert "10 of 10 points" in printed.out
     assert printed.err.count("\n") == 1 and "submissions run unconfined" in printed.err

@@ -9,9 +9,8 @@ from .scenarios import (
     observed,
     observers_refused,
     predicted,
-    prediction_refused,
-    prefill_refused,
     prefill_rule,
+    refused,
     through_block,
 )
 
@@ -57,7 +56,7 @@ def test_prefill_keeps_the_mask_it_is_given(run):
 def test_prefill_refuses_more_than_there_are(run):
     """Five of four tokens: ValueError."""
     steps = np.zeros((1, 2, 4, 3), np.float32)
-    assert run(prefill_refused, ZERO, steps, {"l_E": 1, "c": 0, "k": 5}), "no ValueError"
+    assert run(refused, "prefill_rule", ZERO, steps, {"l_E": 1, "c": 0, "k": 5}), "no ValueError"
 
 
 def test_decoder_block_by_hand(run):
@@ -115,7 +114,7 @@ def test_predict_sinks_without_k(run):
 
 def test_predict_sinks_refuses_more_than_there_are(run):
     """Five of four tokens: ValueError."""
-    assert run(prediction_refused, ZERO, 0, 5), "no ValueError"
+    assert run(refused, "predicted", ZERO, 0, 5), "no ValueError"
 
 
 def test_pfn_by_hand(run):

@@ -4,11 +4,8 @@ import numpy as np
 
 from course.checks.compare import close, same
 from course.checks.problem1 import comes_back, numbers
+from course.checks.problem3 import drawn
 from course.checks.scenarios import equation
-
-
-def drawn(seed, *shape):
-    return np.random.RandomState(seed).randn(*shape).astype(np.float32)
 
 
 def test_scale_against_numpy(run):
