@@ -105,33 +105,19 @@ def grade_problem(server, problem, folder):
     try:
         data = read_file(folder, functions[0].file)
     except OSError as error:
-        reason = one_line(str(error))
-        return [to_grade(problem, f, [(reason, "it has no points")]) for f in functions]
-    outcomes = run_tests(server, problem, data, functions, functions)
-    passing = [f for f in functions if passes(problem, f, outcomes)]
-    for function in [f for f in functions if f not in passing]:
-        outcomes |= run_tests(server, problem, data, [function], [function])
-        if passes(problem, function, outcomes):
-            beside = run_tests(server, problem, data, [*passing, function], [function])
-            if any("RecursionError" in (reason or "") for _, reason in beside[function.name]):
-                outcomes |= beside
-            else:
-                passing.append(function)
-    return [to_grade(problem, f, outcomes[f.name]) for f in functions]
-
-
-def passes(problem, function, outcomes):
-    tests = outcomes[function.name]
-    return len(tests) == len(tests_of(problem, function)) and not any(why for _, why in tests)
-
-
-def to_grade(problem, function, outcomes):
-    failures = tuple((name, reason) for name, reason in outcomes if reason)
-    tests = len(tests_of(problem, function))
-    passed = len(outcomes) - len(failures)
-    points = function.points if passed == tests else 0
-    numbers = points, function.points, tests, passed
-    return Grade(problem.number, function.name, *numbers, failures)
+        outcomes = [("the file", one_line(str(error)))]
+        return [to_grade(problem, function, outcomes) for function in functions]
+    grades = run_tests(server, problem, data, functions, functions)
+    for function in functions:
+        if grades[function.name].points:
+            continue
+        grades |= run_tests(server, problem, data, [function], [function])
+        if grades[function.name].points:
+            passing = [f for f in functions if grades[f.name].points]
+            beside = run_tests(server, problem, data, passing, [function])
+            if any("RecursionError" in reason for _, reason in beside[function.name].failures):
+                grades |= beside
+    return list(grades.values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,33 +136,40 @@ def tests_of(problem, function):
 
 
 def run_tests(server, problem, data, taken, tested):
-    """Run the tests of the functions `tested`, with the student's functions `taken` among the
-    reference's. `data` is the student's file. Return name of a function -> list of the name of each
-    test, and why it fails, or None if it passes. Stop after the test in which the student's process
-    ends."""
+    """Return name -> Grade of the functions `tested`, with the student's functions `taken` among
+    the reference's. `data` is the student's file. No test is run after one in which the student's
+    process ends."""
     outcomes = {function.name: [] for function in tested}
-    name = "the file"
-    function = tested[0]
+    function, name = tested[0], "the file"
     try:
-        with student_process(server) as run:
+        with student_process(server) as ask:
             names = [f.name for f in taken]
-            missing = run(taken[0].file, np.frombuffer(data, np.uint8), names)  # worker.py
+            missing = ask(taken[0].file, [np.frombuffer(data, np.uint8), names])
             for function in tested:
                 if reason := missing.get(function.name):
-                    outcomes[function.name].append(("it has no points", one_line(reason)))
+                    outcomes[function.name].append(("the file", one_line(reason)))
                     continue
                 for name, test in tests_of(problem, function):
-                    outcomes[function.name].append((name, failure(test, run)))
+                    outcomes[function.name].append((name, failure(test, ask)))
     except ProcessGone as error:
         outcomes[function.name].append((name, str(error)))
-    return outcomes
+    return {f.name: to_grade(problem, f, outcomes[f.name]) for f in tested}
 
 
-def failure(test, run):
+def to_grade(problem, function, outcomes):
+    """Return a Grade from the name of each test that was run and why it fails, or None."""
+    failures = tuple((name, reason) for name, reason in outcomes if reason)
+    passed = len(outcomes) - len(failures)
+    tests = len(tests_of(problem, function))
+    points = function.points if passed == tests else 0
+    return Grade(problem.number, function.name, points, function.points, tests, passed, failures)
+
+
+def failure(test, ask):
     """Return in one line why a test fails, and what it tests, or None if it passes. Raises
     ProcessGone."""
     try:
-        test(run)
+        test(lambda scenario, *arguments: ask(scenario.__name__, arguments))
     except ProcessGone:
         raise
     except Exception as error:  # a scenario or an assertion fails, or the value cannot be compared
@@ -241,8 +234,9 @@ def write_given(folder):
 
 @contextmanager
 def student_process(server):
-    """Start a process of the student, and yield the function `run(scenario, *arguments)` that the
-    tests call. Raises ProcessGone."""
+    """Start a process of the student, and yield the function `ask(name, arguments)`, which returns
+    what the process answers. Raises ProcessGone if it does not, RuntimeError for an exception
+    there."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ask_server(server, theirs)
@@ -252,10 +246,10 @@ def student_process(server):
         timer.start()  # it ends whatever we wait for, to send or to receive
         connection = Connection(os.dup(ours.fileno()))
 
-        def run(scenario, *arguments):
-            name = scenario if isinstance(scenario, str) else scenario.__name__
+        def ask(name, arguments):
             try:
-                return ask(connection, name, arguments)
+                connection.send_bytes(values.encode([name, arguments]))
+                return value_of(connection.recv_bytes(REPLY_BYTES))
             except (EOFError, OSError):
                 if time.monotonic() - start >= SECONDS:
                     raise ProcessGone(f"no answer in {SECONDS} seconds") from None
@@ -263,7 +257,7 @@ def student_process(server):
                 raise ProcessGone(f"the process ended by itself: {cause}") from None
 
         try:
-            yield run
+            yield ask
         finally:
             timer.cancel()
             connection.close()
@@ -284,14 +278,11 @@ def ask_server(server, *connection):
     raise ProcessGone("the server of the student's processes has ended or does not answer")
 
 
-def ask(connection, name, arguments):
-    """Return what a scenario returns in the student's process. Raises RuntimeError if it raises
-    there, ProcessGone if the answer cannot be read, EOFError or OSError if the process has
-    ended."""
-    connection.send_bytes(values.encode([name, arguments]))
-    data = connection.recv_bytes(REPLY_BYTES)
+def value_of(reply):
+    """Return the value in a reply of worker.py. Raises RuntimeError, in one line, if it is an
+    error, ProcessGone if it cannot be read."""
     try:
-        reply = values.decode(data)
+        reply = values.decode(reply)
         if "error" in reply:
             message = one_line(reply["error"])
             if printed := one_line(reply["printed"].strip().rpartition("\n")[2]):
@@ -341,9 +332,7 @@ def grade_class(folder, csv_file):
     submissions = sorted(path for path in folder.iterdir() if path.is_dir())
     submissions = [path for path in submissions if not path.name.startswith(".")]
     if not submissions:
-        raise ValueError(
-            f"{folder} has no folders in it: --class takes a folder with one for each submission"
-        )
+        raise ValueError(f"{folder} has no folders in it: --class takes one for each submission")
     warn_if_unconfined()
     numbers = [problem.number for problem in PROBLEMS if problem.functions]
     columns = [f"problem {number}" for number in numbers]
@@ -361,18 +350,14 @@ def grade_class(folder, csv_file):
         rows.append([cell(submission.name), *row])
         failed = None
         try:
-            write_csv(csv_file, rows)
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows(rows)
+            save(csv_file, text.getvalue().encode())
         except OSError as error:  # the disk may be full for a while
             failed = error
     if failed:
         raise failed
     print(f"wrote {csv_file}: {len(submissions)} submissions")
-
-
-def write_csv(path, rows):
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    save(path, text.getvalue().encode())
 
 
 def cell(text):
@@ -404,16 +389,11 @@ def print_table(folder, grades):
         if problem.functions:
             points, max_points = points_of(grades, problem.number)
             print(f"\nProblem {problem.number}, {problem.title}: {points} of {max_points}")
-        for g in grades:
-            if g.problem == problem.number:
-                print_grade(g)
-
-
-def print_grade(g):
-    points = f"{g.points:>3} of {g.max_points:<4}"
-    print(f"  {g.name:<22}{points}{g.passed} of {g.tests} tests passed")
-    for name, reason in g.failures:
-        print(f"      {name}: {reason}")
+        for g in (g for g in grades if g.problem == problem.number):
+            points = f"{g.points:>3} of {g.max_points:<4}"
+            print(f"  {g.name:<22}{points}{g.passed} of {g.tests} tests passed")
+            for name, reason in g.failures:
+                print(f"      {name}: {reason}")
 
 
 def gradescope(grades, seconds):

@@ -64,8 +64,9 @@ def serve(control):
 
 
 def become_student(connection):
-    """Take the student's functions, and run scenarios until grade.py hangs up. A reply is
-    {"value": ...}, or {"error": one line, "printed": the last output}."""
+    """Take the functions that the first message names, then run the scenarios of all others until
+    grade.py hangs up. A reply is {"value": ...}, or {"error": one line, "printed": the last
+    output}."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
