@@ -408,9 +408,6 @@ def gradescope(grades, seconds):
         }
         for g in grades
     ]
-    return {
-        "score": points_of(grades)[0],
-        "execution_time": round(seconds),
-        "stdout_visibility": "hidden",
-        "tests": tests,
-    }
+    score, _ = points_of(grades)
+    summary = {"score": score, "execution_time": round(seconds), "stdout_visibility": "hidden"}
+    return {**summary, "tests": tests}

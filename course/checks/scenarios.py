@@ -154,9 +154,10 @@ def predicted(H, c, k):
     return plain(kvsink.predict_sinks(tensor(H), c, k))
 
 
-def algorithm_1(H, steps, S_sink=None, **rule):
-    """Run prefill on a model whose block l adds steps[l - 1] to H. Return H^L, the tokens kept
-    after the last block, and what the step was given in each block."""
+def prefill_rule(H, steps, rule):
+    """Run prefill on a model whose block l adds steps[l - 1] to H; `rule` has l_E, c, k and S_sink,
+    by name. Return H^L, the tokens kept after the last block, and what the step was given in each
+    block."""
     seen = {"block": [], "S_sink": [], "quantizers": [], "rope": []}
 
     def step(block, H, S_sink, quantize_K, quantize_V, rope):
@@ -168,15 +169,10 @@ def algorithm_1(H, steps, S_sink=None, **rule):
 
     model = SimpleNamespace(config="config", blocks=list(range(1, len(steps) + 1)))
     quantizers = [(f"K{l}", f"V{l}") for l in model.blocks]
-    options = {"S_sink": tensor(S_sink), "step": step, **rule}
+    options = {name: tensor(x) for name, x in rule.items()}
     with patch.object(kvsink, "rope_table", lambda config, n, device: f"{config}, {n} tokens"):
-        H, S_sink = kvsink.prefill(model, tensor(H), quantizers, **options)
+        H, S_sink = kvsink.prefill(model, tensor(H), quantizers, step=step, **options)
     return plain({**seen, "H": H, "kept": S_sink})
-
-
-def prefill_rule(H, steps, rule):
-    """Call algorithm_1; `rule` has l_E, c, k and S_sink, by name."""
-    return algorithm_1(H, steps, **rule)
 
 
 def first(H, N):
