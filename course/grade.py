@@ -140,7 +140,8 @@ def run_tests(server, problem, data, taken, tested):
     the reference's. `data` is the student's file. No test is run after one in which the student's
     process ends."""
     outcomes = {function.name: [] for function in tested}
-    function, name = tested[0], "the file"
+    function = tested[0]
+    name = "the file"
     try:
         with student_process(server) as ask:
             names = [f.name for f in taken]
@@ -200,10 +201,13 @@ def serving():
         with ours:
             with theirs:
                 command = [sys.executable, "-W", "ignore", str(given / "worker.py")]
+                command.append(str(theirs.fileno()))
                 if not sandbox.why_unconfined():
-                    command = [*sandbox.bubblewrap(given), *command]
+                    command = [*sandbox.bubblewrap(given), *command, "nobody"]
+                elif sandbox.nobody_can_run_python():
+                    command.append("nobody")
                 process = subprocess.Popen(
-                    [*command, str(theirs.fileno())],
+                    command,
                     pass_fds=[theirs.fileno()],
                     env=environment,
                     cwd=folder,
@@ -368,8 +372,7 @@ def cell(text):
 
 def warn_if_unconfined():
     if reason := sandbox.why_unconfined():
-        message = "submissions run unconfined, which course/README.md says when to do"
-        print(f"{message}: {reason}", file=sys.stderr)
+        print(f"submissions run unconfined (see course/README.md): {reason}", file=sys.stderr)
 
 
 def points_of(grades, problem=None):

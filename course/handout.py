@@ -123,11 +123,6 @@ def wrapped(text):
     return text if "\n" in text else textwrap.fill(text, 100, break_on_hyphens=False)
 
 
-def print_part(number):
-    """Print the part of the text that students get later: 2, when their predictions are in."""
-    print((ROOT / f"course/problem7_part{number}.md").read_text(encoding="utf-8"), end="")
-
-
 # --------------------------------------------------------------------------------------------------
 # Stubs
 

@@ -23,6 +23,12 @@ def why_unconfined():
     return " ".join(trial.stderr.split()) or "bwrap fails" if trial.returncode else ""
 
 
+def nobody_can_run_python():
+    """Return whether the user nobody may enter the folders of Python, outside a sandbox."""
+    folders = [Path(folder) / "lib" for folder in (sys.prefix, sys.base_prefix)]
+    return all(above.stat().st_mode & 1 for folder in folders for above in folder.parents)
+
+
 def bubblewrap(*folders):
     """Return the command that runs another in namespaces of its own: without capabilities, network
     and other processes, with a small /tmp as the only place to write. It sees the system's

@@ -6,8 +6,8 @@ What this file does not do: it judges nothing, and it confines nothing but time 
 starts it, in a sandbox if there is one, sends the name of a scenario (checks/scenarios.py) and its
 arguments, and gets back plain values or the text of an exception.
 
-`python worker.py FD` is the server. It imports torch once, and forks a process whenever it gets a
-socket; that process then starts in milliseconds. The other files that it imports lie beside it.
+`python worker.py FD [nobody]` is the server. It imports torch once, and forks a process whenever it
+gets a socket; that process then starts in milliseconds. What else it imports lies beside it.
 """
 
 import importlib
@@ -35,7 +35,7 @@ def serve(control):
     """Say that torch is imported, then answer messages until grade.py hangs up. One with a socket:
     fork a process that serves on it. One without: end that process."""
     torch.set_num_threads(1)
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and "nobody" in sys.argv:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)

@@ -6,8 +6,8 @@ store Keys or Values, in full precision and as packed codes; KVQuant's outliers;
 what a store asks of a quantizer; the bytes that Table 4 counts.
 
 What this file does not do: kvsink.py says which tokens are kept, and a quantizer, RTN's or
-KVQuant's, how a number is quantized. Prefill and decoding are elsewhere. The cache does not grow: it
-has room for all tokens from the start.
+KVQuant's, how a number is quantized. Prefill and decoding are elsewhere. The cache does not grow:
+it has room for all tokens from the start.
 
 Shapes: b sequences, n slots, k kept tokens, h query heads, h_kv Key/Value heads, G = h / h_kv, d_k
 channels of a head. The slot of a token is its position in its sequence, counted from 0. To write m
