@@ -37,7 +37,7 @@ def bubblewrap(*folders):
     if os.geteuid() == 0:  # worker.py becomes nobody, which root in a user namespace could not
         options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
     else:
-        options += " --unshare-user --uid 65534 --gid 65534"
+        options += " --unshare-user --disable-userns --uid 65534 --gid 65534"
     options += " --die-with-parent --new-session --proc /proc --dev /dev --remount-ro /dev"
     options += " --perms 1777 --size 16777216 --tmpfs /tmp --chdir /tmp"
     options += " --setenv HOME /tmp --setenv TMPDIR /tmp"

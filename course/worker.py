@@ -104,23 +104,19 @@ class LastOutput(io.TextIOBase):
 # --------------------------------------------------------------------------------------------------
 # Its limits
 
-CPU_SECONDS = 20
-MEMORY = 2**30  # bytes, above what torch has taken
-FILE_SIZE = 2**20  # bytes
-
 
 def limit():
-    """Limit time, memory and the size of files. Forbid new processes and threads, and core
-    dumps."""
+    """Limit time, memory and files. Forbid new processes and threads, and core dumps."""
     limits = {
-        resource.RLIMIT_CPU: CPU_SECONDS,
-        resource.RLIMIT_FSIZE: FILE_SIZE,
+        resource.RLIMIT_CPU: 20,  # seconds
+        resource.RLIMIT_FSIZE: 2**20,  # bytes
+        resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_CORE: 0,
     }
     with suppress(OSError), open("/proc/self/statm") as file:  # not on macOS
         taken = int(file.read().split()[0]) * resource.getpagesize()
-        limits[resource.RLIMIT_AS] = taken + MEMORY
+        limits[resource.RLIMIT_AS] = taken + 2**30
     for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
 
