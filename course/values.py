@@ -34,5 +34,5 @@ def decode(data):
 
     try:
         return json.loads(data, object_hook=array_from_json)
-    except (KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a value: {error}") from None

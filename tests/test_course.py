@@ -399,8 +399,6 @@ RIGHT = [
     "def sum(x): return -torch.round(x)\ndef zero(lo, s): return sum(lo / s)\n",
     "\ufeff{zero}",
     "X = f'a\u00a0{{1}}'\n{zero}",
-    "{zero}X = " + "7" * 5000 + "\n",
-    "{zero}X = " + "1 +" * 100_000 + "1\n",
     "".join(f"name_{i} = {i}\n" for i in range(20_000)) + "{zero}" + "#" * 600_000,
     "{zero}\nraise SystemExit\n",
     "{zero}\n1 / 0\n",
@@ -425,11 +423,7 @@ def test_a_file_is_run_as_python_runs_it(i, server, tmp_path):
     if text.startswith("import torch\n\ufeff"):
         text = "\ufeff" + text.replace("\ufeff", "")
     found = graded(server, "zero", submission(tmp_path, {"quant.py": text}))
-    # Two of them have syntax errors for Python itself, which are then the feedback.
-    if "7" * 5000 in text or "1 +" * 9 in text:
-        assert "quant.py stops: " in found.failures[0][1] or found.points == 2
-    else:
-        assert found.failures == ()
+    assert found.failures == ()
 
 
 def test_helpers_of_a_students_own(server, tmp_path):
@@ -692,6 +686,8 @@ def test_a_flood_of_prints_does_no_harm(server, tmp_path):
         ("\0", "null bytes"),
         ("(" * 5000, "quant.py stops"),
         ("-" * 500_000 + "1", ""),
+        ("X = " + "7" * 5000, "Exceeds the limit (4300 digits)"),
+        ("X = " + "1 +" * 100_000 + "1", ""),
         ("def zero(lo, s): return " + "-" * 2000 + "lo / s", ""),
         ("x = 1\n" * 300_000, "larger than 1 MB"),
         ("def scale(lo, hi, n): pass\n", "zero is not in quant.py"),
@@ -784,6 +780,7 @@ def test_values_as_bytes():
                 {"array": "|O"},
                 {"array": 3},
                 {"shape": [2]},
+                {"shape": [10**30]},
                 {"shape": "x"},
                 {"data": 1},
                 {"data": "AAA"},
