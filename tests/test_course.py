@@ -20,12 +20,18 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from course import __main__ as command
 from course import grade, handout, sandbox, values
+from course.checks import first_look
 from course.checks.compare import close, same
 from course.grade import ROOT
 from course.problems import BY_NAME, FILES, PROBLEMS, WITHHELD
+from kvsink import PROMPTS
+from llama import Llama, apply_rope, rope_table
+from support import hub
+from support.tokenizer import Tokenizer
 from tests.helpers import refuse
 from tests.other_solutions import OTHER
 from tests.wrong_solutions import WRONG
@@ -197,6 +203,31 @@ def test_stubs_keep_what_a_student_needs(students_folder):
             cut = function in BY_NAME and BY_NAME[function].cut_docstring
             assert ast.get_docstring(node) == (whole.split("\n\n")[0] if cut else whole)
     assert "decoder_block_pre_rope" in WITHHELD["kvsink.py"]
+
+
+def test_first_look_at_attention(tiny, monkeypatch, capsys):
+    """Block 1 against NumPy: softmax of Q K^T, one head and one query at a time."""
+    monkeypatch.setattr(hub, "DEFAULT_MODEL", tiny[1])
+    with torch.no_grad():
+        first_look.main()
+        model = Llama.from_pretrained(tiny[1])
+        d_k = model.config.head_dim
+        tokens = Tokenizer.from_pretrained(tiny[1]).encode(PROMPTS[1])[:d_k]
+        n = len(tokens)
+        block = model.blocks[0]
+        Q, K, _ = block.QKV(block.LN_mhsa(model.embedding(torch.tensor([tokens]))))
+        rope = rope_table(model.config, n, "cpu")
+        Q, K = (apply_rope(X, rope)[0].double().numpy() for X in (Q, K))
+    drawn = np.zeros(n)
+    for h, i in np.ndindex(len(Q), n):
+        p = np.exp(K[h * len(K) // len(Q), : i + 1] @ Q[h, i] / np.sqrt(d_k))
+        drawn[: i + 1] += p / p.sum() / n / len(Q)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(model.blocks) and f"of {n} tokens" in lines[0]
+    largest = np.argsort(-drawn)[:3]
+    found = re.findall(r"(\d+) \S+ +(\d+)%", lines[1].removeprefix("block  1"))
+    assert [int(i) for i, _ in found] == largest.tolist()
+    assert [int(p) for _, p in found] == [round(100 * drawn[i]) for i in largest]
 
 
 # --------------------------------------------------------------------------------------------------

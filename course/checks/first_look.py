@@ -15,7 +15,7 @@ def main():
     directory = hub.model_directory(hub.DEFAULT_MODEL)
     tokenizer = Tokenizer.from_pretrained(directory)
     model = Llama.from_pretrained(directory)
-    tokens = tokenizer.encode(PROMPTS[1])
+    tokens = tokenizer.encode(PROMPTS[1])[: model.config.head_dim]
     n = len(tokens)
     H = model.embedding(torch.tensor([tokens]))  # (1, n, d)
     rope = rope_table(model.config, n, H.device)

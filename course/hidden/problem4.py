@@ -61,8 +61,8 @@ def test_prefill_without_k(run):
 
 
 def test_decoder_block_against_numpy(run):
-    """Two sequences of two tokens, two heads of two channels: a mask on the wrong axis fits, and is
-    wrong."""
+    """Two sequences of two tokens, two heads of two channels: a sink of one sequence keeps its Key
+    and Value in both heads."""
     H = drawn(1, 2, 2, 4)
     S_sink = np.array([[True, False], [False, False]])
     seen = run(through_block, H, S_sink)
