@@ -118,6 +118,8 @@ def limit():
         taken = int(file.read().split()[0]) * resource.getpagesize()
         limits[resource.RLIMIT_AS] = taken + 2**30
     for kind, most in limits.items():
+        _, hard = resource.getrlimit(kind)
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (most, most))
 
 
