@@ -220,7 +220,7 @@ PROBLEMS = (
         number=7,
         title="An experiment",
         paper="Section 4.3 and Section 5.2, Figure 9",
-        hours="2 hours, half of it the machine's",
+        hours="2 hours",
         written_points=12,
         task=text_of("problem7.md"),
     ),
