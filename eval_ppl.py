@@ -89,8 +89,7 @@ def evaluate_texts(configs, json_path=None, plot_path=None):
 
 SINKS = (0, 5, 10, 15, 20)  # of Figure 9
 
-# The rows of `python eval_ppl.py`, which take a few minutes on two cores. Sinks lie in the middle
-# of its text, and KVSink-5 beats PFN-5.
+# The rows of `python eval_ppl.py`, which take a few minutes on two cores.
 DEFAULT_ROWS = [
     *expand_rows([("channel-static", 4)], ["none", "pfn", "kvsink"], [5, 20]),
     *expand_rows([("channel-static", 3)], ["pfn"], [5, 20]),

@@ -266,8 +266,9 @@ PROMPTS = (  # Appendix D
     "Summer is warm.\n Winter is cold.\n Spring is mild.\n Autumn is crisp.\n "
     "The sun rises early in the summer.\n The days are short in the winter.\n ",
 )
-# A stable outlier is at least OUTLIER times the median magnitude of its block's hidden state. It is
-# also SPARSE times the median over the tokens of its channel, so that only a few tokens have it.
+# A stable outlier is above OUTLIER times the median magnitude of its block's hidden state. It is
+# also above SPARSE times the median magnitude of its channel over the tokens, so that only a few
+# tokens have it. A median is torch.median: the lower of the two middle numbers of an even count.
 OUTLIER = 100
 SPARSE = 10
 

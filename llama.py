@@ -79,7 +79,8 @@ def causal_mask(n, sliding_window, device):
 
 
 def apply_rope(X, rope):
-    """Rotate Q or K (b, heads, n, d_k) by the angles of `rope`, which `rope_table` makes."""
+    """Rotate Q or K (b, heads, n, d_k) by the angles of `rope`, which `rope_table` makes. It is
+    computed in fp32 and rounded once, to the dtype of X."""
     cos, sin = rope
     first, second = X.float().chunk(2, dim=-1)
     return (X * cos + torch.cat((-second, first), dim=-1) * sin).to(X.dtype)

@@ -182,8 +182,8 @@ class Quantizer:
 
     def calibrate(self, X, leave_out=None):
         """Widen the static range to include X (..., h, n, d), except for the numbers that
-        `leave_out` masks (bool, broadcastable to X). If ranges are clipped, each X is clipped by
-        itself."""
+        `leave_out` masks (bool, broadcastable to X). `quantile` and `ratio` clip the range of each
+        X by itself, before the static range is widened."""
         check_finite(X)
         # Reduce over all sequences and all tokens: axis -3 of the grouped X, which is
         # (..., h, n, d/g, g) or (..., h, 1, n, d).

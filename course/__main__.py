@@ -1,6 +1,7 @@
 """The two commands of the course.
 
 python -m course handout FOLDER                     write the students' repository
+python -m course handout --part 2                   print what they get after their predictions
 python -m course grade FOLDER [--json results.json] grade a submission
 python -m course grade --class FOLDER [--csv FILE]  grade a folder of submissions
 """
@@ -8,6 +9,7 @@ python -m course grade --class FOLDER [--csv FILE]  grade a folder of submission
 from pathlib import Path
 
 from course import handout
+from course.problems import text_of
 from support import cli
 
 
@@ -17,7 +19,10 @@ def main(argv=None):
 
 def run(args):
     if args.command == "handout":
-        handout.write(args.folder)
+        if args.part:
+            print(text_of("problem7_part2.md"))
+        else:
+            handout.write(args.folder)
         return
     from course import grade  # only here, because it needs fork and resource limits: Linux, macOS
 
@@ -32,7 +37,8 @@ def parse_arguments(argv):
     parser = cli.Parser(prog="python -m course", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="handout or grade")
     add = commands.add_parser("handout", description="Write the students' repository.").add_argument
-    add("folder", type=Path, help="a new folder, or an empty one")
+    add("folder", type=Path, nargs="?", help="a new folder, or an empty one")
+    add("--part", type=int, choices=[2], help="print part 2 of Problem 7 instead")
     description = "Grade a submission, or with --class a folder of submissions."
     add = commands.add_parser("grade", description=description).add_argument
     add("folder", type=Path, nargs="?", help="the submission: a folder like the handout")
@@ -46,6 +52,8 @@ def parse_arguments(argv):
     add("--json", type=Path, metavar="FILE", help="also write Gradescope's results.json")
     add("--csv", type=Path, metavar="FILE", help="the file that --class writes (grades.csv)")
     args = parser.parse_args(argv)
+    if args.command == "handout" and bool(args.folder) == bool(args.part):
+        raise ValueError("handout takes a new FOLDER, or --part 2")
     if args.command == "grade":
         check_grade_options(args)
     return args

@@ -9,28 +9,34 @@ test.
 
 import csv
 import importlib
+import io
 import json
 import os
+import shutil
+import signal
+import site
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
-from course import source, worker
+from course import sandbox, values
 from course.problems import BY_NAME, FILES, PROBLEMS
-from course.source import Absent
+from support.cache import save
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 20  # for all tests of one function, which usually take 0.1 s
-REPLY_BYTES = 2**26
+SECONDS = 20  # for one process of the student, whose tests usually take 0.1 s for each function
+REPLY_BYTES = 2**21
+SOURCE_BYTES = 10**6
 
 # --------------------------------------------------------------------------------------------------
 # A submission
@@ -49,56 +55,69 @@ class Grade(NamedTuple):
 
 
 def grade(server, folder, disable=None):
-    """Return the Grade of each function of a submission: the folder or, as archives have it, the
-    one folder in it."""
-    if not any((folder / name).exists() for name in FILES):
-        inside = [path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"]
-        if len(inside) == 1 and not inside[0].is_symlink():
-            folder = inside[0]
-    functions = [(problem, function) for problem in PROBLEMS for function in problem.functions]
-    bar = tqdm(functions, desc=folder.name[:30], unit="function", leave=False, disable=disable)
-    return [grade_function(server, problem, function, folder) for problem, function in bar]
+    """Return the Grade of each function of a submission. Raises ValueError if it is not clear where
+    in the folder its files are."""
+    folder = find_submission(folder)
+    problems = [problem for problem in PROBLEMS if problem.functions]
+    bar = tqdm(problems, desc="grading", unit="problem", leave=False, disable=disable)
+    return [g for problem in bar for g in grade_problem(server, problem, folder)]
 
 
-def grade_function(server, problem, function, folder):
-    """Return the Grade of one function: all of its points if all of its tests pass, else none.
+def find_submission(folder):
+    """Return the one folder in `folder`, at any depth, that has some of the files, or `folder`
+    itself if none has."""
+    found = []
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        if any((here / name).exists() for name in FILES):
+            found.append(here)
+            continue
+        inside = [path for path in here.iterdir() if path.is_dir() and path.name[0] not in "._"]
+        waiting += [path for path in inside if not path.is_symlink()]
+    if len(found) > 1:
+        places = ", ".join(sorted(str(path.relative_to(folder)) for path in found))
+        raise ValueError(f"more than one folder has the files: {places}")
+    return found[0] if found else folder
 
-    The function is graded alone, among the reference's versions of all others, so that a mistake in
-    one function costs no points of another. If it fails, retry with the student's other functions
-    of this problem, which may share a convention.
+
+def read_file(folder, name):
+    """Return the bytes of a file of a submission. Raises OSError."""
+    path = folder / name
+    inside = folder.resolve() in path.resolve().parents  # a link may lead to the reference
+    if not (path.is_file() and inside):
+        raise FileNotFoundError(f"{name} is not there")
+    if path.stat().st_size > SOURCE_BYTES:
+        raise OSError(f"{name} is larger than 1 MB")
+    return path.read_bytes()
+
+
+def grade_problem(server, problem, folder):
+    """Return the Grade of each function of a problem: all of its points if all of its tests pass,
+    else none.
+
+    A function passes beside the student's other functions of the problem, which may share a
+    convention, or else alone among the reference's, so that a mistake in one costs no points of
+    another. One that passes alone must not call itself by way of those that pass: of two functions
+    that are written from each other, one has its points.
     """
-    tests = tests_of(problem, function)
-    outcomes = []
+    functions = problem.functions
     try:
-        outcomes = run_tests(server, files_with([function], folder), tests)
-        if len(outcomes) == len(tests) and any(reason for _, reason in outcomes):
-            again = run_tests(server, files_with(problem.functions, folder), tests)
-            if not any(reason for _, reason in again):
-                outcomes = again
-    except (Absent, RecursionError) as error:  # ast.unparse recurses, so nesting is limited
-        outcomes = outcomes or [(str(error), "it has no points")]
-    failures = tuple((name, reason) for name, reason in outcomes if reason)
-    return Grade(
-        problem=problem.number,
-        name=function.name,
-        points=0 if failures else function.points,
-        max_points=function.points,
-        tests=len(tests),
-        passed=len(outcomes) - len(failures),
-        failures=failures,
-    )
-
-
-def files_with(functions, folder):
-    """Return file name -> text: the reference's files, in which these functions, all of one file,
-    are replaced by the submission's. Raises Absent if the submission in `folder` lacks one."""
-    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
-    file = functions[0].file
-    tree = source.parse_file(folder, file)
-    texts[file] = source.merged(texts[file], tree, [function.name for function in functions])
-    texts["paper/__init__.py"] = ""
-    texts["scenarios.py"] = (ROOT / "course/checks/scenarios.py").read_text(encoding="utf-8")
-    return texts
+        data = read_file(folder, functions[0].file)
+    except OSError as error:
+        outcomes = [("the file", one_line(str(error)))]
+        return [to_grade(problem, function, outcomes) for function in functions]
+    grades = run_tests(server, problem, data, functions, functions)
+    for function in functions:
+        if grades[function.name].points:
+            continue
+        grades |= run_tests(server, problem, data, [function], [function])
+        if grades[function.name].points:
+            passing = [f for f in functions if grades[f.name].points]
+            beside = run_tests(server, problem, data, passing, [function])
+            if any("RecursionError" in reason for _, reason in beside[function.name].failures):
+                grades |= beside
+    return list(grades.values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,45 +130,56 @@ def tests_of(problem, function):
     for package, suffix in (("checks", ""), ("hidden", " (hidden)")):
         module = importlib.import_module(f"course.{package}.problem{problem.number}")
         for name, test in vars(module).items():
-            defined_here = getattr(test, "__module__", None) == module.__name__
-            if name.startswith(f"test_{function.short_name}_") and defined_here:
+            if name.startswith(f"test_{function.short_name}_"):
                 tests.append((name + suffix, test))
     return tests
 
 
-def run_tests(server, texts, tests):
-    """Return the name of each test, and why it fails, or None if it passes. Stop after the test in
-    which the student's process ends."""
-    outcomes = []
-    with student_process(server, texts) as run:
-        for name, test in tests:
-            try:
-                outcomes.append((name, failure(test, run)))
-            except ProcessGone as error:
-                outcomes.append((name, str(error)))
-                break
-    return outcomes
-
-
-def failure(test, run):
-    """Return in one line why a test fails, or None if it passes. Raises ProcessGone."""
+def run_tests(server, problem, data, taken, tested):
+    """Return name -> Grade of the functions `tested`, with the student's functions `taken` among
+    the reference's. `data` is the student's file. No test is run after one in which the student's
+    process ends."""
+    outcomes = {function.name: [] for function in tested}
+    function = tested[0]
+    name = "the file"
     try:
-        test(run)
+        with student_process(server) as ask:
+            names = [f.name for f in taken]
+            missing = ask(taken[0].file, [np.frombuffer(data, np.uint8), names])
+            for function in tested:
+                if reason := missing.get(function.name):
+                    outcomes[function.name].append(("the file", one_line(reason)))
+                    continue
+                for name, test in tests_of(problem, function):
+                    outcomes[function.name].append((name, failure(test, ask)))
+    except ProcessGone as error:
+        outcomes[function.name].append((name, str(error)))
+    return {f.name: to_grade(problem, f, outcomes[f.name]) for f in tested}
+
+
+def to_grade(problem, function, outcomes):
+    """Return a Grade from the name of each test that was run and why it fails, or None."""
+    failures = tuple((name, reason) for name, reason in outcomes if reason)
+    passed = len(outcomes) - len(failures)
+    tests = len(tests_of(problem, function))
+    points = function.points if passed == tests else 0
+    return Grade(problem.number, function.name, points, function.points, tests, passed, failures)
+
+
+def failure(test, ask):
+    """Return in one line why a test fails, and what it tests, or None if it passes. Raises
+    ProcessGone."""
+    try:
+        test(lambda scenario, *arguments: ask(scenario.__name__, arguments))
     except ProcessGone:
         raise
-    except ScenarioFailed as error:
-        return str(error)
-    except Exception as error:  # an assertion fails, or the test cannot compare the value
-        message = one_line(str(error)) or type(error).__name__
-        return f"{message} [{one_line(test.__doc__ or '')}]"
+    except Exception as error:  # a scenario or an assertion fails, or the value cannot be compared
+        reason = one_line(str(error)) or type(error).__name__
+        return f"{reason} [{one_line(test.__doc__)}]"
 
 
 # --------------------------------------------------------------------------------------------------
 # The student's process
-
-
-class ScenarioFailed(Exception):
-    """A scenario raised an exception in the student's process. The message is one line."""
 
 
 class ProcessGone(Exception):
@@ -158,90 +188,110 @@ class ProcessGone(Exception):
 
 @contextmanager
 def serving():
-    """Run the server that forks students' processes, and yield the socket on which it listens."""
-    if not worker.landlock_version():
-        print(
-            "no Landlock on this system: native code could reach files; see course/README.md",
-            file=sys.stderr,
-        )
+    """Run the server that forks students' processes, and yield the socket on which it listens.
+    Raises RuntimeError if it does not start."""
     kept = ("PATH", "LD_LIBRARY_PATH", "LANG")
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
-    ours, theirs = socket.socketpair()
-    command = [sys.executable, "-W", "ignore", worker.__file__, str(theirs.fileno())]
-    with ours:
-        with theirs:
-            process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True
-            )
-        try:
-            yield ours
-        finally:
-            ours.close()  # the server then ends
-            process.wait()
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUSERBASE": site.getuserbase()}
+    with tempfile.TemporaryDirectory(prefix="kvsink-grade-", ignore_cleanup_errors=True) as folder:
+        given = write_given(Path(folder).resolve())
+        environment |= {"HOME": folder, "TMPDIR": folder}
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                command = [sys.executable, "-W", "ignore", str(given / "worker.py")]
+                command.append(str(theirs.fileno()))
+                if not sandbox.why_unconfined():
+                    command = [*sandbox.bubblewrap(given), *command, "nobody"]
+                elif sandbox.nobody_can_run_python():
+                    command.append("nobody")
+                process = subprocess.Popen(
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                    cwd=folder,
+                    start_new_session=True,
+                )
+            try:
+                if not ours.recv(1):  # it has imported torch
+                    raise RuntimeError("the student's process does not start: see course/README.md")
+                ours.settimeout(SECONDS)
+                yield ours
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def write_given(folder):
+    """Write what the student's process imports to a folder in `folder`, and return it."""
+    given = folder / "given"
+    (given / "paper").mkdir(parents=True)
+    for name in (*FILES, "paper/__init__.py"):
+        shutil.copyfile(ROOT / name, given / name)
+    for name in ("worker.py", "source.py", "values.py", "checks/scenarios.py"):
+        shutil.copyfile(ROOT / "course" / name, given / Path(name).name)
+    folder.chmod(0o755)  # for the user nobody
+    return given
 
 
 @contextmanager
-def student_process(server, texts):
-    """Start a process that has the files `texts`, and yield the function
-    `run(scenario, *arguments)` that the tests call."""
-    with tempfile.TemporaryDirectory(prefix="kvsink-grade-") as folder:
-        folder = Path(folder).resolve()
-        for name, text in texts.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            pid = fork(server, folder, theirs)
-            theirs.close()
-            start = time.monotonic()
-            timer = threading.Timer(SECONDS, ours.shutdown, [socket.SHUT_RDWR])
-            timer.start()  # it ends whatever we wait for, to send or to receive
-            connection = Connection(os.dup(ours.fileno()))
+def student_process(server):
+    """Start a process of the student, and yield the function `ask(name, arguments)`, which returns
+    what the process answers. Raises ProcessGone if it does not, RuntimeError for an exception
+    there."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ask_server(server, theirs)
+        theirs.close()
+        start = time.monotonic()
+        timer = threading.Timer(SECONDS, ours.shutdown, [socket.SHUT_RDWR])
+        timer.start()  # it ends whatever we wait for, to send or to receive
+        connection = Connection(os.dup(ours.fileno()))
 
-            def run(scenario, *arguments):
-                try:
-                    return ask(connection, scenario, arguments)
-                except (EOFError, OSError):
-                    if time.monotonic() - start >= SECONDS:
-                        raise ProcessGone(f"no answer in {SECONDS} seconds") from None
-                    cause = "exit, crash, or too much memory or time"
-                    raise ProcessGone(f"the process ended by itself: {cause}") from None
-
+        def ask(name, arguments):
             try:
-                yield run
-            finally:
-                timer.cancel()
-                connection.close()
-                server.send(json.dumps({"end": pid}).encode())
-                server.recv(64)
+                connection.send_bytes(values.encode([name, arguments]))
+                return value_of(connection.recv_bytes(REPLY_BYTES))
+            except (EOFError, OSError):
+                if time.monotonic() - start >= SECONDS:
+                    raise ProcessGone(f"no answer in {SECONDS} seconds") from None
+                cause = "exit, crash, or too much memory, time or output"
+                raise ProcessGone(f"the process ended by itself: {cause}") from None
+
+        try:
+            yield ask
+        finally:
+            timer.cancel()
+            connection.close()
+            with suppress(ProcessGone):
+                ask_server(server)
 
 
-def fork(server, folder, connection):
-    """Let the server fork a process that serves on the socket `connection`. Return its id."""
-    request = json.dumps({"folder": str(folder), "seconds": SECONDS}).encode()
-    socket.send_fds(server, [request], [connection.fileno()])
-    if not (pid := server.recv(64)):
-        raise RuntimeError(
-            "the server of the students' processes did not start: can torch be imported?"
-        )
-    return int(pid)
-
-
-def ask(connection, scenario, arguments):
-    """Return what the scenario returns in the student's process. Raises ScenarioFailed if it raises
-    there, ProcessGone if the answer cannot be read, EOFError or OSError if the process has
-    ended."""
-    connection.send_bytes(worker.encode([scenario.__name__, arguments]))
-    data = connection.recv_bytes(REPLY_BYTES)
+def ask_server(server, *connection):
+    """Let the server fork a process that serves on the socket `connection` or, without one, end
+    that process. Raises ProcessGone if it does not answer."""
     try:
-        reply = worker.decode(data)
+        socket.send_fds(server, [b"."], [end.fileno() for end in connection])
+        if server.recv(1):
+            return
+    except OSError:  # a timeout, too
+        pass
+    server.close()
+    raise ProcessGone("the server of the student's processes has ended or does not answer")
+
+
+def value_of(reply):
+    """Return the value in a reply of worker.py. Raises RuntimeError, in one line, if it is an
+    error, ProcessGone if it cannot be read."""
+    try:
+        reply = values.decode(reply)
         if "error" in reply:
             message = one_line(reply["error"])
             if printed := one_line(reply["printed"].strip().rpartition("\n")[2]):
                 message += f" (printed: {printed})"
-            raise ScenarioFailed(message)
+            raise RuntimeError(message)
         return reply["value"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ProcessGone("an answer that cannot be read") from None
@@ -249,7 +299,11 @@ def ask(connection, scenario, arguments):
 
 def one_line(text):
     """Make a student's text safe to print: one line, printable characters only."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:300]
+    return printable(" ".join(text.split()))[:400]
+
+
+def printable(text):
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,37 +311,68 @@ def one_line(text):
 
 
 def grade_one(folder, json_file):
-    """Print the table of one submission, and write results.json unless `json_file` is None."""
+    """Print the table of one submission, and write results.json unless `json_file` is None. Raises
+    ValueError if it cannot be graded."""
+    warn_if_unconfined()
     start = time.monotonic()
-    with serving() as server:
-        grades = grade(server, folder)
+    try:
+        with serving() as server:
+            grades = grade(server, folder)
+    except Exception as error:
+        message = f"could not be graded: {one_line(str(error))}"
+        if json_file:
+            save(json_file, json.dumps({"score": 0, "output": message}).encode())
+        raise ValueError(f"{printable(str(folder))} {message}") from error
     print_table(folder, grades)
     if json_file:
         results = gradescope(grades, time.monotonic() - start)
-        json_file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        save(json_file, json.dumps(results, indent=1).encode())
 
 
 def grade_class(folder, csv_file):
-    """Grade each folder in `folder`. Write one row for each to a CSV file, as soon as it is
-    graded."""
+    """Grade each folder in `folder`. After each, write one row for each so far to a CSV file, all
+    or nothing. Whatever happens in a submission is its row. Raises OSError if the file could not be
+    written in the end."""
     submissions = sorted(path for path in folder.iterdir() if path.is_dir())
     submissions = [path for path in submissions if not path.name.startswith(".")]
     if not submissions:
-        raise ValueError(
-            f"{folder} has no folders in it: --class takes a folder with one for each submission"
-        )
+        raise ValueError(f"{folder} has no folders in it: --class takes one for each submission")
+    warn_if_unconfined()
     numbers = [problem.number for problem in PROBLEMS if problem.functions]
     columns = [f"problem {number}" for number in numbers]
-    with serving() as server, open(csv_file, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["submission", *columns, "points", "of", "lost"])
-        for submission in tqdm(submissions, desc="grading", unit="submission", disable=None):
-            grades = grade(server, submission, disable=True)
+    rows = [["submission", *columns, "points", "of", "lost"]]
+    for submission in tqdm(submissions, desc="grading", unit="submission", disable=None):
+        try:
+            with serving() as server:
+                grades = grade(server, submission, disable=True)
             by_problem = [points_of(grades, number)[0] for number in numbers]
             lost = " ".join(g.name for g in grades if g.points < g.max_points)
-            rows.writerow([submission.name, *by_problem, *points_of(grades), lost])
-            file.flush()
+            row = [*by_problem, *points_of(grades), lost]
+        except Exception as error:
+            reason = one_line(str(error)) or type(error).__name__
+            row = [*[""] * (len(numbers) + 2), f"could not be graded: {reason}"]
+        rows.append([cell(submission.name), *row])
+        failed = None
+        try:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows(rows)
+            save(csv_file, text.getvalue().encode())
+        except OSError as error:  # the disk may be full for a while
+            failed = error
+    if failed:
+        raise failed
     print(f"wrote {csv_file}: {len(submissions)} submissions")
+
+
+def cell(text):
+    """Return a name that a spreadsheet does not take for a formula, in printable characters."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def warn_if_unconfined():
+    if reason := sandbox.why_unconfined():
+        print(f"submissions run unconfined (see course/README.md): {reason}", file=sys.stderr)
 
 
 def points_of(grades, problem=None):
@@ -300,23 +385,18 @@ def print_table(folder, grades):
     written = [f"Problem {problem.number}" for problem in PROBLEMS if problem.written_points]
     points, max_points = points_of(grades)
     print(
-        f"{folder}: {points} of {max_points} points, besides {' and '.join(written)}, which are "
-        "graded by hand"
+        f"{printable(str(folder))}: {points} of {max_points} points, besides "
+        f"{' and '.join(written)}, which are graded by hand"
     )
     for problem in PROBLEMS:
         if problem.functions:
             points, max_points = points_of(grades, problem.number)
             print(f"\nProblem {problem.number}, {problem.title}: {points} of {max_points}")
-        for g in grades:
-            if g.problem == problem.number:
-                print_grade(g)
-
-
-def print_grade(g):
-    points = f"{g.points:>3} of {g.max_points:<4}"
-    print(f"  {g.name:<22}{points}{g.passed} of {g.tests} tests passed")
-    for name, reason in g.failures:
-        print(f"      {name}: {reason}")
+        for g in (g for g in grades if g.problem == problem.number):
+            points = f"{g.points:>3} of {g.max_points:<4}"
+            print(f"  {g.name:<22}{points}{g.passed} of {g.tests} tests passed")
+            for name, reason in g.failures:
+                print(f"      {name}: {reason}")
 
 
 def gradescope(grades, seconds):
@@ -331,9 +411,6 @@ def gradescope(grades, seconds):
         }
         for g in grades
     ]
-    return {
-        "score": points_of(grades)[0],
-        "execution_time": round(seconds),
-        "stdout_visibility": "hidden",
-        "tests": tests,
-    }
+    score, _ = points_of(grades)
+    summary = {"score": score, "execution_time": round(seconds), "stdout_visibility": "hidden"}
+    return {**summary, "tests": tests}

@@ -1,15 +1,14 @@
 """Write the students' repository. The same reference gives the same bytes each time.
 
-Read top to bottom: the files; the README; the check that nothing gives a solution away.
+Read top to bottom: the files; the README; stubs; the check that nothing gives a solution away.
 
-What this file does not do: problems.py says which functions are assigned, source.py cuts them out.
+What this file does not do: problems.py says which functions are assigned.
 """
 
 import ast
 import textwrap
 from pathlib import Path
 
-from course import source
 from course.problems import FILES, PROBLEMS, WITHHELD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Copied as they are: what the students' four files and `python eval_ppl.py` import.
 GIVEN = ("LICENSE", "requirements.txt", "eval_ppl.py", "paper/__init__.py", "support/*.py")
 
+PICTURE = "figure10.png"  # the paper's Figure 10, drawn by paper/figures.py
+
 PYPROJECT = """\
 [tool.pytest.ini_options]
 testpaths = ["checks"]
@@ -27,8 +28,12 @@ testpaths = ["checks"]
 
 
 def write(folder):
-    """Write the handout. Raises ValueError if the folder is not empty, or if a file would hold part
-    of a solution."""
+    """Write the handout. Raises ValueError if the folder is not empty, if a file would hold part of
+    a solution, or without matplotlib."""
+    from paper import figures  # only here, because the grader starts faster without it
+    from support.report import save_figure
+
+    figures.check_matplotlib()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: name a new one")
     texts = files()
@@ -38,7 +43,8 @@ def write(folder):
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    print(f"wrote {folder}: {len(texts)} files")
+    save_figure(figures.figure_10(None), folder / PICTURE)
+    print(f"wrote {folder}: {len(texts) + 1} files")
     for problem in PROBLEMS:
         cut = ", ".join(f"{f.name} ({f.file})" for f in problem.functions) or "a written answer"
         print(f"  Problem {problem.number}, {problem.points} points: {cut}")
@@ -52,7 +58,7 @@ def files():
             texts[path.relative_to(ROOT).as_posix()] = path.read_text(encoding="utf-8")
     for name in FILES:
         text = (ROOT / name).read_text(encoding="utf-8")
-        texts[name] = source.stubbed(text, stubs_of(name))
+        texts[name] = stubbed(text, stubs_of(name))
     for path in (ROOT / "course/checks").glob("*.py"):
         name = f"test_{path.name}" if path.name.startswith("problem") else path.name
         texts[f"checks/{name}"] = path.read_text(encoding="utf-8")
@@ -62,7 +68,7 @@ def files():
 
 
 def stubs_of(file):
-    """Return what source.stubbed needs to cut the functions of a file."""
+    """Return what stubbed needs to cut the functions of a file."""
     stubs = {name: (message, False) for name, message in WITHHELD.get(file, {}).items()}
     for problem in PROBLEMS:
         for function in problem.functions:
@@ -118,6 +124,46 @@ def wrapped(text):
 
 
 # --------------------------------------------------------------------------------------------------
+# Stubs
+
+
+def stubbed(text, stubs):
+    """Return a file's text in which each function of `stubs`, name -> (message, cut), has a body
+    that raises NotImplementedError(message). Signature and docstring stay; with `cut`, only the
+    first paragraph of the docstring does."""
+    functions = functions_of(ast.parse(text))
+    lines = text.splitlines()
+    changes = []
+    for name, (message, cut) in stubs.items():
+        doc = functions[name].body[0]
+        docstring = lines[doc.lineno - 1 : doc.end_lineno]
+        if cut and "" in docstring:
+            docstring = docstring[: docstring.index("")]
+            docstring[-1] += '"""'
+        indent = " " * doc.col_offset
+        stub = [*docstring, f'{indent}raise NotImplementedError("{message}")', ""]
+        changes.append((doc.lineno, functions[name].end_lineno, "\n".join(stub)))
+    lines = text.splitlines(keepends=True)
+    for first, last, stub in sorted(changes, reverse=True):
+        lines[first - 1 : last] = [stub]
+    return "".join(lines)
+
+
+def functions_of(tree):
+    """Return name -> node of the functions and methods at the top of a file. If a name is defined
+    twice, the last definition counts."""
+    functions = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            functions[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            for part in node.body:
+                if isinstance(part, ast.FunctionDef):
+                    functions[f"{node.name}.{part.name}"] = part
+    return functions
+
+
+# --------------------------------------------------------------------------------------------------
 # The check that nothing gives a solution away
 
 
@@ -141,7 +187,7 @@ def solution_parts(function):
     ast.unparse writes them: those of more than 32 characters, which other code does not have by
     chance, or else the longest."""
     tree = ast.parse((ROOT / function.file).read_text(encoding="utf-8"))
-    body = source.functions_of(tree)[function.name].body[1:]  # without the docstring
+    body = functions_of(tree)[function.name].body[1:]  # without the docstring
     parts = set()
     for node in (node for statement in body for node in ast.walk(statement)):
         if isinstance(node, ast.stmt):

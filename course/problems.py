@@ -87,17 +87,18 @@ PROBLEMS = (
             Function(QUANT, "Quantizer.calibrate", 5, "static ranges, Appendix C"),
         ),
         task=(
-            "`grouped` brings the numbers that share a scale into an axis of their own. It raises "
-            "ValueError for an unknown granularity (call `check_granularity`) and for a group size "
-            "that does not divide the channels. `clipped_range` returns the ends of each group's "
-            "range, without the numbers that are left out; use `nanquantile` for quantiles. "
-            "`calibrate` checks a tensor with `check_finite` and then widens the static range by "
-            "it, in fp32. All sequences and tokens share a static range; each head has its own."
+            "`figure10.png` shows which numbers share a scale. `grouped` brings them into an axis "
+            "of their own. It raises ValueError for an unknown granularity (call "
+            "`check_granularity`) and for a group size that does not divide the channels. "
+            "`clipped_range` returns the ends of each group's range, without the numbers that are "
+            "left out; use `nanquantile` for quantiles. `calibrate` checks a tensor with "
+            "`check_finite` and then widens the static range by it, in fp32. All sequences and "
+            "tokens share a static range; each head has its own."
         ),
         hint=(
             "Replace a number that must not count by one that changes nothing: inf for a minimum, "
-            "-inf for a maximum, NaN for a quantile. The tokens that are missing in the last group "
-            "must not count, either."
+            "-inf for a maximum, NaN for a quantile. The tokens that are missing in the last "
+            "group must not count, either."
         ),
     ),
     Problem(
@@ -114,18 +115,20 @@ PROBLEMS = (
         task=(
             "Pair i of a head is channels i and i + d_k/2, and it turns by the frequency "
             "`rope_theta ** (-2 i / d_k)` from one token to the next. The type `linear` divides "
-            "every frequency by `rope_factor`. The type `llama3` divides those of slow pairs only: "
-            "count the turns that a pair makes in `rope_original_context` tokens. With "
+            "every frequency by `rope_factor`. The type `llama3` divides those of slow pairs "
+            "only: count the turns that a pair makes in `rope_original_context` tokens. With "
             "`rope_high_freq_factor` turns or more, the frequency stays as it is; with "
             "`rope_low_freq_factor` turns or fewer, it is divided; between the two numbers, the "
-            "two frequencies are mixed linearly. In grouped-query attention, h / h_kv neighbouring "
-            "query heads share a Key head. With a window w, a token sees itself and the w - 1 "
-            "tokens before it."
+            "two frequencies are mixed linearly. In grouped-query attention, h / h_kv "
+            "neighbouring query heads share a Key head. With a window w, a token sees itself and "
+            "the w - 1 tokens before it. Then look at a real model for the first time: `python -m "
+            "checks.first_look` prints which tokens draw the most attention, block by block, and "
+            "takes a few seconds after a download of 94 MB. What do these tokens mean?"
         ),
         hint=(
-            "Rotate with complex numbers on paper first: (x + iy)(cos a + i sin a). For the heads, "
-            "`repeat` and `repeat_interleave` differ: write down which of two Key heads each of "
-            "four query heads gets."
+            "Rotate with complex numbers on paper first: (x + iy)(cos a + i sin a). For the "
+            "heads, `repeat` and `repeat_interleave` differ: write down which of two Key heads "
+            "each of four query heads gets."
         ),
     ),
     Problem(
@@ -141,19 +144,22 @@ PROBLEMS = (
             Function(KVSINK, "observers", 4, "calibration without sinks, Appendix G"),
         ),
         task=(
-            "Write Algorithm 1 line by line, with the printed one beside your code. S_sink is a "
+            "Write Algorithm 1 line by line, with the paper open beside your code. S_sink is a "
             "mask, and every sequence has sinks of its own. Nothing is kept up to and including "
-            "block l_E, unless `prefill` is given a mask. A quantizer gets all tokens and the mask "
-            "of those to leave out; throw away what it returns for a sink. k may be `AUTO`: then "
-            "`predict_sinks` returns what `predict_sinks_without_k` does, which is given at the "
-            "end of the file. Sinks are left out of calibration, too: `observers` returns, in "
+            "block l_E, unless `prefill` is given a mask. A quantizer gets all tokens and the "
+            "mask of those to leave out; throw away what it returns for a sink. k may be `AUTO`: "
+            "then `predict_sinks` returns what `predict_sinks_without_k` does, which is given at "
+            "the end of the file. Sinks are left out of calibration, too: `observers` returns, in "
             "place of quantizers, functions that record ranges and change nothing, so that "
-            "calibration is `prefill` itself."
+            "calibration is `prefill` itself. When Problems 1 to 4 are solved, see your Algorithm "
+            "1 lower a real perplexity: `python eval_ppl.py --limit 1 --calib-windows 1 --scheme "
+            "channel-static --bits 4 --keep none kvsink --sinks 5 --no-compile` takes less than a "
+            "minute on two cores."
         ),
         hint=(
-            "A sink is a sink in every head: which axes of Keys (b, h_kv, n, d_k) does a mask "
-            "(b, n) lack? Does line 14 look at H^l before line 13 or after it, and which is the "
-            "first block in which its result matters?"
+            "A sink is a sink in every head: which axes of Keys (b, h_kv, n, d_k) does a mask (b, "
+            "n) lack? Does line 14 look at H^l before line 13 or after it, and which is the first "
+            "block in which its result matters?"
         ),
     ),
     Problem(
@@ -167,15 +173,16 @@ PROBLEMS = (
         ),
         task=(
             "The paper lists where outliers emerge, but not how to find the place. Here is one "
-            "way. A number in H^l is an outlier if its magnitude is above `OUTLIER` times the "
+            "way. A median is `torch.median` here: the lower of the two middle numbers of an even "
+            "count. A number in H^l is an outlier if its magnitude is above `OUTLIER` times the "
             "median magnitude of H^l and above `SPARSE` times the median magnitude of its channel "
-            "over the tokens. The peak of a channel in a block is its largest outlier there, or 0. "
-            "The level of a channel is the median of its peaks over all blocks. l_E, counted from "
-            "1, is the first block in which the channel with the highest level has an outlier "
-            "above a quarter of its level. Return all channels that have a level above 0 and an "
-            "outlier in block l_E, the largest peak first. `check_hidden_state` refuses NaN. Leave "
-            "the model as it was. `find_site` does this for each prompt, and raises ValueError "
-            "if the prompts disagree about the block or the first channel."
+            "over the tokens. The peak of a channel in a block is its largest outlier there, or "
+            "0. The level of a channel is the median of its peaks over all blocks. l_E, counted "
+            "from 1, is the first block in which the channel with the highest level has an "
+            "outlier above a quarter of its level. Return all channels that have a level above 0 "
+            "and an outlier in block l_E, the largest peak first. `check_hidden_state` refuses "
+            "NaN. Leave the model as it was. `find_site` does this for each prompt, and raises "
+            "ValueError if the prompts disagree about the block or the first channel."
         ),
         hint=(
             "Forward hooks on the blocks see every H^l without a change to the model. Remove them "
@@ -194,32 +201,28 @@ PROBLEMS = (
             Function(KVCACHE, "PackedStore.scores", 5, "Q K^T of Eq. 6, from packed codes"),
         ),
         task=(
-            "The docstrings say how bits lie in bytes; `planes` says into which widths a number of "
-            "bits is split. `scores` multiplies a query with Keys that exist as codes only: go "
-            "through the slices of `dequantized`, and never make all of K. There are three cases: "
-            "Keys after RoPE; Keys before RoPE; and a newest group of g tokens that is still in "
-            "full precision. Its slots differ from sequence to sequence, and its scores replace "
-            "those of its codes. If there are outliers, they add to the scores of all queries at "
-            "once, in the shape (b, h_kv, G, n)."
+            "The docstrings say how bits lie in bytes; `planes` says into which widths a number "
+            "of bits is split. `scores` multiplies a query with Keys that exist as codes only: go "
+            "through the slices of `dequantized`, and never make all of K. Keys are stored after "
+            "RoPE or before it. In either case there may be a newest group of g tokens, still in "
+            "full precision and stored as the codes are, after RoPE or before it. Its slots "
+            "differ from sequence to sequence, and its scores replace those of its codes. If "
+            "there are outliers, they add to the scores of all queries at once, in the shape (b, "
+            "h_kv, G, n)."
         ),
         hint=(
             "Write the eight codes of the first test on paper, and draw their bytes. For Keys "
-            "before RoPE: (R q) . (R' k) needs a rotated Key, but it equals (R'^-1 R q) . k, which "
-            "rotates the query back instead."
+            "before RoPE: (R q) . (R' k) needs a rotated Key, but it equals (R'^-1 R q) . k, "
+            "which rotates the query back instead."
         ),
     ),
     Problem(
         number=7,
         title="An experiment",
         paper="Section 4.3 and Section 5.2, Figure 9",
-        hours="2 hours, half of it the machine's",
+        hours="2 hours",
         written_points=12,
         task=text_of("problem7.md"),
-        hint=(
-            "The lines `KVSink-5 against PFN-5` compare window by window; `+-` is one standard "
-            "error. Four times as many windows halve it. On prose, compare KVSink-1 with PFN-1: "
-            "after block l_E they keep the same token."
-        ),
     ),
     Problem(
         number=8,

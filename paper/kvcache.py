@@ -5,9 +5,9 @@ Read top to bottom: the cache of a model and of one block, with attention over i
 store Keys or Values, in full precision and as packed codes; KVQuant's outliers; codes as bytes;
 what a store asks of a quantizer; the bytes that Table 4 counts.
 
-What this file does not do: kvsink.py says which tokens are kept, quant.py and kvquant.py say how a
-number is quantized, and decode.py fills the cache and decodes with it. The cache does not grow: it
-has room for all tokens from the start.
+What this file does not do: kvsink.py says which tokens are kept, and a quantizer, RTN's or
+KVQuant's, how a number is quantized. Prefill and decoding are elsewhere. The cache does not grow:
+it has room for all tokens from the start.
 
 Shapes: b sequences, n slots, k kept tokens, h query heads, h_kv Key/Value heads, G = h / h_kv, d_k
 channels of a head. The slot of a token is its position in its sequence, counted from 0. To write m
@@ -44,14 +44,14 @@ class KVCache:
         self.g = quantize_K.tokens_per_group if is_packed else 1
         multiple = self.g  # whole groups of tokens
         if model.device.type == "cuda":
-            multiple = math.lcm(self.g, 64)  # which attention_kernel.py reads at a time
+            multiple = math.lcm(self.g, 64)  # which the kernel reads at a time
         self.n = -(-n // multiple) * multiple
         self.k = k
         self.pre_rope = pre_rope and is_packed
         self.lengths = [0] * b  # of each sequence so far
         self.next_slot = torch.zeros(b, 1, dtype=torch.int64, device=model.device)  # = lengths
         self.rope = rope_table(config, self.n + 1, model.device)
-        self.replay = None  # on a CUDA device: decode.py's graph,
+        self.replay = None  # on a CUDA device: the graph that decodes a token,
         self.replayed = None  # and the model and the step that it replays
         shape = CacheShape(
             b=b,
@@ -380,9 +380,9 @@ class PackedStore:
         """Return Q K^T for the queries Q (b, h_kv, G, d_k) of the tokens in `slot` (b, 1): G
         tensors (b, h_kv, n), fp32.
 
-        `rope` is cos and sin (n, d_k) if Keys are stored before RoPE, else None. A query that is
-        rotated back by a Key's angle has the same product with the Key as the query has with the
-        rotated Key."""
+        `rope` is cos and sin (n, d_k) if Keys are stored before RoPE, in the codes and in
+        `residual` alike; else None. A query that is rotated back by a Key's angle has the same
+        product with the Key as the query has with the rotated Key."""
         K = list(self.dequantized())
         Q_n = Q[:, :, :, None, None]  # (b, h_kv, G, 1, 1, d_k)
         if rope is not None:

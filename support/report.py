@@ -90,16 +90,19 @@ def table_line(result, columns, first):
 
 def print_comparisons(group):
     """Print the best row of a group, and what each rule that predicts sinks gains over PFN: with as
-    many tokens, and over the best PFN row of the group."""
+    many tokens, with the most tokens, and over the best PFN row of the group."""
     results = {row_of(result): result for result in group}
     by_ppl = sorted(results, key=lambda row: results[row]["ppl"])
     if len(by_ppl) > 1:
         print(f"{'':<23}{by_ppl[0].rule} is the best of these", flush=True)
     pfn_rows = [row for row in by_ppl if row.rule.first and not row.rule.predicts]
+    largest = max((row.rule.first for row in pfn_rows), default=0)
     for row in results:
         if not row.rule.predicts:
             continue
-        rivals = [rival for rival in pfn_rows if rival.rule.first == row.rule.k] + pfn_rows[:1]
+        sizes = (row.rule.k, largest)
+        rivals = [rival for N in sizes for rival in pfn_rows if rival.rule.first == N]
+        rivals += pfn_rows[:1]
         for rival in dict.fromkeys(rivals):
             if "nll" in results[row] and "nll" in results[rival]:  # older files lack it
                 words = gain(results[row]["nll"], results[rival]["nll"])

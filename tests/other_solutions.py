@@ -9,7 +9,7 @@ def scale(lo, hi, n):
     constant = hi == lo
     s = (hi - lo) / float(2 ** n - 1)
     own = lo.abs()
-    own[own == 0] = 1
+    own[own == 0] = 7
     s[constant] = own[constant]
     return s
 

@@ -70,7 +70,7 @@ def comparisons(results, capsys):
     return [line.strip() for line in capsys.readouterr().out.splitlines()[1 + len(results) :]]
 
 
-def test_predicting_rows_are_compared_with_as_many_first_tokens_and_with_the_best_pfn(capsys):
+def test_predicting_rows_are_compared_with_as_many_first_tokens_the_most_and_the_best(capsys):
     """Worked by hand, and the same in both windows: 11 / 11.5 = 1 - 4.3 %, 11 / 11.2 = 1 - 1.8 %,
     11.76 / 11.2 = 1 + 5 %, 10.9 / 11.2 = 1 - 2.7 %, 11.1 / 11.2 = 1 - 0.9 %."""
     group = {
@@ -90,6 +90,12 @@ def test_predicting_rows_are_compared_with_as_many_first_tokens_and_with_the_bes
         "KVSink-10 against PFN-20: PPL 5.0 % higher, +- 0.0",
         "KVSink-20 against PFN-20: PPL 2.7 % lower, +- 0.0",
         "PFN-1+KVSink-7 against PFN-20: PPL 0.9 % lower, +- 0.0",
+    ]
+    group = {Rule(first=5): 11.2, Rule(first=20): 11.5, Rule(k=7): 11.0}  # PFN-5 is the best PFN
+    results = [result_of(Row("token-static", 4, rule), ppl) for rule, ppl in group.items()]
+    assert comparisons(results, capsys)[1:] == [
+        "KVSink-7 against PFN-20: PPL 4.3 % lower, +- 0.0",
+        "KVSink-7 against PFN-5: PPL 1.8 % lower, +- 0.0",
     ]
 
 

@@ -273,6 +273,11 @@ WRONG = {
             "torch.where(outlying, peak, 0.0).median(0).values",
             "torch.where(outlying, peak, 0.0).amax(0)",
         ),
+        (
+            "a median is the mean of the two middle numbers",
+            "peak, 0.0).median(0).values",
+            "peak, 0.0).quantile(0.5, dim=0)",
+        ),
         ("a channel may be large in all tokens", " & (peak > SPARSE * ordinary)", ""),
         (
             "a weaker emergence comes first",
@@ -351,5 +356,10 @@ WRONG = {
             "if False:",
         ),
         ("outliers are forgotten", "if self.outliers is not None:", "if False:"),
+        (
+            "the newest group is not rotated",
+            "residual = apply_rope(residual, [table[slots][:, None] for table in rope])",
+            "pass",
+        ),
     ],
 }

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .compare import close, same
-from .scenarios import calibrated, calibration_refused, groups, groups_refused, ranges
+from .scenarios import calibrated, groups, ranges, refused
 
 # Token 0 is 0, 1, 2, 3; channel 0 is 0, 4, 8, ..., 20.
 X = np.arange(24, dtype=np.float32).reshape(1, 1, 6, 4)
@@ -40,7 +40,7 @@ def test_grouped_if_tokens_do_not_fill_the_last_group(run):
 
 def test_grouped_refuses_a_size_that_does_not_divide(run):
     """Four channels in groups of three: ValueError."""
-    assert run(groups_refused, X, "token", 3), "no ValueError"
+    assert run(refused, "groups", X, "token", 3, 0.0), "no ValueError"
 
 
 def test_clipped_range_by_hand(run):
@@ -100,4 +100,6 @@ def test_calibrate_leaves_sinks_out(run):
 
 def test_calibrate_refuses_nan(run):
     """NaN raises NotFinite, which is a ValueError."""
-    assert run(calibration_refused, np.float32([[[[0, np.nan]]]])), "no ValueError"
+    assert run(refused, "calibrated", "token", None, {}, [(np.float32([[[[0, np.nan]]]]), None)]), (
+        "no ValueError"
+    )

@@ -9,9 +9,8 @@ from .scenarios import (
     observed,
     observers_refused,
     predicted,
-    prediction_refused,
-    prefill_refused,
     prefill_rule,
+    refused,
     through_block,
 )
 
@@ -57,7 +56,7 @@ def test_prefill_keeps_the_mask_it_is_given(run):
 def test_prefill_refuses_more_than_there_are(run):
     """Five of four tokens: ValueError."""
     steps = np.zeros((1, 2, 4, 3), np.float32)
-    assert run(prefill_refused, ZERO, steps, {"l_E": 1, "c": 0, "k": 5}), "no ValueError"
+    assert run(refused, "prefill_rule", ZERO, steps, {"l_E": 1, "c": 0, "k": 5}), "no ValueError"
 
 
 def test_decoder_block_by_hand(run):
@@ -69,6 +68,18 @@ def test_decoder_block_by_hand(run):
     close(seen["attention"][1].ravel(), [-10.5, 20.5], "K after quantization")
     close(seen["attention"][2].ravel(), [-100, 200], "V after quantization")
     close(seen["H"].ravel(), [-877, 1775], "H")
+
+
+def test_decoder_block_keeps_tokens_in_every_head(run):
+    """Two sequences of two tokens in two heads: the second token of the first sequence is a sink,
+    and keeps its Key and Value in both heads. (A mask on another axis would fit, too.)"""
+    H = np.arange(16, dtype=np.float32).reshape(2, 2, 4)
+    seen = run(through_block, H, np.array([[False, True], [False, False]]))
+    kept = np.zeros((2, 2, 2, 2), bool)  # (b, h_kv, n, d_k)
+    kept[0, :, 1] = True
+    for i, name in ((1, "K"), (2, "V")):
+        same(seen["attention"][i] > 0, kept, f"where {name} is kept")
+        same(seen[f"quantize_{name}"][1], kept, f"leave_out of {name}")
 
 
 def test_decoder_block_tells_the_quantizers_which_tokens_to_leave_out(run):
@@ -103,7 +114,7 @@ def test_predict_sinks_without_k(run):
 
 def test_predict_sinks_refuses_more_than_there_are(run):
     """Five of four tokens: ValueError."""
-    assert run(prediction_refused, ZERO, 0, 5), "no ValueError"
+    assert run(refused, "predicted", ZERO, 0, 5), "no ValueError"
 
 
 def test_pfn_by_hand(run):

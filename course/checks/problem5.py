@@ -40,6 +40,16 @@ def test_stable_outliers_pass_over_a_weaker_emergence(run):
     same(run(outliers, H)[0][:2], [2, [2]], "block, from 1, and channels")
 
 
+def test_stable_outliers_in_an_even_number_of_blocks(run):
+    """A median is the lower of the two middle numbers: 0, 0, 120, 120 has the level 0, and so no
+    stable outlier (ValueError); 0, 120, 120, 120 has the level 120."""
+    H = states()[:4]
+    H[2:, 3, 2] = 120
+    assert run(outliers, H)[1], "in two of four blocks: no ValueError"
+    H[1, 3, 2] = 120
+    same(run(outliers, H)[0][:2], [2, [2]], "block, from 1, and channels")
+
+
 def test_stable_outliers_name_the_block_of_a_nan(run):
     """NaN in block 4 raises NotFinite, as check_hidden_state says it, and no hook is left on the
     model."""

@@ -71,19 +71,23 @@ def test_scores_of_the_newest_group(run):
     close(S[0, 0], [[8, 8, 40, 48]], "scores")
 
 
+# Token 1's angle is a quarter of a turn: rotated, channel 0 is channel 4. Scales of 1.
+QUARTER_TURN = [np.float32([[1] * 8, [0] * 8]), np.float32([[0] * 8, [1] * 8])]  # cos and sin
+QUERY = np.float32([3, 0, 0, 0, 2, 0, 0, 0]).reshape(1, 1, 1, 8)
+FIRST = np.uint8([1, 0, 0, 0, 0, 0, 0, 0])
+UNIT = {"bits": 8, "scale": np.ones((1, 1, 1, 8), np.float32), "zero": np.zeros((1, 1, 1, 8))}
+
+
 def test_scores_of_keys_before_rope(run):
-    """Token 1's angle is a quarter of a turn: rotated, its Key (1, 0, 0, 0, 0, 0, 0, 0) is 1 in
-    channel 4. (This uses `apply_rope`.)"""
-    codes = np.zeros((1, 1, 2, 8), np.uint8)
-    codes[..., 0] = 1
-    stored = {
-        "codes": codes,
-        "bits": 8,
-        "scale": np.ones((1, 1, 2, 1), np.float32),
-        "zero": np.zeros((1, 1, 2, 1), np.float32),
-    }
-    cos = np.float32([[1] * 8, [0] * 8])
-    sin = np.float32([[0] * 8, [1] * 8])
-    Q = np.float32([3, 0, 0, 0, 2, 0, 0, 0]).reshape(1, 1, 1, 8)
-    S = run(scored, stored, Q, np.int64([[2]]), [cos, sin])
-    close(S[0, 0], [[3, 2]], "scores")
+    """Both Keys are 1 in channel 0; rotated, the second is 1 in channel 4. (This uses
+    `apply_rope`.)"""
+    stored = {**UNIT, "codes": np.broadcast_to(FIRST, (1, 1, 2, 8)).copy()}
+    close(run(scored, stored, QUERY, np.int64([[2]]), QUARTER_TURN)[0, 0], [[3, 2]], "scores")
+
+
+def test_scores_of_the_newest_group_before_rope(run):
+    """The newest group lies before RoPE, as the codes do: its Keys, 4 and 5 in channel 0, are
+    rotated, too. (This uses `apply_rope`.)"""
+    residual = np.float32([4 * FIRST, 5 * FIRST]).reshape(1, 1, 2, 8)
+    stored = {**UNIT, "codes": np.ones((1, 1, 2, 8), np.uint8), "residual": residual}
+    close(run(scored, stored, QUERY, np.int64([[1]]), QUARTER_TURN)[0, 0], [[12, 10]], "scores")

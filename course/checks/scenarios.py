@@ -35,6 +35,11 @@ def value_error(function, *arguments):
         return [type(error).__name__, str(error)]
 
 
+def refused(name, *arguments):
+    """Return the same for the call of a scenario."""
+    return value_error(globals()[name], *arguments)
+
+
 # --------------------------------------------------------------------------------------------------
 # Problems 1 and 2: quant.py
 
@@ -48,10 +53,6 @@ def groups(X, granularity, group_size, fill):
     """Return the grouped X, and the axes of a group counted from the last."""
     Xg, axes = quant.grouped(tensor(X), granularity, group_size, fill)
     return plain([Xg, sorted(axis % Xg.ndim - Xg.ndim for axis in axes)])
-
-
-def groups_refused(X, granularity, group_size):
-    return value_error(quant.grouped, tensor(X), granularity, group_size)
 
 
 def ranges(X, granularity, group_size, options):
@@ -69,10 +70,6 @@ def calibrated(granularity, group_size, options, batches, dtype="float32"):
     for X, leave_out in batches:
         quantizer.calibrate(tensor(X).to(getattr(torch, dtype)), tensor(leave_out))
     return plain([quantizer.lo, quantizer.hi, str(quantizer.lo.dtype)])
-
-
-def calibration_refused(X):
-    return value_error(quant.Quantizer(4, "token", static=True).calibrate, tensor(X))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,13 +154,10 @@ def predicted(H, c, k):
     return plain(kvsink.predict_sinks(tensor(H), c, k))
 
 
-def prediction_refused(H, c, k):
-    return value_error(kvsink.predict_sinks, tensor(H), c, k)
-
-
-def algorithm_1(H, steps, S_sink=None, **rule):
-    """Run prefill on a model whose block l adds steps[l - 1] to H. Return H^L, the tokens kept
-    after the last block, and what the step was given in each block."""
+def prefill_rule(H, steps, rule):
+    """Run prefill on a model whose block l adds steps[l - 1] to H; `rule` has l_E, c, k and S_sink,
+    by name. Return H^L, the tokens kept after the last block, and what the step was given in each
+    block."""
     seen = {"block": [], "S_sink": [], "quantizers": [], "rope": []}
 
     def step(block, H, S_sink, quantize_K, quantize_V, rope):
@@ -175,19 +169,10 @@ def algorithm_1(H, steps, S_sink=None, **rule):
 
     model = SimpleNamespace(config="config", blocks=list(range(1, len(steps) + 1)))
     quantizers = [(f"K{l}", f"V{l}") for l in model.blocks]
-    options = {"S_sink": tensor(S_sink), "step": step, **rule}
+    options = {name: tensor(x) for name, x in rule.items()}
     with patch.object(kvsink, "rope_table", lambda config, n, device: f"{config}, {n} tokens"):
-        H, S_sink = kvsink.prefill(model, tensor(H), quantizers, **options)
+        H, S_sink = kvsink.prefill(model, tensor(H), quantizers, step=step, **options)
     return plain({**seen, "H": H, "kept": S_sink})
-
-
-def prefill_rule(H, steps, rule):
-    """Call algorithm_1; `rule` has l_E, c, k and S_sink, by name."""
-    return algorithm_1(H, steps, **rule)
-
-
-def prefill_refused(H, steps, rule):
-    return value_error(lambda: algorithm_1(H, steps, **rule))
 
 
 def first(H, N):

@@ -4,7 +4,7 @@ forget."""
 import numpy as np
 
 from course.checks.compare import close, same
-from course.checks.scenarios import calibrated, calibration_refused, groups, groups_refused, ranges
+from course.checks.scenarios import calibrated, groups, ranges, refused
 
 # Two sequences and three heads, all numbers above 0.
 BOTH = np.random.RandomState(21).randn(2, 3, 7, 8).astype(np.float32) + 5
@@ -35,9 +35,9 @@ def test_grouped_with_other_sizes(run):
 def test_grouped_refuses_no_more_than_it_must(run):
     """A group size must divide the channels but not the tokens; an unknown granularity is
     refused."""
-    assert run(groups_refused, BOTH, "token", 5), "no ValueError for 5 of 8 channels"
-    assert run(groups_refused, BOTH, "row", 4), "no ValueError for an unknown granularity"
-    same(run(groups_refused, BOTH, "channel", 5), None, "7 tokens in groups of 5")
+    assert run(refused, "groups", BOTH, "token", 5, 0.0), "no ValueError for 5 of 8 channels"
+    assert run(refused, "groups", BOTH, "row", 4, 0.0), "no ValueError for an unknown granularity"
+    same(run(refused, "groups", BOTH, "channel", 5, 0.0), None, "7 tokens in groups of 5")
 
 
 def test_clipped_range_against_loops(run):
@@ -103,7 +103,8 @@ def test_calibrate_against_loops(run):
 
 
 def test_calibrate_uses_quantile_and_ratio(run):
-    """The quantizer's quantile and ratio count; the first tensor may be left out entirely."""
+    """Quantile and ratio clip the range of each tensor by itself; the first may be left out
+    entirely."""
     nothing = (np.ones((1, 1, 1, 3), np.float32), np.ones((1, 1, 1, 1), bool))
     batches = [nothing, (np.float32([[[[-2, 0, 6]]]]), None)]
     lo, hi, _ = run(calibrated, "token", None, {"ratio": 0.5}, batches)
@@ -123,5 +124,5 @@ def test_calibrate_in_fp32(run):
 def test_calibrate_names_the_error(run):
     """inf raises NotFinite, as NaN does."""
     for bad in (np.nan, np.inf, -np.inf):
-        error = run(calibration_refused, np.float32([[[[0, bad]]]]))
+        error = run(refused, "calibrated", "token", None, {}, [(np.float32([[[[0, bad]]]]), None)])
         assert error and error[0] == "NotFinite", f"{bad}: {error}, not NotFinite"

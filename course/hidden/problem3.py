@@ -44,7 +44,7 @@ def test_apply_rope_against_complex_numbers(run):
 
 
 def test_apply_rope_in_fp32(run):
-    """Half precision is rotated in fp32 and rounded once."""
+    """Half precision is rotated in fp32 and rounded once, to the dtype of X."""
     X = drawn(12, 1, 1, 500, 8).astype(np.float16).astype(np.float32)
     angle = np.tile(np.outer(np.arange(500), [1, 0.3, 0.1, 0.02]), 2)
     table = [np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)]

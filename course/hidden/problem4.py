@@ -3,19 +3,16 @@
 import numpy as np
 
 from course.checks.compare import close, same
+from course.checks.problem3 import drawn
 from course.checks.scenarios import (
     first,
     observed,
     observers_refused,
     predicted,
-    prefill_refused,
     prefill_rule,
+    refused,
     through_block,
 )
-
-
-def drawn(seed, *shape):
-    return np.random.RandomState(seed).randn(*shape).astype(np.float32)
 
 
 def test_prefill_predicts_once(run):
@@ -59,13 +56,13 @@ def test_prefill_without_k(run):
     same(seen["kept"].tolist(), [[False, True, True, False, False, False]], "auto")
     seen = run(prefill_rule, H, steps, {"l_E": 1, "c": 1, "k": 6})
     assert seen["kept"].all(), "k = n does not keep all"
-    error = run(prefill_refused, H, steps, {"l_E": 1, "c": 1, "k": 7})
+    error = run(refused, "prefill_rule", H, steps, {"l_E": 1, "c": 1, "k": 7})
     assert error, "k = n + 1: no ValueError"
 
 
 def test_decoder_block_against_numpy(run):
-    """Two sequences of two tokens, two heads of two channels: a mask on the wrong axis fits, and is
-    wrong."""
+    """Two sequences of two tokens, two heads of two channels: a sink of one sequence keeps its Key
+    and Value in both heads."""
     H = drawn(1, 2, 2, 4)
     S_sink = np.array([[True, False], [False, False]])
     seen = run(through_block, H, S_sink)
