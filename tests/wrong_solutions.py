@@ -13,6 +13,7 @@ WRONG = {
             "s",
         ),
         ("a constant group is rounded", "torch.where(lo == 0, 1.0, lo.abs())", "1.0"),
+        ("a tiny constant is taken for 0", "lo == 0", "lo.abs() < 1e-6"),
         ("a negative constant has a negative scale", "lo.abs()", "lo"),
     ],
     "zero": [
