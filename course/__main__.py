@@ -1,13 +1,14 @@
-"""The two commands of the course.
+"""The three commands of the course.
 
 python -m course handout FOLDER                     write the students' repository
 python -m course grade FOLDER [--json results.json] grade a submission
 python -m course grade --class FOLDER [--csv FILE]  grade a folder of submissions
+python -m course page [FILE]                        write the lecture page (sinks.html)
 """
 
 from pathlib import Path
 
-from course import handout
+from course import handout, page
 from support import cli
 
 
@@ -18,6 +19,9 @@ def main(argv=None):
 def run(args):
     if args.command == "handout":
         handout.write(args.folder)
+        return
+    if args.command == "page":
+        page.run(args)
         return
     from course import grade  # only here, because it needs fork and resource limits: Linux, macOS
 
@@ -30,7 +34,7 @@ def run(args):
 def parse_arguments(argv):
     """Return the options. Raises ValueError, in one line, if they are wrong."""
     parser = cli.Parser(prog="python -m course", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="handout or grade")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="handout, grade or page")
     add = commands.add_parser("handout", description="Write the students' repository.").add_argument
     add("folder", type=Path, help="a new folder, or an empty one")
     description = "Grade a submission, or with --class a folder of submissions."
@@ -45,6 +49,7 @@ def parse_arguments(argv):
     )
     add("--json", type=Path, metavar="FILE", help="also write Gradescope's results.json")
     add("--csv", type=Path, metavar="FILE", help="the file that --class writes (grades.csv)")
+    page.add_options(commands.add_parser("page", description="Write the lecture page."))
     args = parser.parse_args(argv)
     if args.command == "grade":
         check_grade_options(args)

@@ -10,6 +10,7 @@ What this file does not do: it runs nothing that it reads. A method has its clas
 
 import ast
 import functools
+import re
 import textwrap
 
 # --------------------------------------------------------------------------------------------------
@@ -182,3 +183,23 @@ def replace_lines(text, changes):
     for first, last, new in sorted(changes, reverse=True):
         lines[first - 1 : last] = [new]
     return "".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# The lecture page
+
+
+def numbered_lines(text, names):
+    """Return the lines of functions, docstrings left out, and with each line the numbers in its
+    margin ("# 9-10") or, if it has none, that of the equation with which the docstring begins."""
+    functions = functions_of(ast.parse(text))
+    rows = []
+    for node in (functions[name] for name in names):
+        docstring = node.body[0]
+        equations = re.findall(r"^Eq\. (\d+):", ast.get_docstring(node))
+        for i, line in enumerate(text.splitlines(), start=1):
+            if node.lineno <= i < docstring.lineno or docstring.end_lineno < i <= node.end_lineno:
+                margin = re.search(r"# (\d+)(?:-(\d+))?(?= |$)", line)
+                span = margin and range(int(margin[1]), int(margin[2] or margin[1]) + 1)
+                rows.append({"text": line, "numbers": list(span or map(int, equations))})
+    return rows

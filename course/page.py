@@ -1,0 +1,207 @@
+"""The lecture page: one HTML file in which sinks emerge, and one sees what they do to a range.
+
+Read top to bottom: the page; what is measured on a text; the algorithm's lines beside the code; the
+options.
+
+What this file does not do: it computes nothing that paper/activations.py, quant.py and kvsink.py do
+not. page.html has the layout, the lines of Algorithm 1 in our words, and the JavaScript that draws.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import kvsink
+import quant
+from course import source
+from kvsink import AUTO, Rule
+from paper import activations, command
+from support import cli, hub, text
+from support.cache import save
+from support.evaluate import load_model
+from support.machine import pick_machine
+from support.site import site_of
+
+TOKENS = 256  # the most tokens of the second text
+CELLS = 128  # the most cells along an edge of an attention map
+SIZES = (1, 5, 20)  # the N of PFN-N and KVSink-N
+
+
+def write(file, config, data):
+    """Measure a model on two texts, and write the page. The first is a text for `paper.figures`, as
+    config has it; the second is the beginning of a document of `data`, a text's name or a file."""
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    code = code_beside(page)
+    documents = hub.documents(data)
+    document = next((d for d in documents if len(d) > 8 * TOKENS), documents[0])
+    loaded = load_model(config.model, config.machine)
+    context = loaded.model.config.max_position_embeddings
+    title, windows = command.read_windows(config.prompt, loaded.tokenizer, context)
+    ids = loaded.tokenizer.encode(document[: 40 * TOKENS])[: min(TOKENS, context)]
+    if len(ids) < 2:
+        raise ValueError(f"--data {data}: it has {len(ids)} tokens for this model, fewer than 2")
+    second = f"{Path(data).name}, one document, {len(ids)} tokens"
+    texts = [
+        measure_text(config, loaded, printable(title), windows[0], CELLS),
+        measure_text(config, loaded, printable(second), torch.tensor(ids), CELLS // 2),
+    ]
+    data = {"model": printable(config.model_name), "texts": texts, "code": code}
+    data["MAX_AUTO_SINKS"] = kvsink.MAX_AUTO_SINKS
+    page = fill(page, json.dumps(data, allow_nan=False, default=list)).encode()
+    save(file, page)
+    print(f"wrote {file}: {len(page) / 1e6:.1f} MB")
+
+
+def fill(page, data):
+    """Return page.html with its data, of which no `<` reaches the HTML, and with the hashes of its
+    style and script: the Content-Security-Policy admits nothing else."""
+    for name in ("style", "script"):
+        content = re.search(f"<{name}>(.*?)</{name}>", page, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        page = page.replace(f"{{{name} hash}}", f"'sha256-{digest}'")
+    return page.replace("{data}", data.replace("<", "\\u003c"))
+
+
+def printable(words):
+    """Return a text in which escapes stand for line ends, marks of direction and the like."""
+    escapes = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return "".join(escapes)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is measured on a text
+
+
+def measure_text(config, loaded, title, tokens, side):
+    """Return what the page shows of a text, tokens (n,), as JSON has it: its attention maps have at
+    most `side` cells along an edge. If no token stands out, return why."""
+    directory, model, tokenizer = loaded
+    text.check_vocabulary(tokens, model.config, directory)
+    print(f"measuring {config.model_name} on {title}", flush=True)
+    names = {"name": config.model_name, "text": title, "tokenizer": tokenizer}
+    try:
+        site = site_of(model, tokenizer, config.model, directory)
+        subject = activations.examine(model, [tokens[None].to(model.device)], site, **names)
+    except ValueError as error:
+        if not str(error).startswith("no stable outliers"):
+            raise
+        return {"title": title, "nothing": printable(str(error))}
+    l_E, c = site
+    H = subject.map_blocks(lambda acts: acts.H.cpu() if acts.l == l_E else None)[l_E - 1]  # (n, d)
+    channels = activations.shown_channels(H, subject.S, c)
+    sizes = [N for N in SIZES if N <= len(tokens)]
+    rules = [Rule(), *(Rule(first=N) for N in sizes), *(Rule(k=k) for k in (*sizes, AUTO))]
+    # A model with many maps gets coarser ones, so that the file stays small.
+    L = len(model.blocks)
+    fits = (side * (40 / L) ** 0.5, side * (60 / L / model.config.num_attention_heads) ** 0.5)
+    cells = [-(-len(tokens) // int(min(side, fit))) for fit in fits]  # tokens in a cell
+
+    def reduce(acts):
+        P = subject.scores(acts).cpu()
+        H_c = acts.H[:, list(channels.values())].T.abs().double().cpu()  # (channels, n)
+        kept = {str(rule): kept_tokens(rule, H, c, acts.l > l_E) for rule in rules}
+        errors = {
+            mask: activations.rtn_errors(subject, acts, torch.tensor(mask))
+            for mask in kept.values()
+        }
+        return {
+            "H": packed(1000 * H_c.clamp(min=1e-20).log10() + 20000, "<u2"),
+            "mean": packed_map(P.mean(0, keepdim=True), cells[0]),
+            "heads": packed_map(P, cells[1]),
+            "share": rounded(activations.attention_share(P, subject.S).tolist(), 3),
+            "keys": [
+                {**g._asdict(), "x": rounded(g.x, 4)}
+                for g in activations.key_groups(acts.K.cpu(), subject.S)
+            ],
+            "errors": {rule: [rounded(row, 3) for row in errors[kept[rule]]] for rule in kept},
+        }
+
+    return {
+        "title": title,
+        "tokens": [printable(tokenizer.decode([i])) for i in tokens.tolist()],
+        "S": subject.S.nonzero().flatten().tolist(),
+        "l_E": l_E,
+        "block": subject.block,
+        "stages": subject.stages[-1]._asdict(),
+        "channels": channels,
+        "H_c": rounded(H[:, c].abs().tolist(), 9),  # every digit of fp32: lines 15-16 compare them
+        "cells": cells,
+        "sizes": sizes,
+        "bits": activations.FIGURE_7_BITS,
+        "blocks": subject.map_blocks(reduce),
+    }
+
+
+def kept_tokens(rule, H, c, predicted):
+    """Return the mask, a tuple of bool, of what a rule keeps in a block. H^{l_E} is (n, d), and
+    `predicted` says that the block comes after l_E."""
+    if rule.predicts and predicted:
+        return tuple(kvsink.predict_sinks(H[None], c, rule.k)[0].tolist())
+    return tuple(kvsink.pfn(H[None], rule.first)[0].tolist())
+
+
+def rounded(numbers, digits):
+    return [float(f"{x:.{digits}g}") for x in numbers]
+
+
+def packed(X, dtype):
+    """Return numbers, rounded to integers of a dtype of NumPy, in base64."""
+    return base64.b64encode(X.round().numpy().astype(dtype).tobytes()).decode()
+
+
+def packed_map(P, g):
+    """Return attention scores P (h, n, n) as bytes, 255 times their square root: the largest of
+    each square of g x g, row by row, up to the diagonal."""
+    P = F.max_pool2d(P[None], g, ceil_mode=True)[0]
+    rows, columns = torch.tril_indices(*P.shape[1:])
+    return packed(255 * P[:, rows, columns].sqrt(), "u1")
+
+
+# --------------------------------------------------------------------------------------------------
+# The algorithm beside the code
+
+
+PARTS = (
+    ("line", kvsink, ("prefill", "decoder_block", "predict_sinks")),
+    ("equation", quant, ("quantize", "dequantize", "scale", "zero")),
+)
+
+
+def code_beside(page):
+    """Return the rows of code that belong to the lines of Algorithm 1 and to Eq. 10 to 13. Raises
+    ValueError if a number of theirs has no counterpart in page.html, or the reverse."""
+    code = {}
+    for kind, module, names in PARTS:
+        file = Path(module.__file__)
+        code[kind] = source.numbered_lines(file.read_text(encoding="utf-8"), names)
+        printed = {int(number) for number in re.findall(rf'data-{kind}="(\d+)"', page)}
+        coded = {number for row in code[kind] for number in row["numbers"]}
+        for number in sorted(printed ^ coded):
+            there, absent = ("page.html", file.name)[:: -1 if number in coded else 1]
+            raise ValueError(f"{kind} {number} is in {there} and not in {absent}: give it a place")
+    return code
+
+
+# --------------------------------------------------------------------------------------------------
+# The options
+
+
+def add_options(parser):
+    add = parser.add_argument
+    add("file", type=Path, nargs="?", default=Path("sinks.html"), help="(default: %(default)s)")
+    cli.add_model_options(add)
+    add("--prompt", help="the first text, as for `python -m paper.figures`")
+    add("--data", default=text.PACKED, help="the second text: a name as for eval_ppl.py, or a file")
+    command.add_machine_options(parser)
+
+
+def run(args):
+    cli.check_file(args.file)
+    default = "packed" if args.model == hub.DEFAULT_MODEL else "1"
+    prompt = default if args.prompt is None else args.prompt
+    write(args.file, command.AnalysisConfig(args.model, pick_machine(args), prompt), args.data)
