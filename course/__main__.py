@@ -34,7 +34,9 @@ def run(args):
 def parse_arguments(argv):
     """Return the options. Raises ValueError, in one line, if they are wrong."""
     parser = cli.Parser(prog="python -m course", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="handout, grade or page")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="handout, grade or page"
+    )
     add = commands.add_parser("handout", description="Write the students' repository.").add_argument
     add("folder", type=Path, help="a new folder, or an empty one")
     description = "Grade a submission, or with --class a folder of submissions."

@@ -464,6 +464,7 @@ class KeyGroup(NamedTuple):
     by: str  # "channel": one channel of GROUP tokens; "token": GROUP channels, static, 4 tokens
     tokens: range
     channels: range
+    wider: float  # the group's range, as a multiple of that of the numbers that are not the sinks'
     x: list
 
 
@@ -484,13 +485,13 @@ def key_groups(K, S, heads=3):
             for i in dict.fromkeys(order[rank] for rank in (0, len(order) // 8, len(order) // 2)):
                 channels = range(i * g, (i + 1) * g)
                 x = X[:, list(channels)].flatten().tolist()
-                groups.append(KeyGroup(head, by, tokens, channels, x))
+                groups.append(KeyGroup(head, by, tokens, channels, widened[i].item(), x))
     return groups
 
 
 def most_others(spans, S):
-    """Return, of those spans of tokens that have a sink, the first with the most other tokens."""
-    with_sink = [span for span in spans if S[list(span)].any()]
+    """Return, of those spans of tokens that have a sink, the last with the most other tokens."""
+    with_sink = [span for span in reversed(spans) if S[list(span)].any()]
     return max(with_sink, key=lambda span: int((~S[list(span)]).sum()))
 
 
