@@ -1,10 +1,9 @@
 """The lecture page: one HTML file in which sinks emerge, and one sees what they do to a range.
 
-Read top to bottom: the page; what is measured on a text; the algorithm's lines beside the code; the
-options.
+Read top to bottom: the page; what it shows of a text; its lines of code; the options.
 
-What this file does not do: it computes nothing that paper/activations.py, quant.py and kvsink.py do
-not. page.html has the layout, the lines of Algorithm 1 in our words, and the JavaScript that draws.
+What this file does not do: paper/activations.py, quant.py and kvsink.py measure. page.html has the
+layout, the lines of Algorithm 1 in our words, and the JavaScript that draws.
 """
 
 import base64
@@ -30,11 +29,12 @@ from support.site import site_of
 TOKENS = 256  # the most tokens of the second text
 CELLS = 128  # the most cells along an edge of an attention map
 SIZES = (1, 5, 20)  # the N of PFN-N and KVSink-N
+BITS = (4, 3, 2)  # the widths of the errors in part 4
 
 
 def write(file, config, data):
-    """Measure a model on two texts, and write the page. The first is a text for `paper.figures`, as
-    config has it; the second is the beginning of a document of `data`, a text's name or a file."""
+    """Measure a model on the config's text, and on the beginning of a document of `data`, the name
+    of a text or a file, and write the page."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     code = code_beside(page)
     documents = hub.documents(data)
@@ -69,8 +69,7 @@ def fill(page, data):
 
 def printable(words):
     """Return a text in which escapes stand for line ends, marks of direction and the like."""
-    escapes = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
-    return "".join(escapes)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,47 +92,48 @@ def measure_text(config, loaded, title, tokens, side):
         return {"title": title, "nothing": printable(str(error))}
     l_E, c = site
     H = subject.map_blocks(lambda acts: acts.H.cpu() if acts.l == l_E else None)[l_E - 1]  # (n, d)
-    channels = activations.shown_channels(H, subject.S, c)
     sizes = [N for N in SIZES if N <= len(tokens)]
-    rules = [Rule(), *(Rule(first=N) for N in sizes), *(Rule(k=k) for k in (*sizes, AUTO))]
     # A model with many maps gets coarser ones, so that the file stays small.
     L = len(model.blocks)
     fits = (side * (40 / L) ** 0.5, side * (60 / L / model.config.num_attention_heads) ** 0.5)
-    cells = [-(-len(tokens) // int(min(side, fit))) for fit in fits]  # tokens in a cell
-
-    def reduce(acts):
-        P = subject.scores(acts).cpu()
-        H_c = acts.H[:, list(channels.values())].T.abs().double().cpu()  # (channels, n)
-        kept = {str(rule): kept_tokens(rule, H, c, acts.l > l_E) for rule in rules}
-        errors = {
-            mask: activations.rtn_errors(subject, acts, torch.tensor(mask))
-            for mask in kept.values()
-        }
-        return {
-            "H": packed(1000 * H_c.clamp(min=1e-20).log10() + 20000, "<u2"),
-            "mean": packed_map(P.mean(0, keepdim=True), cells[0]),
-            "heads": packed_map(P, cells[1]),
-            "share": rounded(activations.attention_share(P, subject.S).tolist(), 3),
-            "keys": [
-                {**g._asdict(), "x": rounded(g.x, 4)}
-                for g in activations.key_groups(acts.K.cpu(), subject.S)
-            ],
-            "errors": {rule: [rounded(row, 3) for row in errors[kept[rule]]] for rule in kept},
-        }
-
-    return {
+    shown = {
         "title": title,
         "tokens": [printable(tokenizer.decode([i])) for i in tokens.tolist()],
         "S": subject.S.nonzero().flatten().tolist(),
         "l_E": l_E,
         "block": subject.block,
         "stages": subject.stages[-1]._asdict(),
-        "channels": channels,
+        "channels": activations.shown_channels(H, subject.S, c),
         "H_c": rounded(H[:, c].abs().tolist(), 9),  # every digit of fp32: lines 15-16 compare them
-        "cells": cells,
+        "cells": [-(-len(tokens) // int(min(side, fit))) for fit in fits],  # tokens in a cell
         "sizes": sizes,
-        "bits": activations.FIGURE_7_BITS,
-        "blocks": subject.map_blocks(reduce),
+        "bits": BITS,
+    }
+    rules = [Rule(), *(Rule(first=N) for N in sizes), *(Rule(k=k) for k in (*sizes, AUTO))]
+
+    def reduce(acts):
+        kept = {str(rule): kept_tokens(rule, H, c, acts.l > l_E) for rule in rules}
+        return measure_block(subject, acts, shown, kept)
+
+    return {**shown, "blocks": subject.map_blocks(reduce)}
+
+
+def measure_block(subject, acts, shown, kept):
+    """Return what the page shows of a block. `kept` is rule -> mask."""
+    P = subject.scores(acts).cpu()
+    H_c = acts.H[:, list(shown["channels"].values())].T.abs().double().cpu()  # (channels, n)
+    errors = {}
+    for mask in set(kept.values()):
+        rows = activations.rtn_errors(subject, acts, torch.tensor(mask), BITS)
+        errors[mask] = [rounded(row, 3) for row in rows]
+    groups = activations.key_groups(acts.K.cpu(), subject.S)
+    return {
+        "H": packed(1000 * H_c.clamp(min=1e-20).log10() + 20000, "<u2"),
+        "mean": packed_map(P.mean(0, keepdim=True), shown["cells"][0]),
+        "heads": packed_map(P, shown["cells"][1]),
+        "share": rounded(activations.attention_share(P, subject.S).tolist(), 3),
+        "keys": [{**group._asdict(), "x": rounded(group.x, 4)} for group in groups],
+        "errors": {rule: errors[mask] for rule, mask in kept.items()},
     }
 
 
@@ -165,7 +165,6 @@ def packed_map(P, g):
 # --------------------------------------------------------------------------------------------------
 # The algorithm beside the code
 
-
 PARTS = (
     ("line", kvsink, ("prefill", "decoder_block", "predict_sinks")),
     ("equation", quant, ("quantize", "dequantize", "scale", "zero")),
@@ -185,10 +184,6 @@ def code_beside(page):
             there, absent = ("page.html", file.name)[:: -1 if number in coded else 1]
             raise ValueError(f"{kind} {number} is in {there} and not in {absent}: give it a place")
     return code
-
-
-# --------------------------------------------------------------------------------------------------
-# The options
 
 
 def add_options(parser):

@@ -501,10 +501,10 @@ def spread(X, by, leave_out=None):
     return (hi - lo).flatten().clamp(min=1e-9)  # a range of no number is -inf
 
 
-def rtn_errors(subject, acts, keep, scheme="channel-static"):
+def rtn_errors(subject, acts, keep, widths, scheme="channel-static"):
     """Quantize a block's Keys and Values by an RTN scheme that is calibrated on this text, while
     the tokens of `keep` (n,) stay as they are. Return the relative errors |X' - X| / |X| of Keys,
-    of Values, and of the attention (Eq. 3 before W_o): (FIGURE_7_BITS, 3)."""
+    of Values, and of the attention (Eq. 3 before W_o): (widths, 3)."""
 
     def attend(K, V):
         window = subject.model.config.sliding_window
@@ -517,7 +517,7 @@ def rtn_errors(subject, acts, keep, scheme="channel-static"):
         quantizer.calibrate(tensor, keep)
     exact = (*X, attend(*X))
     rows = []
-    for bits in FIGURE_7_BITS:
+    for bits in widths:
         quantizers = with_bits([pair], bits)[0]
         K, V = (torch.where(keep, tensor, Q(tensor)) for Q, tensor in zip(quantizers, X))
         pairs = zip((K, V, attend(K, V)), exact)

@@ -26,7 +26,6 @@ from tests.helpers import (
     write_tiny,
     write_unplanted,
 )
-from tests.subjects import keys_and_values, planted_subject
 
 PROMPT = "The sinks \x07 are here\x0b, not there. And this is more of the text."
 SINKS = [10, 20]  # of PROMPT: the bytes 7 and 11
@@ -63,7 +62,7 @@ def file(tmp_path_factory):
 def driver():
     webdriver = pytest.importorskip("selenium.webdriver", reason="no browser: selenium is missing")
     options = webdriver.ChromeOptions()
-    # --no-sandbox: Chromium does not start as root with its sandbox, and in a container one is root.
+    # With its sandbox, Chromium does not start as root, which one is in a container.
     for option in ("--headless=new", "--no-sandbox", "--window-size=1280,720"):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -268,7 +267,9 @@ def test_part_2_shows_the_scores_of_the_block_and_the_head(browser, file, scores
     press(browser, "scores", keys("ARROW_LEFT"), keys("ARROW_UP"))
     assert text_of(browser, "score-says").startswith(f"query token 29 “{text['tokens'][29]}”, key")
     marks = "return [...document.querySelectorAll('#map i')].map(i => parseFloat(i.style.left))"
-    assert browser.execute_script(marks) == pytest.approx([100 * (i + 0.5) / n for i in SINKS])
+    assert browser.execute_script(marks) == pytest.approx(
+        [100 * (i + 0.5) / n for i in SINKS], abs=1e-3
+    )
     share = scores[5][:, SINKS[0] + 1 :, SINKS].sum(-1).mean().item()
     select(browser, "head", "all heads: the mean")
     assert f"{100 * share:.3g} %" in text_of(browser, "see-attention")
@@ -340,7 +341,7 @@ def test_part_4_keeps_what_the_buttons_say_and_shows_the_measured_errors(browser
         says = f"{name} keeps " if kept else "nothing is kept"
         assert says in text_of(browser, "see-kept")
         assert f": {found} of 2 sinks." in text_of(browser, "see-kept")
-        for bits in ("8", "2"):
+        for bits in ("4", "2"):
             click(browser, "bits", bits)
             at = text["bits"].index(int(bits))
             for i in range(3):
@@ -385,7 +386,8 @@ def test_part_5_lights_a_line_and_its_code(browser):
 
 def test_the_keyboard_alone_reaches_all_of_it(browser):
     """Tab stops at every control, and each stop shows that it is one."""
-    script = """const e = document.activeElement, s = e.matches("input[type=radio]") ? e.nextSibling : e;
+    script = """const e = document.activeElement;
+        const s = e.matches("input[type=radio]") ? e.nextSibling : e;
         return [e.id || e.name || e.getAttribute("href") || e.tagName,
                 getComputedStyle(s).outlineStyle, parseFloat(getComputedStyle(s).outlineWidth)]"""
     browser.execute_script("document.activeElement.blur(); scrollTo(0, 0)")
@@ -469,8 +471,8 @@ def test_a_model_without_outliers_has_a_page_that_says_so(driver, tmp_path, monk
     write_unplanted(tmp_path / "model")
     open_page(driver, write_page(tmp_path, tmp_path / "model"))
     assert "no stable outliers" in text_of(driver, "nothing")
-    shown = "return [...document.querySelectorAll('section')].filter(s => s.offsetHeight).map(s => s.id)"
-    assert driver.execute_script(shown) == ["code"]
+    visible = "[...document.querySelectorAll('section')].filter(s => s.offsetHeight)"
+    assert driver.execute_script(f"return {visible}.map(s => s.id)") == ["code"]
     assert driver.get_log("browser") == []
 
 
@@ -599,14 +601,14 @@ def test_errors_of_a_block_by_hand(acts, subject):
         P = np.exp(scores) * np.tri(len(keep))
         return P / P.sum(-1, keepdims=True) @ np.repeat(V, 2, 0)
 
-    got = activations.rtn_errors(subject, a, torch.tensor(keep))
-    for row, bits in zip(got, activations.FIGURE_7_BITS, strict=True):
+    got = activations.rtn_errors(subject, a, torch.tensor(keep), page.BITS)
+    for row, bits in zip(got, page.BITS, strict=True):
         K_ = quantized(K, (1,), bits)
         V_ = quantized(V, (1, 2), bits)  # a head of 8 channels is one group
         pairs = ((K_, K), (V_, V), (attend(K_, V_), attend(K, V)))
         expected = [np.linalg.norm(X_ - X) / np.linalg.norm(X) for X_, X in pairs]
         assert row == pytest.approx(expected, rel=0.02)
-    nothing = activations.rtn_errors(subject, a, torch.tensor(keep) & False)
+    nothing = activations.rtn_errors(subject, a, torch.tensor(keep) & False, page.BITS)
     assert all(row[0] > kept[0] for row, kept in zip(nothing, got))
 
 
