@@ -13,7 +13,6 @@ import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import kvsink
 import quant
@@ -50,8 +49,8 @@ def write(file, config, data):
         measure_text(config, loaded, printable(title), windows[0], CELLS),
         measure_text(config, loaded, printable(second), torch.tensor(ids), CELLS // 2),
     ]
-    data = {"model": printable(config.model_name), "texts": texts, "code": code}
-    data["MAX_AUTO_SINKS"] = kvsink.MAX_AUTO_SINKS
+    data = {"texts": texts, "code": code, "MAX_AUTO_SINKS": kvsink.MAX_AUTO_SINKS}
+    data["model"] = printable(config.model_name)
     page = fill(page, json.dumps(data, allow_nan=False, default=list)).encode()
     save(file, page)
     print(f"wrote {file}: {len(page) / 1e6:.1f} MB")
@@ -138,8 +137,7 @@ def measure_block(subject, acts, shown, kept):
 
 
 def kept_tokens(rule, H, c, predicted):
-    """Return the mask, a tuple of bool, of what a rule keeps in a block. H^{l_E} is (n, d), and
-    `predicted` says that the block comes after l_E."""
+    """Return the mask of what a rule keeps. H^{l_E} is (n, d); `predicted` is true after l_E."""
     if rule.predicts and predicted:
         return tuple(kvsink.predict_sinks(H[None], c, rule.k)[0].tolist())
     return tuple(kvsink.pfn(H[None], rule.first)[0].tolist())
@@ -157,7 +155,7 @@ def packed(X, dtype):
 def packed_map(P, g):
     """Return attention scores P (h, n, n) as bytes, 255 times their square root: the largest of
     each square of g x g, row by row, up to the diagonal."""
-    P = F.max_pool2d(P[None], g, ceil_mode=True)[0]
+    P = torch.nn.functional.max_pool2d(P[None], g, ceil_mode=True)[0]
     rows, columns = torch.tril_indices(*P.shape[1:])
     return packed(255 * P[:, rows, columns].sqrt(), "u1")
 

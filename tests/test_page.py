@@ -1,23 +1,29 @@
 """course/page.py and page.html: what the lecture page says, and what it does in a real browser."""
 
+import base64
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import course.__main__
 import kvsink
 import quant
 from course import page
 from course.__main__ import main
+from llama import Llama
 from paper import activations
 from quant import Quantizer
+from support.tokenizer import Tokenizer
 from tests.helpers import (
     BYTE_LEVEL,
     CHANNEL,
     EMERGENCE,
+    PLANTED,
     bytes_vocabulary,
     plant,
     refuse,
@@ -61,15 +67,16 @@ def file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def driver():
     webdriver = pytest.importorskip("selenium.webdriver", reason="no browser: selenium is missing")
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.skip("no browser: chromium or chromedriver is missing")
     options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
     # With its sandbox, Chromium does not start as root, which one is in a container.
     for option in ("--headless=new", "--no-sandbox", "--window-size=1280,720"):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    try:
-        driver = webdriver.Chrome(options=options)
-    except Exception as error:
-        pytest.skip(f"no browser: Chromium and its driver are missing ({type(error).__name__})")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
     yield driver
     driver.quit()
 
@@ -445,9 +452,6 @@ def test_a_hostile_text_runs_nothing(driver, tmp_path):
     """It comes as a prompt, as a file, as the model's name, and as whole tokens."""
     model = tmp_path / "<img src=x onerror=ran()>"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(page.command.__dict__, "MAX_TOKENS", 2048)
-        from tests.helpers import PLANTED
-
         patch.setitem(PLANTED, "vocab_size", 310)
         plant(model)
     words = [HOSTILE[:9], HOSTILE[9:], "\u202e", "<!--"]
@@ -483,9 +487,6 @@ def test_a_model_without_outliers_has_a_page_that_says_so(driver, tmp_path, monk
 @pytest.fixture(scope="module")
 def subject(file):
     """The Subject of the page's first text."""
-    from llama import Llama
-    from support.tokenizer import Tokenizer
-
     with torch.no_grad():
         model = Llama.from_pretrained(file.parent / "model", dtype=torch.float32)
         tokenizer = Tokenizer.from_pretrained(file.parent / "model")
@@ -507,8 +508,6 @@ def scores(subject, acts):
 
 
 def unpacked(text, dtype):
-    import base64
-
     return np.frombuffer(base64.b64decode(text), dtype)
 
 
@@ -534,7 +533,7 @@ def test_the_numbers_on_the_page_are_the_models(file, subject, acts, scores):
 
 def test_a_map_that_is_too_fine_is_drawn_by_its_largest_scores():
     P = torch.rand(2, 7, 7).tril()
-    cells = np.frombuffer(__import__("base64").b64decode(page.packed_map(P, 3)), "u1")
+    cells = unpacked(page.packed_map(P, 3), "u1")
     expected = [
         P[:, 3 * i : 3 * i + 3, 3 * j : 3 * j + 3].amax((1, 2))
         for i in range(3)
@@ -641,7 +640,7 @@ def test_a_number_without_a_counterpart_makes_no_page(
     monkeypatch.setattr(kvsink, "__file__", str(tmp_path / "kvsink.py"))
     monkeypatch.setattr(page, "load_model", None)  # no weights are read
     file = tmp_path / "sinks.html"
-    refuse(["page", str(file)], ["course: ", words], capsys, type("course", (), {"main": main}))
+    refuse(["page", str(file)], ["course: ", words], capsys, course.__main__)
     assert not file.exists()
 
 
@@ -665,19 +664,15 @@ def test_refuses_wrong_options(options, words, file, tmp_path, monkeypatch, caps
     monkeypatch.setitem(kvsink.TABLE_3, model, kvsink.Table3Row(6, EMERGENCE - 1, 32, (CHANNEL,)))
     given = {"--model": model, "--data": str(file.parent / "prose.txt"), "--prompt": PROMPT}
     given = [word for pair in given.items() if pair[0] not in options for word in pair]
-    refuse(
-        ["page", *given, *options], ["course: ", *words], capsys, type("course", (), {"main": main})
-    )
+    refuse(["page", *given, *options], ["course: ", *words], capsys, course.__main__)
     assert not (tmp_path / "sinks.html").exists()
 
 
 def test_a_tokenizer_of_another_model(file, tmp_path, capsys):
-    write_model(
-        tmp_path / "model", {**__import__("tests.helpers").helpers.PLANTED, "vocab_size": 64}
-    )
+    write_model(tmp_path / "model", PLANTED)
     write_bpe(tmp_path / "model", bytes_vocabulary(), {**BYTE_LEVEL})
     options = ["--model", str(tmp_path / "model"), "--data", str(file.parent / "prose.txt")]
-    command = type("course", (), {"main": main})
+    command = course.__main__
     refuse(
         ["page", str(tmp_path / "x.html"), *options, "--prompt", "abc"],
         ["gives id"],
