@@ -35,7 +35,7 @@ def parse_arguments(argv):
     """Return the options. Raises ValueError, in one line, if they are wrong."""
     parser = cli.Parser(prog="python -m course", description=__doc__)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="handout, grade or page"
+        dest="command", required=True, metavar="page, handout or grade"
     )
     add = commands.add_parser("handout", description="Write the students' repository.").add_argument
     add("folder", type=Path, help="a new folder, or an empty one")

@@ -235,7 +235,7 @@ def test_the_sinks_emerge_with_the_slider(browser):
     assert browser.execute_script(sample % SINKS[0]) != browser.execute_script(sample % 0)
 
 
-def test_part_1_says_what_a_token_is_and_pins_its_curve(browser):
+def test_part_1_says_what_a_token_is_and_pins_its_curve(browser, acts):
     press(browser, "cells", keys("HOME"), keys("ARROW_RIGHT") * 4)
     assert text_of(browser, "token-says").startswith("token 4 “s”: 0 after block 4")
     assert browser.find_elements("css selector", "#curves .pin") == []
@@ -245,7 +245,11 @@ def test_part_1_says_what_a_token_is_and_pins_its_curve(browser):
     cell = browser.find_element("id", f"cells-{SINKS[0]}")
     cell.click()
     assert text_of(browser, "token-says").startswith(f"token {SINKS[0]} “\\x07”: ")
-    assert ", a sink" in text_of(browser, "token-says")
+    says = text_of(browser, "token-says")
+    assert number(says.split()[3]) == pytest.approx(
+        acts[3].H[SINKS[0], CHANNEL].abs().item(), rel=6e-3
+    )
+    assert says.endswith("after block 4, a sink, kept")
     assert cells_with(browser, "pinned") == [4, SINKS[0]]
     press(browser, "cells", " ")
     assert cells_with(browser, "pinned") == [4]
@@ -358,7 +362,7 @@ def test_part_4_keeps_what_the_buttons_say_and_shows_the_measured_errors(browser
                     text["blocks"][3]["errors"][name][at][i]
                 )
     click(browser, "rule", "KVSink, auto")
-    press(browser, "block", keys("HOME"))
+    press(browser, "block", keys("HOME"), keys("ARROW_RIGHT"))
     assert cells_with(browser, "kept") == []
     assert "Up to block 2, KVSink keeps nothing" in text_of(browser, "see-kept")
 
