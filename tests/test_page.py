@@ -410,10 +410,19 @@ def test_the_keyboard_alone_reaches_all_of_it(browser):
             break
         assert style == "solid" and width >= 2, name
         stops.append(name)
-    expected = """#emergence #attention #range #kept #code choose-text play block channel cells
+    expected = """#emergence #attention #range #kept #code # choose-text play block channel cells
         scores choose-head choose-by choose-group counts n line SUMMARY rule N bits SUMMARY
         line-printed line-code equation-printed equation-code""".split()
     assert stops == expected
+
+
+def test_a_link_at_the_top_shows_one_part_alone(browser):
+    visible = "[...document.querySelectorAll('section')].filter(s => s.offsetHeight)"
+    for link, parts in (("3 A range", ["range"]), ("all of it", None)):
+        browser.find_element("link text", link).click()
+        shown = browser.execute_script(f"return {visible}.map(s => s.id)")
+        assert shown == (parts or ["emergence", "attention", "range", "kept", "code"])
+    assert browser.find_element("id", "curves").size["width"] > 1000  # drawn anew
 
 
 def test_play_runs_through_the_blocks(browser):
