@@ -44,7 +44,7 @@ def write(file, config, data):
     ids = loaded.tokenizer.encode(document[: 40 * TOKENS])[: min(TOKENS, context)]
     if len(ids) < 2:
         raise ValueError(f"--data {data}: it has {len(ids)} tokens for this model, fewer than 2")
-    second = f"{Path(data).name}, one document, {len(ids)} tokens"
+    second = f"{Path(data).name}, {len(ids)} tokens"
     texts = [
         measure_text(config, loaded, printable(title), windows[0], CELLS),
         measure_text(config, loaded, printable(second), torch.tensor(ids), CELLS // 2),
