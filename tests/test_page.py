@@ -587,6 +587,16 @@ def test_groups_of_keys_have_a_sink_and_are_ordered_by_what_it_widens():
     assert by_token.x == K[0, list(by_token.tokens), :16].flatten().tolist()
 
 
+def test_the_channels_that_part_1_offers():
+    H = torch.ones(20, 9)
+    H[:, 1:] *= torch.arange(1, 9)  # the largest magnitudes are 1, 1, 2, ... 8
+    H[3, 2] = -9000.0
+    S = torch.arange(20) == 3
+    assert activations.shown_channels(H, S, 2) == {"outlier": 2, "ordinary": 4}
+    H[3, 7] = 700.0  # a hundred times the median, 4.5, and ten times the channel's own
+    assert activations.shown_channels(H, S, 2) == {"outlier": 2, "second outlier": 7, "ordinary": 4}
+
+
 def test_groups_of_keys_of_a_text_that_begins_with_many_sinks():
     S = torch.arange(20) < 16  # the first whole group has no other token
     for group in activations.key_groups(torch.randn(1, 20, 8), S):
