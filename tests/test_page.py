@@ -539,6 +539,11 @@ def test_the_numbers_on_the_page_are_the_models(file, subject, acts, scores):
         assert np.abs((maps / 255.0) ** 2 - P.numpy()[:, *lower]).max() < 0.004
         mean = unpacked(block["mean"], "u1")
         assert np.abs((mean / 255.0) ** 2 - P.mean(0).numpy()[lower]).max() < 0.004
+        kept = torch.isin(torch.arange(n), torch.tensor(SINKS if a.l > EMERGENCE else []))
+        errors = activations.rtn_errors(subject, a, kept, page.BITS)
+        assert np.array(block["errors"]["KVSink-auto"]) == pytest.approx(np.array(errors), rel=5e-3)
+        errors = activations.rtn_errors(subject, a, torch.arange(n) < 5, page.BITS)
+        assert np.array(block["errors"]["PFN-5"]) == pytest.approx(np.array(errors), rel=5e-3)
         for group in block["keys"]:
             K = a.K[group["head"], group["tokens"]][:, group["channels"]]
             assert group["x"] == pytest.approx(K.flatten().tolist(), rel=1e-3)
