@@ -1,14 +1,15 @@
-"""The two commands of the course.
+"""The three commands of the course.
 
 python -m course handout FOLDER                     write the students' repository
 python -m course handout --part 2                   print what they get after their predictions
 python -m course grade FOLDER [--json results.json] grade a submission
 python -m course grade --class FOLDER [--csv FILE]  grade a folder of submissions
+python -m course page [FILE]                        write the lecture page (sinks.html)
 """
 
 from pathlib import Path
 
-from course import handout
+from course import handout, page
 from course.problems import text_of
 from support import cli
 
@@ -24,6 +25,9 @@ def run(args):
         else:
             handout.write(args.folder)
         return
+    if args.command == "page":
+        page.run(args)
+        return
     from course import grade  # only here, because it needs fork and resource limits: Linux, macOS
 
     if args.folder:
@@ -35,7 +39,9 @@ def run(args):
 def parse_arguments(argv):
     """Return the options. Raises ValueError, in one line, if they are wrong."""
     parser = cli.Parser(prog="python -m course", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="handout or grade")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="page, handout or grade"
+    )
     add = commands.add_parser("handout", description="Write the students' repository.").add_argument
     add("folder", type=Path, nargs="?", help="a new folder, or an empty one")
     add("--part", type=int, choices=[2], help="print part 2 of Problem 7 instead")
@@ -51,6 +57,7 @@ def parse_arguments(argv):
     )
     add("--json", type=Path, metavar="FILE", help="also write Gradescope's results.json")
     add("--csv", type=Path, metavar="FILE", help="the file that --class writes (grades.csv)")
+    page.add_options(commands.add_parser("page", description="Write the lecture page."))
     args = parser.parse_args(argv)
     if args.command == "handout" and bool(args.folder) == bool(args.part):
         raise ValueError("handout takes a new FOLDER, or --part 2")

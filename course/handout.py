@@ -1,11 +1,13 @@
 """Write the students' repository. The same reference gives the same bytes each time.
 
-Read top to bottom: the files; the README; stubs; the check that nothing gives a solution away.
+Read top to bottom: the files; the README; stubs; lines of code for page.py; the check that nothing
+gives a solution away.
 
 What this file does not do: problems.py says which functions are assigned.
 """
 
 import ast
+import re
 import textwrap
 from pathlib import Path
 
@@ -161,6 +163,26 @@ def functions_of(tree):
                 if isinstance(part, ast.FunctionDef):
                     functions[f"{node.name}.{part.name}"] = part
     return functions
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines of code, for the lecture page
+
+
+def numbered_lines(text, names):
+    """Return the lines of functions, docstrings left out, and with each line the numbers in its
+    margin ("# 9-10") or, if it has none, that of the equation with which the docstring begins."""
+    functions = functions_of(ast.parse(text))
+    rows = []
+    for node in (functions[name] for name in names):
+        docstring = node.body[0]
+        equations = re.findall(r"^Eq\. (\d+):", ast.get_docstring(node))
+        for i, line in enumerate(text.splitlines(), start=1):
+            if node.lineno <= i < docstring.lineno or docstring.end_lineno < i <= node.end_lineno:
+                margin = re.search(r"# (\d+)(?:-(\d+))?(?= |$)", line)
+                span = margin and range(int(margin[1]), int(margin[2] or margin[1]) + 1)
+                rows.append({"text": line, "numbers": list(span or map(int, equations))})
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kvsink import OUTLIER, SPARSE, Site, check_hidden_state
-from llama import Llama, apply_rope, causal_mask, rope_table
-from quant import Quantizer
+from kvsink import OUTLIER, SPARSE, Site, check_hidden_state, rtn_quantizers, with_bits
+from llama import Llama, apply_rope, attention, causal_mask, rope_table
+from quant import Quantizer, clipped_range
 from support.tokenizer import Tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -433,3 +433,94 @@ def norms_by_block(subject):
 
     columns = zip(*subject.map_blocks(reduce))
     return {name: torch.stack(column) for name, column in zip("QKV", columns)}
+
+
+# --------------------------------------------------------------------------------------------------
+# What the lecture page shows of a block (course/page.py)
+
+
+def attention_share(P, S):
+    """Return the share of each head's attention that goes to the sinks S (n,), a mean over the
+    tokens after the first sink: P (h, n, n) -> (h,)."""
+    first = int(S.nonzero()[0])
+    return P[:, first + 1 :, S].sum(-1).mean(-1)
+
+
+def shown_channels(H, S, c):
+    """Return name -> channel of H^{l_E} (n, d): c; the second in which sinks stand out, if there is
+    one; and the one whose largest magnitude is the median over channels."""
+    X = H.abs()
+    X[:, c] = 0
+    second = int(X[S].amax(0).argmax())
+    ordinary = int(X.amax(0).argsort()[X.shape[1] // 2])
+    if X[S, second].max() < max(OUTLIER * X.median(), SPARSE * X[:, second].median()):
+        return {"outlier": c, "ordinary": ordinary}
+    return {"outlier": c, "second outlier": second, "ordinary": ordinary}
+
+
+class KeyGroup(NamedTuple):
+    """The Keys x of one head that share a scale: `channels` of each of `tokens`, in this order."""
+
+    head: int
+    by: str  # "channel": one channel of GROUP tokens; "token": GROUP channels, static, 4 tokens
+    tokens: range
+    channels: range
+    wider: float  # the group's range, as a multiple of that of the numbers that are not the sinks'
+    x: list
+
+
+def key_groups(K, S, heads=3):
+    """Return KeyGroups of K (h_kv, n, d_k) with a sink of S (n,) in them, of a few heads. Of each
+    kind there are three: the one whose range the sink widens most, the one in the first eighth of
+    this order, and the median."""
+    h_kv, n, d_k = K.shape
+    aligned = [range(start, min(start + GROUP, n)) for start in range(0, n, GROUP)]
+    anywhere = [range(start, min(start + 4, n)) for start in range(max(1, n - 3))]
+    groups = []
+    for head in range(0, h_kv, -(-h_kv // heads)):
+        for by, spans, g in (("channel", aligned, 1), ("token", anywhere, min(GROUP, d_k))):
+            tokens = most_others(spans, S)
+            X = K[head, list(tokens)]  # (tokens, d_k)
+            widened = spread(X, by) / spread(X, by, S[list(tokens)][:, None])
+            order = widened.argsort(descending=True).tolist()
+            for i in dict.fromkeys(order[rank] for rank in (0, len(order) // 8, len(order) // 2)):
+                channels = range(i * g, (i + 1) * g)
+                x = X[:, list(channels)].flatten().tolist()
+                groups.append(KeyGroup(head, by, tokens, channels, widened[i].item(), x))
+    return groups
+
+
+def most_others(spans, S):
+    """Return, of those spans of tokens that have a sink, the last with the most other tokens."""
+    with_sink = [span for span in reversed(spans) if S[list(span)].any()]
+    return max(with_sink, key=lambda span: int((~S[list(span)]).sum()))
+
+
+def spread(X, by, leave_out=None):
+    """Return the ranges of the groups of X (n, d) that all its tokens share, (groups,)."""
+    lo, hi = clipped_range(X, by, GROUP if by == "token" else None, (-3,), leave_out)
+    return (hi - lo).flatten().clamp(min=1e-9)  # a range of no number is -inf
+
+
+def rtn_errors(subject, acts, keep, widths, scheme="channel-static"):
+    """Quantize a block's Keys and Values by an RTN scheme that is calibrated on this text, while
+    the tokens of `keep` (n,) stay as they are. Return the relative errors |X' - X| / |X| of Keys,
+    of Values, and of the attention (Eq. 3 before W_o): (widths, 3)."""
+
+    def attend(K, V):
+        window = subject.model.config.sliding_window
+        return attention(acts.Q[None], K[None], V[None], window)
+
+    keep = keep.to(acts.K.device)[:, None]
+    X = (acts.K, acts.V)
+    pair = rtn_quantizers(subject.model, scheme, 8, GROUP)[0]
+    for quantizer, tensor in zip(pair, X):
+        quantizer.calibrate(tensor, keep)
+    exact = (*X, attend(*X))
+    rows = []
+    for bits in widths:
+        quantizers = with_bits([pair], bits)[0]
+        K, V = (torch.where(keep, tensor, Q(tensor)) for Q, tensor in zip(quantizers, X))
+        pairs = zip((K, V, attend(K, V)), exact)
+        rows.append([float((Y - Z).norm() / Z.norm()) for Y, Z in pairs])
+    return rows
