@@ -95,8 +95,7 @@ def test_beyond_the_limit_of_graphs_it_runs_eager_and_says_so(capsys, monkeypatc
 
 
 HAS_COMPILER = """
-import os, sys, torch
-from pathlib import Path
+import os
 from types import SimpleNamespace
 from support import machine
 machine.pick_machine(SimpleNamespace(device="cpu", dtype=None, no_compile=False))
