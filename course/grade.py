@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from course import sandbox, values
 from course.problems import BY_NAME, FILES, PROBLEMS
-from support.cache import save
+from support.cache import printable, save
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 20  # for one process of the student, whose tests usually take 0.1 s for each function
@@ -300,10 +300,6 @@ def value_of(reply):
 def one_line(text):
     """Make a student's text safe to print: one line, printable characters only."""
     return printable(" ".join(text.split()))[:400]
-
-
-def printable(text):
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --------------------------------------------------------------------------------------------------
