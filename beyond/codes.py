@@ -84,7 +84,7 @@ def room_for(n):
 
 class CodesOfLayer:
     """The Keys and Values of a layer in a PackedBlockCache, which has room for more tokens. It
-    takes the codes from two GrowingStores, and `give_back` returns them."""
+    takes the codes from two GrowingStores, and `give_back` moves them back."""
 
     def __init__(self, stores, quantizers, n, h, k):
         """Move n tokens here, for queries of h heads. No sequence keeps more than k tokens."""
@@ -137,10 +137,9 @@ class CodesOfLayer:
                 self.coded[i] = self.n
 
     def give_back(self):
-        """Return the two GrowingStores with all tokens."""
+        """Move all tokens back to the two GrowingStores."""
         for store, packed, coded in zip(self.stores, (self.block.K, self.block.V), self.coded):
             give(store, packed, self.n, coded if packed.g > 1 else self.n)
-        return self.stores
 
 
 def take(store, packed):

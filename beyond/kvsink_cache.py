@@ -98,13 +98,14 @@ class KVSinkCache(Cache):
         check_options(scheme, keep, sinks, attention)
         self.rule = rule_of(keep, sinks)
         self.decoder = decoder_of(model)
-        self.group_size = choose_group_size(group_size, head_sizes(self.decoder))
+        heads = head_sizes(self.decoder)
+        self.group_size = choose_group_size(group_size, heads)
         self.predict = predict
         self.exact_prompt = exact_prompt
         self.reads_codes = attention == "codes"
         self.pending = []  # see KVSinkLayer.update
         if self.reads_codes:
-            use_codes(self.decoder, head_sizes(self.decoder))
+            use_codes(self.decoder, heads)
         self.options = {"bits": bits, "scheme": scheme, "keep": keep, "sinks": sinks}
         site = checked_site(site, self.decoder)
         if self.rule.predicts:

@@ -63,7 +63,7 @@ def run_file(file, data, module_name):
 
 
 def find_owner(module, name):
-    """Return where a function lies, the module or a class of it, and its name there."""
+    """Return the module or the class that a function belongs to, and its name there."""
     owner, _, short_name = name.rpartition(".")
     return getattr(module, owner) if owner else module, short_name
 

@@ -28,7 +28,7 @@ def windows(tokenizer, name, split, seq_len, count, seed, *, bos="start", advice
 
     bos      where the begin-of-sequence id goes: before the "start" of a text, if the tokenizer
              puts one there (the paper's protocol); or before every "window", as in some evaluation
-             harnesses, where it is the end-of-text id for a tokenizer that has no other
+             harnesses. A tokenizer that has no such id then takes its end-of-text id
     advice   what the user may do if the text is too short
 
     Raises ValueError if the text is shorter than one window.
