@@ -6,6 +6,7 @@ import shutil
 import site
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +19,9 @@ def why_unconfined():
     """Return in one line why there is no sandbox, or "" if there is one."""
     if not shutil.which("bwrap"):
         return "bubblewrap (bwrap) is not installed"
-    trial = [*bubblewrap(), sys.executable, "-S", "-c", ""]
+    become_nobody = "import os; os.geteuid() or os.setuid(65534); "
+    read_torch = f"open({find_spec('torch').origin!r})"
+    trial = [*bubblewrap(), sys.executable, "-S", "-c", become_nobody + read_torch]
     trial = subprocess.run(trial, capture_output=True, text=True)
     return " ".join(trial.stderr.split()) or "bwrap fails" if trial.returncode else ""
 
@@ -42,7 +45,10 @@ def bubblewrap(*folders):
     options += " --perms 1777 --size 16777216 --tmpfs /tmp --chdir /tmp"
     options += " --setenv HOME /tmp --setenv TMPDIR /tmp"
     command = ["bwrap", *options.split()]
-    python = [Path(sys.prefix), Path(sys.base_prefix), Path(site.getusersitepackages())]
+    # What lies in the two prefixes, not the prefixes: their modes may shut out nobody.
+    python = [Path(site.getusersitepackages())]
+    for prefix in (sys.prefix, sys.base_prefix):
+        python += [Path(prefix) / name for name in ("bin", "lib", "lib64", "pyvenv.cfg")]
     for path in (*map(Path, SYSTEM.split()), *python):
         command += bind(path)
     command += ["--tmpfs", str(ROOT)]
