@@ -218,7 +218,7 @@ class PackedBlockCache(BlockCache):
         # Kept tokens are read from the tensors beside the codes. Their unused entries have slot n,
         # which is unseen.
         unseen_kept = unseen.gather(1, self.kept)[:, None, None]
-        S_kept = (q @ K_kept.float().mT).masked_fill(unseen_kept, -torch.inf)  # (b, h_kv, G, k)
+        S_kept = dot(q, K_kept.float()).masked_fill(unseen_kept, -torch.inf)  # (b, h_kv, G, k)
         unseen_codes = unseen.scatter(1, self.kept, True)[:, None, :n]
         # Softmax by hand, one query at a time: the scores are written once, and read once for their
         # maximum.
@@ -233,7 +233,8 @@ class PackedBlockCache(BlockCache):
         P = torch.stack(P, dim=2)
         P_kept = torch.stack(P_kept, dim=2)
         Z = split_tokens(P, 3).sum(4).sum(3) + P_kept.sum(3)  # (b, h_kv, G)
-        A = (self.V.weighted_sum(P) + P_kept @ self.kept_V.float()) / Z[..., None]
+        A_kept = dot(P_kept, self.kept_V.float().mT)
+        A = (self.V.weighted_sum(P) + A_kept) / Z[..., None]
         return A.to(Q.dtype).view(b, 1, h * d_k)
 
 
@@ -397,7 +398,7 @@ class PackedStore:
             if rope is not None:
                 slots = slot // self.g * self.g + torch.arange(self.g, device=slot.device)  # (b, g)
                 residual = apply_rope(residual, [table[slots][:, None] for table in rope])
-            of_residual = Q @ residual.float().mT  # (b, h_kv, G, g)
+            of_residual = dot(Q, residual.float())  # (b, h_kv, G, g)
             S = [torch.where(newest, of_residual[:, :, i, None], S_g) for i, S_g in enumerate(S)]
         S = [S_g.flatten(2) for S_g in S]
         if self.outliers is not None:
@@ -415,7 +416,9 @@ class PackedStore:
     def dequantized(self):
         """Yield a few neighbouring channels at a time: their slice, and their numbers (b, h_kv,
         n/g, g, a few)."""
-        parameters = [to_float32(numbers) for numbers in self.parameters]
+        # On a CPU torch.compile writes what it stacks to memory. Fused into the loop, the conversion
+        # makes it four times slower.
+        parameters = torch.stack([numbers.float() for numbers in self.parameters])
         for channels, codes in slices(self.codes, self.quantizer.bits):
             first, second = (self.of_channels(numbers, channels) for numbers in parameters)
             yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), first, second)
@@ -446,28 +449,18 @@ def check_head(d_k):
         raise ValueError(f"a head of {d_k} channels: codes are packed by eights")
 
 
+def dot(Q, K):
+    """Return Q K^T, (b, h_kv, G, d), (b, h_kv, m, d) -> (b, h_kv, G, m), for a small m: fused, it
+    takes a few microseconds, and a matrix product some fifty."""
+    return (Q[:, :, :, None] * K[:, :, None]).sum(-1)
+
+
 def split_tokens(X, axis):
     """Return X with its axis of tokens cut in pieces, as flash decoding does: on a CPU a sum over
     more than 4,096 numbers is half as fast, and a GPU needs more parallel sums than there are
     heads."""
     piece = math.gcd(X.shape[axis], 4096)
     return X.unflatten(axis, (-1, piece if piece >= 256 else X.shape[axis]))
-
-
-def to_float32(X):
-    if X.dtype == torch.float16 and X.device.type == "cpu":
-        return to_float32_unfused(X)
-    return X.float()
-
-
-@torch.library.custom_op("kvsink::to_float32", mutates_args=())
-def to_float32_unfused(X: torch.Tensor) -> torch.Tensor:
-    """An operation that torch.compile leaves alone: fused, the conversion made a loop on a CPU four
-    times slower."""
-    return X.to(torch.float32, copy=True)
-
-
-to_float32_unfused.register_fake(lambda X: torch.empty_like(X, dtype=torch.float32))
 
 
 # --------------------------------------------------------------------------------------------------
