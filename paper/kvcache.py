@@ -611,22 +611,25 @@ def slices(packed, bits):
 def unpack(packed, bits):
     """Return the codes (..., d), uint8, of bytes that `pack` made."""
     d = packed.shape[-1] * 8 // bits
+    # Several bytes make one integer and are shifted at once, because without torch.compile bytes one
+    # by one take twice as long.
+    size = math.gcd(d * planes(bits)[-1] // 8, 8)
+    packed = packed.contiguous().view(WORDS[size])
     codes = None
     first = 0
     shift = 0
     for width in planes(bits):
-        plane = packed[..., first : first + d * width // 8]
-        # Several bytes make one integer and are shifted at once, because without torch.compile
-        # bytes one by one take twice as long.
-        size = math.gcd(plane.shape[-1], 8)
-        words = plane.contiguous().view(WORDS[size])
-        mask = int.from_bytes(bytes([2**width - 1]) * size, "little", signed=True)
-        parts = [((words >> (width * i)) & mask).view(torch.uint8) for i in range(8 // width)]
-        part = torch.cat(parts, dim=-1)
-        codes = codes | (part << shift) if shift else part
-        first = first + plane.shape[-1]
+        words = packed[..., first : first + d * width // 8 // size]
+        mask = int.from_bytes(bytes([2**width - 1]) * size, "little", signed=size > 1)
+        if words.shape[-1] == 1:  # all parts in one operation
+            parts = words >> torch.arange(0, 8, width, dtype=words.dtype, device=words.device)
+        else:
+            parts = torch.cat([words >> i for i in range(0, 8, width)], dim=-1)
+        parts &= mask
+        codes = codes | parts << shift if shift else parts
+        first = first + words.shape[-1]
         shift = shift + width
-    return codes
+    return codes.view(torch.uint8)
 
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
