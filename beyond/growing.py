@@ -1,5 +1,4 @@
-"""The Keys or the Values of one layer as packed codes, for a cache that grows token by token: its
-final length is unknown, a prompt may come in parts, and the last tokens may be cut off again.
+"""The Keys or the Values of one layer as packed codes, for a cache that grows token by token.
 
 What this file does not do: paper/kvcache.py packs codes into bytes, and quant.py makes the codes.
 Tensors of b sequences, h_kv Key/Value heads and d_k channels are (b, h_kv, tokens, d_k).
@@ -29,10 +28,9 @@ class GrowingStore:
         self.buffer = buffer  # see `dequantized`
         self.g = quantizer.tokens_per_group
         place = torch.zeros(0, dtype=torch.int64, device=X.device)
-        kept = X.new_zeros(0, X.shape[1], X.shape[3])
-        # A view would keep all of X in memory.
-        self.parts = {"residual": X[:, :, :0].clone(), "kept": kept}
-        self.parts |= {"sequence": place, "slot": place}
+        self.parts = {"sequence": place, "slot": place}
+        self.parts["kept"] = X.new_zeros(0, X.shape[1], X.shape[3])
+        self.parts["residual"] = X[:, :, :0].clone()  # a view would keep all of X in memory
 
     @property
     def coded(self):
@@ -41,10 +39,8 @@ class GrowingStore:
 
     def update(self, X, S_sink, attended, is_prompt, exact=False):
         """Store new tokens X, and return all tokens as attention reads them; if `exact`, those of a
-        prompt as they are. The masks S_sink and `attended`, which is False for padding, are (b, n).
-        Only tokens of a prompt become sinks, and a token that became a sink stays one, because the
-        codes of its group were made without it."""
-        X = self.adapt(X)
+        prompt as they are. The masks S_sink and `attended` (False for padding) are (b, n). Only a
+        prompt's tokens become sinks. A sink stays one: its group's codes were made without it."""
         past = self.coded + self.parts["residual"].shape[2]
         self.append(X, S_sink | ~attended, is_prompt)
         X_ = self.dequantized()
@@ -58,18 +54,6 @@ class GrowingStore:
                 X_[:, :, past:] = X
         return X_
 
-    def adapt(self, X):
-        """Return X in the wider dtype of X and of what is stored, and move that to the device of X:
-        a model may be moved between two turns, or run under autocast in one of them."""
-        residual = self.parts["residual"]
-        if (X.dtype, X.device) == (residual.dtype, residual.device):
-            return X
-        dtype = torch.promote_types(X.dtype, residual.dtype)
-        for name, part in self.parts.items():
-            is_wide = name in ("residual", "kept")
-            self.parts[name] = part.to(X.device, dtype if is_wide else part.dtype)
-        return X.to(dtype)
-
     def append(self, X, leave_out, is_prompt):
         """Add new tokens X to the residual, and encode the groups that are now complete."""
         residual = torch.cat((self.parts["residual"], X), dim=2)
@@ -79,11 +63,10 @@ class GrowingStore:
         complete = (residual.shape[2] - waiting) // self.g * self.g
         leave_out = leave_out[:, None, self.coded :, None]
         self.parts["residual"] = residual[:, :, complete:].clone()
-        numbers = X[:, :, 0].numel() * self.g  # of a group of tokens
-        step = max(1, CHUNK // numbers) * self.g
+        step = max(1, CHUNK // X[:, :, 0].numel() // self.g) * self.g
         for i in range(0, complete, step):
-            end = min(i + step, complete)
-            self.encode(residual[:, :, i:end], leave_out[:, :, i:end])
+            chunk = slice(i, min(i + step, complete))
+            self.encode(residual[:, :, chunk], leave_out[:, :, chunk])
 
     def encode(self, X, leave_out):
         """Add the codes of complete groups of tokens X."""
@@ -94,30 +77,24 @@ class GrowingStore:
         else:
             new |= {"scale": s.half(), "zero": z.half()}
         for name, part in new.items():
-            old = [self.parts[name]] if name in self.parts else []
-            self.parts[name] = torch.cat((*old, part), dim=2)
+            old = self.parts.get(name, part[:, :, :0])
+            self.parts[name] = torch.cat((old, part), dim=2)
 
     def dequantized(self):
         """Return all tokens: those that have codes dequantized (Eq. 11), those of the residual and
         the kept ones in full precision. They lie in the buffer, which all layers share."""
         residual = self.parts["residual"]
-        coded = self.coded
-        size = (*residual.shape[:2], coded + residual.shape[2], residual.shape[3])
-        dtype = torch.promote_types(residual.dtype, torch.float32)
-        X = self.buffer.tensor(torch.Size(size), dtype, residual.device)
-        if coded:
-            self.dequantize_into(X[:, :, :coded])
-        X[:, :, coded:] = residual
-        X[self.parts["sequence"], :, self.parts["slot"]] = self.parts["kept"].to(dtype)
+        b, h_kv, m, d_k = residual.shape
+        n = self.coded
+        X = self.buffer.tensor((b, h_kv, n + m, d_k), residual)
+        if n:  # in place: a new tensor for each operation would take three times as long
+            X[:, :, :n] = unpack(self.parts["codes"], self.quantizer.bits)
+            s = self.parts["scale"][:, :, :, None, :, None].float()  # (b, h_kv, n / g, 1, d_k/w, 1)
+            z = self.parts["zero"][:, :, :, None, :, None].float()
+            X[:, :, :n].unflatten(-1, (s.shape[4], -1)).unflatten(2, (-1, self.g)).sub_(z).mul_(s)
+        X[:, :, n:] = residual
+        X[self.parts["sequence"], :, self.parts["slot"]] = self.parts["kept"].to(X.dtype)
         return X.to(residual.dtype)
-
-    def dequantize_into(self, X):
-        """Write the tokens that have codes to X, in place: a new tensor for each operation of
-        Eq. 11 would take three times as long."""
-        X.copy_(unpack(self.parts["codes"], self.quantizer.bits))
-        s = self.parts["scale"][:, :, :, None, :, None].float()  # (b, h_kv, n / g, 1, d_k / w, 1)
-        z = self.parts["zero"][:, :, :, None, :, None].float()
-        X.unflatten(-1, (s.shape[4], -1)).unflatten(2, (-1, self.g)).sub_(z).mul_(s)
 
     def crop(self, n):
         """Keep the first n tokens, and free the others."""
@@ -132,8 +109,7 @@ class GrowingStore:
     def reorder(self, indices):
         """Replace sequence i by what sequence indices[i] was."""
         indices = indices.to(self.parts["slot"].device)
-        belongs = indices[:, None] == self.parts["sequence"]
-        sequence, entry = belongs.nonzero(as_tuple=True)
+        sequence, entry = (indices[:, None] == self.parts["sequence"]).nonzero(as_tuple=True)
         self.parts |= {name: self.parts[name][entry] for name in ("kept", "slot")}
         self.parts |= {name: self.parts[name][indices] for name in ("residual", *self.grown())}
         self.parts["sequence"] = sequence

@@ -5,8 +5,7 @@ full precision.
     model.generate(**inputs, past_key_values=cache)
     print(cache.sinks(), cache.bytes())
 
-Read top to bottom: the cache; its hooks; checks of the arguments. beyond/README.md says for which
-models it works.
+beyond/README.md says for which models it works.
 
 What this file does not do: kvsink.py predicts sinks, quant.py quantizes, layer.py and growing.py
 store the Keys and Values of a block, and sites.py finds l_E and c.
@@ -22,8 +21,6 @@ heads, d_k channels per head.
 import copy
 import functools
 import inspect
-import math
-import operator
 import weakref
 from dataclasses import replace
 
@@ -44,17 +41,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 import kvsink
 from beyond.codes import use_codes
 from beyond.layer import AFTER, UP_TO, Buffer, KVSinkLayer
-from beyond.models import decoder_of, head_sizes
+from beyond.models import decoder_of, head_sizes, padding_mask
+from beyond.options import check_options, checked_site, choose_group_size
 from beyond.saved import load_cache, save_cache
 from beyond.sites import DecoderView, site_of
-from kvsink import AUTO, NOWHERE, Site, predict_sinks
-from paper.kvcache import check_head
+from kvsink import AUTO, NOWHERE, predict_sinks
 from support.rows import rule_of
-
-# --------------------------------------------------------------------------------------------------
-# The cache
-
-ATTENTIONS = ("dequantized", "codes")
 
 
 class KVSinkCache(Cache):
@@ -325,64 +317,3 @@ def call_if_used(cache, method, module, args, kwargs, *output):
     arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments | kwargs
     if cache() is not None and any(value is cache() for value in arguments.values()):
         getattr(cache(), method)(arguments, *output)
-
-
-def padding_mask(attention_mask):
-    """Return the mask (b, n) of an attention_mask, which may be None, a dict with one mask for each
-    kind of layer, or have four dimensions (b, heads, m, n)."""
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("full_attention")
-    if attention_mask is None or attention_mask.dim() != 4:
-        return attention_mask
-    # A token is real if any query of any head sees it. A mask says so by True, or by what is added
-    # to the score: 0 or a bias, against -inf, the lowest number of the dtype, or -1e9.
-    if attention_mask.dtype != torch.bool:
-        attention_mask = attention_mask > 0.9 * max(torch.finfo(attention_mask.dtype).min, -1e9)
-    return attention_mask.any(1).any(1)
-
-
-# --------------------------------------------------------------------------------------------------
-# Checks of the arguments
-
-
-def choose_group_size(group_size, heads):
-    """Return the group size, at most a head. Raises ValueError if it does not divide the heads, a
-    set of numbers of channels, or if such a head cannot be packed."""
-    d_k = math.gcd(*heads)
-    check_head(d_k)
-    group_size = min(group_size or math.gcd(128, d_k), d_k)
-    if d_k % group_size:
-        raise ValueError(f"group_size={group_size} does not divide a head of {d_k} channels")
-    return group_size
-
-
-def check_options(scheme, keep, sinks, attention):
-    """Raise ValueError if there is no such scheme, number of sinks or attention."""
-    if attention not in ATTENTIONS:
-        raise ValueError(
-            f"attention={attention!r} is neither {' nor '.join(map(repr, ATTENTIONS))}"
-        )
-    if scheme not in kvsink.SCHEMES:
-        raise ValueError(f"scheme={scheme!r} is none of {', '.join(kvsink.SCHEMES)}")
-    is_number = type(sinks) is int and sinks >= 0
-    if not (is_number or sinks == AUTO):
-        raise ValueError(f"sinks={sinks!r} is neither a number of tokens nor {AUTO!r}")
-    if keep == "pfn" and sinks == AUTO:
-        raise ValueError("keep='pfn' needs a number of tokens, such as sinks=5")
-
-
-def checked_site(site, decoder):
-    """Return a site, which may be a plain pair. Raises ValueError if a model has no such block or
-    channel. NOWHERE fits every model."""
-    if site is None:
-        return None
-    try:
-        site = Site(*map(operator.index, site))
-    except TypeError:
-        raise ValueError(f"site={site!r} is not a pair Site(l_E, c)") from None
-    L = len(decoder.layers)
-    d = decoder.config.hidden_size
-    if site != NOWHERE and not (1 <= site.l_E <= L and 0 <= site.c < d):
-        limits = f"blocks 1 to {L} and channels 0 to {d - 1}"
-        raise ValueError(f"{site}: this model has {limits}")
-    return site

@@ -5,6 +5,7 @@ Shapes as in kvsink_cache.py.
 """
 
 import copy
+import math
 from dataclasses import replace
 
 import torch
@@ -113,7 +114,7 @@ class KVSinkLayer(DynamicLayer):
         is_prompt = m == self.length or m > 1
         with torch.autocast(K.device.type, enabled=False):
             return [
-                store.update(X, S_sink, attended, is_prompt, self.exact_prompt)
+                store.update(adapt(store, X), S_sink, attended, is_prompt, self.exact_prompt)
                 for store, X in zip(self.stores, (K, V))
             ]
 
@@ -142,6 +143,19 @@ class KVSinkLayer(DynamicLayer):
             store.reorder(beam_idx)
 
 
+def adapt(store, X):
+    """Return X in the wider dtype of X and of what a store holds, and move that to the device of X:
+    a model may be moved between two turns, or run under autocast in one of them."""
+    residual = store.parts["residual"]
+    if (X.dtype, X.device) == (residual.dtype, residual.device):
+        return X
+    dtype = torch.promote_types(X.dtype, residual.dtype)
+    for name, part in store.parts.items():
+        is_wide = name in ("residual", "kept")
+        store.parts[name] = part.to(X.device, dtype if is_wide else part.dtype)
+    return X.to(dtype)
+
+
 class Buffer:
     """Memory that all layers share, for what attention reads: one layer's numbers have been read
     before the next layer writes its own."""
@@ -149,10 +163,13 @@ class Buffer:
     def __init__(self):
         self.memory = torch.empty(0)
 
-    def tensor(self, size, dtype, device):
-        n = size.numel()
+    def tensor(self, shape, like):
+        """Return a tensor of this shape, on the device and in the dtype of another, but at least
+        in fp32."""
+        n = math.prod(shape)
+        dtype = torch.promote_types(like.dtype, torch.float32)
         fits = n <= self.memory.numel() <= 2 * n
-        if not (fits and self.memory.dtype == dtype and self.memory.device == device):
+        if not (fits and self.memory.dtype == dtype and self.memory.device == like.device):
             self.memory = None  # freed first
-            self.memory = torch.empty(n + n // 8, dtype=dtype, device=device)
-        return self.memory[:n].view(size)
+            self.memory = torch.empty(n + n // 8, dtype=dtype, device=like.device)
+        return self.memory[:n].view(shape)

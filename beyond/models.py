@@ -1,4 +1,5 @@
-"""What KVSinkCache needs of a model of transformers: its blocks, and the sizes of its heads.
+"""What KVSinkCache needs of a model of transformers: its blocks, the sizes of its heads, and which
+tokens are padding.
 
 What this file does not do: sites.py finds l_E and c of the model.
 """
@@ -64,3 +65,17 @@ def head_sizes(decoder):
         raise ValueError(f"{name} has blocks that read the Keys and Values of other blocks")
     sizes = {X.shape[-1] for layer in layers for X in (layer.keys, layer.values)}
     return HEAD_SIZES.setdefault(decoder, sizes)
+
+
+def padding_mask(attention_mask):
+    """Return the mask (b, n) of an attention_mask, which may be None, a dict with one mask for each
+    kind of layer, or have four dimensions (b, heads, m, n)."""
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention")
+    if attention_mask is None or attention_mask.dim() != 4:
+        return attention_mask
+    # A token is real if any query of any head sees it. A mask says so by True, or by what is added
+    # to the score: 0 or a bias, against -inf, the lowest number of the dtype, or -1e9.
+    if attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask > 0.9 * max(torch.finfo(attention_mask.dtype).min, -1e9)
+    return attention_mask.any(1).any(1)

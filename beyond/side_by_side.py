@@ -19,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 from beyond import check
-from beyond.kvsink_cache import ATTENTIONS, KVSinkCache, transformers
+from beyond.kvsink_cache import KVSinkCache, transformers
 from beyond.models import head_sizes
+from beyond.options import ATTENTIONS
 from beyond.sites import site_of
 from kvsink import Site
 from paper.table4 import peak_memory, reset_peak_memory, their_caches

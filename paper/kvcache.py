@@ -211,14 +211,15 @@ class PackedBlockCache(BlockCache):
         b, h, _, d_k = Q.shape
         n = self.n
         h_kv = self.K.codes.shape[1]
-        q = Q.float().view(b, h_kv, h // h_kv, d_k) * d_k**-0.5
+        q = Q.float().view(b, h_kv, h // h_kv, d_k)
         K_kept = self.kept_K
         if self.pre_rope:
             K_kept = apply_rope(K_kept, [table[self.kept][:, None] for table in rope])
         # Kept tokens are read from the tensors beside the codes. Their unused entries have slot n,
         # which is unseen.
         unseen_kept = unseen.gather(1, self.kept)[:, None, None]
-        S_kept = dot(q, K_kept.float()).masked_fill(unseen_kept, -torch.inf)  # (b, h_kv, G, k)
+        S_kept = dot(q, K_kept.float()) * d_k**-0.5  # (b, h_kv, G, k)
+        S_kept = S_kept.masked_fill(unseen_kept, -torch.inf)
         unseen_codes = unseen.scatter(1, self.kept, True)[:, None, :n]
         # Softmax by hand, one query at a time: the scores are written once, and read once for their
         # maximum.
@@ -226,7 +227,7 @@ class PackedBlockCache(BlockCache):
         P_kept = []
         S = self.K.scores(q, [table[:n] for table in rope] if self.pre_rope else None, slot)
         for S_g, S_kept_g in zip(S, S_kept.unbind(2)):
-            S_g = S_g.masked_fill(unseen_codes, -torch.inf)  # (b, h_kv, n)
+            S_g = (S_g * d_k**-0.5).masked_fill(unseen_codes, -torch.inf)  # (b, h_kv, n)
             m = torch.cat((S_g.amax(-1, keepdim=True), S_kept_g), dim=-1).amax(-1, keepdim=True)
             P.append((S_g - m).exp())
             P_kept.append((S_kept_g - m).exp())
@@ -416,9 +417,11 @@ class PackedStore:
     def dequantized(self):
         """Yield a few neighbouring channels at a time: their slice, and their numbers (b, h_kv,
         n/g, g, a few)."""
-        # On a CPU torch.compile writes what it stacks to memory. Fused into the loop, the conversion
-        # makes it four times slower.
-        parameters = torch.stack([numbers.float() for numbers in self.parameters])
+        parameters = [numbers.float() for numbers in self.parameters]
+        if not self.static:
+            # On a CPU torch.compile writes what it stacks to memory. Fused, the conversion would
+            # make the loop four times slower.
+            parameters = torch.stack(parameters)
         for channels, codes in slices(self.codes, self.quantizer.bits):
             first, second = (self.of_channels(numbers, channels) for numbers in parameters)
             yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), first, second)
@@ -611,8 +614,8 @@ def slices(packed, bits):
 def unpack(packed, bits):
     """Return the codes (..., d), uint8, of bytes that `pack` made."""
     d = packed.shape[-1] * 8 // bits
-    # Several bytes make one integer and are shifted at once, because without torch.compile bytes one
-    # by one take twice as long.
+    # Several bytes make one integer and are shifted at once, because without torch.compile bytes
+    # one by one take twice as long.
     size = math.gcd(d * planes(bits)[-1] // 8, 8)
     packed = packed.contiguous().view(WORDS[size])
     codes = None
