@@ -23,7 +23,8 @@ def why_unconfined():
     read_torch = f"open({find_spec('torch').origin!r})"
     trial = [*bubblewrap(), sys.executable, "-S", "-c", become_nobody + read_torch]
     trial = subprocess.run(trial, capture_output=True, text=True)
-    return " ".join(trial.stderr.split()) or "bwrap fails" if trial.returncode else ""
+    last = (trial.stderr.strip() or "bwrap fails").splitlines()[-1]
+    return last if trial.returncode else ""
 
 
 def nobody_can_run_python():

@@ -682,6 +682,18 @@ def test_a_function_that_ends_its_server_costs_its_own_submission_only(tmp_path,
     assert [row["points"] for row in csv.DictReader(path.open())] == ["18", "18", "26"]
 
 
+@confined
+def test_a_python_that_nobody_may_read_is_a_reason_to_run_unconfined(tmp_path, monkeypatch):
+    """Otherwise right answers would lose their points to a ModuleNotFoundError."""
+    package = Mock(origin=str(tmp_path / "torch.py"))  # not in the sandbox
+    monkeypatch.setattr(sandbox, "find_spec", lambda name: package)
+    sandbox.why_unconfined.cache_clear()
+    assert sandbox.why_unconfined().startswith("FileNotFoundError")
+    monkeypatch.undo()
+    sandbox.why_unconfined.cache_clear()
+    assert sandbox.why_unconfined() == ""
+
+
 def test_without_bubblewrap(tmp_path, monkeypatch, capfd):
     """The grader says in one line that submissions run unconfined; root becomes nobody if that user
     can run Python."""
