@@ -70,7 +70,7 @@ def can_read_codes(layer, K, V, attention_mask, kwargs):
         return False
     if kwargs.get("dropout"):
         return False
-    # After autocast, or a move of the model, `layer.adapt` comes first.
+    # After autocast, or a move of the model, `adapt` in layer.py comes first.
     stored = layer.held[0].parts["kept"]
     return all((X.dtype, X.device) == (stored.dtype, stored.device) for X in (K, V))
 

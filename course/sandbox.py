@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+NOBODY = 65534  # the user who owns nothing; worker.py becomes it
 # What Python and torch read besides Python's own folders.
 SYSTEM = "/usr /bin /lib /lib32 /lib64 /nix/store /etc/ld.so.cache /etc/alternatives"
 
@@ -19,7 +20,7 @@ def why_unconfined():
     """Return in one line why there is no sandbox, or "" if there is one."""
     if not shutil.which("bwrap"):
         return "bubblewrap (bwrap) is not installed"
-    become_nobody = "import os; os.geteuid() or os.setuid(65534); "
+    become_nobody = f"import os; os.geteuid() or os.setuid({NOBODY}); "
     read_torch = f"open({find_spec('torch').origin!r})"
     trial = [*bubblewrap(), sys.executable, "-S", "-c", become_nobody + read_torch]
     trial = subprocess.run(trial, capture_output=True, text=True)
@@ -41,7 +42,7 @@ def bubblewrap(*folders):
     if os.geteuid() == 0:  # worker.py becomes nobody, which root in a user namespace could not
         options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
     else:
-        options += " --unshare-user --disable-userns --uid 65534 --gid 65534"
+        options += f" --unshare-user --disable-userns --uid {NOBODY} --gid {NOBODY}"
     options += " --die-with-parent --new-session --proc /proc --dev /dev --remount-ro /dev"
     options += " --perms 1777 --size 16777216 --tmpfs /tmp --chdir /tmp"
     options += " --setenv HOME /tmp --setenv TMPDIR /tmp"

@@ -417,11 +417,9 @@ class PackedStore:
     def dequantized(self):
         """Yield a few neighbouring channels at a time: their slice, and their numbers (b, h_kv,
         n/g, g, a few)."""
-        parameters = [numbers.float() for numbers in self.parameters]
-        if not self.static:
-            # On a CPU torch.compile writes what it stacks to memory. Fused, the conversion would
-            # make the loop four times slower.
-            parameters = torch.stack(parameters)
+        # On a CPU torch.compile writes what it stacks to memory. Fused, the conversion would make
+        # the loop four times slower.
+        parameters = torch.stack([numbers.float() for numbers in self.parameters])
         for channels, codes in slices(self.codes, self.quantizer.bits):
             first, second = (self.of_channels(numbers, channels) for numbers in parameters)
             yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), first, second)
