@@ -290,13 +290,16 @@ def load_comparison(args):
         or site_of(decoder)
     )
     head = min(head_sizes(decoder))
+    group_sizes = [size for size in args.group_size or (16, 64) if head % size == 0]
+    if args.group_size and not group_sizes:
+        raise ValueError(f"no --group-size given divides a head of {head} channels")
     comparison = Comparison(
         model=model,
         windows=windows.to(machine.device),
         prompt=args.prompt,
         site=site,
         bits=tuple(args.bits),
-        group_sizes=tuple(size for size in args.group_size if head % size == 0) or (head,),
+        group_sizes=tuple(group_sizes) or (head,),
         keep=tuple(args.keep),
         attention=args.attention,
         exact_prompt=args.exact_prompt,
@@ -325,8 +328,8 @@ def parse_arguments(argv):
         "%(default)s)")
     add("--bits", nargs="+", type=cli.number(1, 8), default=[4, 3, 2], help="of KVSinkCache "
         "(default: 4 3 2)")
-    add("--group-size", nargs="+", type=cli.number(1), default=[16, 64], help="of KVSinkCache; "
-        "those that divide a head (default: 16 64)")
+    add("--group-size", nargs="+", type=cli.number(1), help="of KVSinkCache; those that "
+        "divide a head (default: 16 64)")
     add("--keep", nargs="+", choices=KEEPS, default=["pfn+kvsink", "none"], help="of KVSinkCache "
         "(default: pfn+kvsink none)")
     add("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="how KVSinkCache decodes "

@@ -1103,6 +1103,8 @@ def test_the_command(tiny, capsys, monkeypatch):
     assert sum("keep=kvsink against nothing kept" in line for line in lines[10:]) == 2
     assert "KVSinkCache, 2 bits, groups of 8, keep=none: text 2 of 2" in progress
     refuse(["--model", "nobody"], ["no model", "nobody"], capsys, side_by_side)
+    undivided = [*model, *texts, "--group-size", "3"]
+    refuse(undivided, ["no --group-size", "head of 8"], capsys, side_by_side)
 
 
 def test_what_follows_from_the_table(capsys):
