@@ -150,7 +150,7 @@ def take(store, packed):
     if not store.coded:
         return
     coded = store.coded
-    packed.codes[:, :, :coded] = store.parts.pop("codes")
+    packed.codes[:, :, :coded] = store.parts.pop("codes").view(packed.codes.dtype)
     if not packed.static:
         for numbers, name in zip(packed.parameters, ("scale", "zero")):
             numbers[:, :, : coded // packed.g] = store.parts.pop(name)
@@ -165,7 +165,7 @@ def give(store, packed, n, coded):
         residual = packed.residual[:, :, : n - coded].clone()
     store.parts["residual"] = residual
     if coded:
-        store.parts["codes"] = packed.codes[:, :, :coded].contiguous()
+        store.parts["codes"] = packed.codes[:, :, :coded].contiguous().view(torch.uint8)
         for numbers, name in zip(packed.parameters, ("scale", "zero")):
             groups = numbers.shape[2] if packed.static else coded // packed.g
             store.parts[name] = numbers[:, :, :groups].clone()
@@ -188,4 +188,13 @@ def step_on(device, n):
 
 @functools.cache
 def compiled_on(device):
-    return Machine(device, compile=True).compiled(append_and_attend, **FUSE)
+    return Machine(device, compile=True).compiled(append_and_attend, **compile_options(device))
+
+
+def compile_options(device):
+    """Return FUSE with less time between kernels, of which a decoding step has many small ones:
+    C++ launches those of a CPU, and no call checks that global names still mean the same."""
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+    if device == "cpu":
+        options["cpp_wrapper"] = True
+    return FUSE | {"options": FUSE["options"] | options}

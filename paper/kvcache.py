@@ -326,11 +326,18 @@ class PackedStore:
     def empty_codes(self, shape):
         """Return codes (b, h_kv, n, bytes). If they are decoded by arithmetic, the tokens come last
         in memory, whatever the shape says: a vector register then holds neighbouring tokens, and no
-        width leaves it half empty. A look-up in a codebook wants the channels last."""
+        width leaves it half empty. A look-up in a codebook wants the channels last.
+
+        On a CPU four bytes of a token make one fp32 "number", which `as_bytes` takes apart. It is
+        never computed with. torch.compile loads fp32 straight into a vector register and all else
+        through memory, so that attention takes two to four times as long over single bytes."""
         size = shape.d_k * self.bits // 8
         options = {"dtype": torch.uint8, "device": shape.device}
         if hasattr(self.quantizer, "levels"):  # the codebook
             return torch.zeros(shape.b, shape.h_kv, shape.n, size, **options)
+        if shape.device.type == "cpu" and size % 4 == 0:
+            size = size // 4
+            options["dtype"] = torch.float32
         return torch.zeros(shape.b, shape.h_kv, size, shape.n, **options).mT
 
     def fill(self, sequences, X, leave_out):
@@ -364,7 +371,8 @@ class PackedStore:
 
     def store(self, sequences, slots, X, leave_out):
         codes, *parameters = self.quantizer.encode(X.float(), leave_out)
-        self.codes[sequences, :, slots] = pack(codes, self.bits).transpose(1, 2)
+        codes = pack(codes, self.bits).view(self.codes.dtype)
+        self.codes[sequences, :, slots] = codes.transpose(1, 2)
         if not self.static:
             groups = slots[:, :: self.g] // self.g
             for stored, numbers in zip(self.parameters, parameters):
@@ -420,7 +428,7 @@ class PackedStore:
         # On a CPU torch.compile writes what it stacks to memory. Fused, the conversion would make
         # the loop four times slower.
         parameters = torch.stack([numbers.float() for numbers in self.parameters])
-        for channels, codes in slices(self.codes, self.quantizer.bits):
+        for channels, codes in slices(as_bytes(self.codes), self.quantizer.bits):
             first, second = (self.of_channels(numbers, channels) for numbers in parameters)
             yield channels, self.quantizer.decode(codes.unflatten(2, (-1, self.g)), first, second)
 
@@ -607,6 +615,15 @@ def slices(packed, bits):
             plane = plane + d * width // 8
             shift = shift + width
         yield slice(first, first + step), codes
+
+
+def as_bytes(codes):
+    """Return the bytes (..., bytes) of the codes of a PackedStore. Those that lie four to a number
+    become int32, because torch.compile cannot view a number as four others."""
+    if codes.dtype == torch.uint8:
+        return codes
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=codes.device)
+    return (codes.view(torch.int32)[..., None] >> shifts & 255).flatten(-2)
 
 
 def unpack(packed, bits):

@@ -354,7 +354,7 @@ def fill_with_noise(block):
         if isinstance(store, FullPrecisionStore):
             store.X.normal_()
         else:
-            store.codes.random_(0, 256)
+            store.codes.mT.view(torch.uint8).random_(0, 256)
 
 
 def decode_one_token(benchmark, cache):

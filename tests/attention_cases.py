@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kvsink import SCHEMES
 from paper import attention_kernel
-from paper.kvcache import CacheShape, FullPrecisionBlockCache, PackedBlockCache
+from paper.kvcache import CacheShape, FullPrecisionBlockCache, PackedBlockCache, as_bytes
 from quant import Quantizer
 
 GPU = torch.cuda.is_available()
@@ -46,7 +46,9 @@ def error(scheme, bits, shape):
     block = FullPrecisionBlockCache(shape)
     if scheme != "full":
         block = PackedBlockCache(quantizers(scheme, bits, d_k, K, V), shape, False)
-        block.K.codes = block.K.codes.contiguous()
+        # As on a GPU: bytes, of which those of Values have the tokens last in memory.
+        block.K.codes = as_bytes(block.K.codes).byte().contiguous()
+        block.V.codes = as_bytes(block.V.codes).byte().mT.contiguous().mT
     leave_out = torch.zeros(b, 1, M, 1, dtype=torch.bool, device=device)
     leave_out[:, :, [0, 150, 199][:k]] = True
     leave_out[-1, :, 150] = False  # one sequence keeps fewer
