@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from paper.decode import FUSE
-from paper.kvcache import CacheShape, PackedBlockCache
+from paper.kvcache import CacheShape, PackedBlockCache, as_bytes
 from support.cache import log
 from support.machine import Machine
 
@@ -165,7 +165,7 @@ def give(store, packed, n, coded):
         residual = packed.residual[:, :, : n - coded].clone()
     store.parts["residual"] = residual
     if coded:
-        store.parts["codes"] = packed.codes[:, :, :coded].contiguous().view(torch.uint8)
+        store.parts["codes"] = as_bytes(packed.codes[:, :, :coded]).to(torch.uint8).contiguous()
         for numbers, name in zip(packed.parameters, ("scale", "zero")):
             groups = numbers.shape[2] if packed.static else coded // packed.g
             store.parts[name] = numbers[:, :, :groups].clone()
