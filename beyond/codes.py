@@ -94,6 +94,8 @@ class CodesOfLayer:
         b, h_kv, _, d_k = stores[0].parts["residual"].shape
         shape = CacheShape(b, room_for(n + 1), k, h, h_kv, d_k, kept.dtype, kept.device)
         self.block = PackedBlockCache(quantizers, shape, pre_rope=False)
+        K = self.block.K
+        self.step = step_for(shape, K.bits, K.tokens, K.channels)
         self.coded = [store.coded for store in stores]
         for store, packed in zip(stores, (self.block.K, self.block.V)):
             take(store, packed)
@@ -120,7 +122,7 @@ class CodesOfLayer:
             unseen = torch.ones(len(Q), self.block.n + 1, dtype=torch.bool, device=Q.device)
             unseen[:, : self.n + 1] = ~seen
         self.n += 1
-        A = step_on(Q.device.type, self.block.n)(self.block, Q, K, V, slot, unseen)
+        A = self.step(self.block, Q, K, V, slot, unseen)
         return A.unflatten(2, (Q.shape[1], -1))
 
     def finish_groups(self, attended):
@@ -178,11 +180,13 @@ def append_and_attend(block, Q, K, V, slot, unseen):
 
 
 @functools.cache
-def step_on(device, n):
-    """Return `append_and_attend`, compiled if this machine has a compiler."""
-    step = compiled_on(device)
+def step_for(shape, bits, tokens, channels):
+    """Return `append_and_attend`, compiled if this machine has a compiler. For other arguments
+    torch.compile makes other code: cached here is that a line has said so."""
+    step = compiled_on(shape.device.type)
     if step is not append_and_attend:
-        log(f"compiling the attention over codes for up to {n:,} tokens, which takes a while")
+        what = f"codes of {bits} bits for up to {shape.n:,} tokens"
+        log(f"compiling the attention over {what}, which takes a while")
     return step
 
 

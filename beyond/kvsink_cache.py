@@ -11,17 +11,13 @@ What this file does not do: kvsink.py predicts sinks, quant.py quantizes, layer.
 store the Keys and Values of a block, and sites.py finds l_E and c.
 
 transformers runs the model. It gives Keys and Values to a cache, but no hidden state. So the cache
-puts two hooks on the model: one on the decoder, which sees the tokens that come, and one on block
-l_E, which sees channel c.
+puts two hooks on the model (hooks.py), which show it the tokens that come, and channel c.
 
 Shapes: b sequences, n tokens so far (padding too), m tokens of this forward pass, h_kv Key/Value
 heads, d_k channels per head.
 """
 
 import copy
-import functools
-import inspect
-import weakref
 from dataclasses import replace
 
 import torch
@@ -40,8 +36,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import kvsink
 from beyond.codes import use_codes
+from beyond.hooks import register_hooks
 from beyond.layer import AFTER, UP_TO, Buffer, KVSinkLayer
-from beyond.models import decoder_of, head_sizes, padding_mask
+from beyond.models import attended_tokens, decoder_of, head_sizes
 from beyond.options import check_options, checked_site, choose_group_size
 from beyond.saved import load_cache, save_cache
 from beyond.sites import DecoderView, site_of
@@ -113,7 +110,7 @@ class KVSinkCache(Cache):
         self.tokens = {}
         super().__init__(layers=self.make_layers(scheme, bits))
         self.quantized_layers = [layer for layer in self.layers if isinstance(layer, KVSinkLayer)]
-        self.close = self.register_hooks()
+        self.close = register_hooks(self)
 
     def make_layers(self, scheme, bits):
         """Return one layer per block. Layers with a sliding window, and any other layer than
@@ -133,20 +130,9 @@ class KVSinkCache(Cache):
     def before_forward(self, arguments):
         """Note which tokens come in this forward pass, and which of them are kept up to block l_E.
         The first N of PFN are counted without padding."""
-        input_ids = arguments.get("input_ids")
-        inputs = arguments["inputs_embeds"] if input_ids is None else input_ids
-        b, m = inputs.shape[:2]
         past = self.quantized_layers[0].length
-        mask = padding_mask(arguments.get("attention_mask"))
-        if mask is None:
-            attended = torch.ones(b, m, dtype=torch.bool, device=inputs.device)
-        elif mask.shape in ((b, past + m), (1, past + m)):
-            attended = mask[:, past:].bool().expand(b, m)
-        else:
-            shape = tuple(mask.shape)
-            raise ValueError(
-                f"attention_mask {shape} has to cover all {past + m} tokens of {b} sequences"
-            )
+        attended = attended_tokens(arguments, past)
+        m = attended.shape[1]
         self.append("attended", attended)
         self.append("in_prompt", attended & (m > 1 or past == 0))
         in_prompt = self.tokens["in_prompt"]
@@ -264,7 +250,7 @@ class KVSinkCache(Cache):
             for layer in self.layers
         ]
         other.quantized_layers = [x for x in other.layers if isinstance(x, KVSinkLayer)]
-        other.close = other.register_hooks()
+        other.close = register_hooks(other)
         return other
 
     def __reduce__(self):
@@ -284,36 +270,10 @@ class KVSinkCache(Cache):
         model."""
         return load_cache(cls, file, model, options)
 
-    # Its hooks
-
-    def register_hooks(self):
-        """Put the hooks on the model. Return a function that removes them, which also runs when
-        the cache is garbage-collected."""
-        cache = weakref.ref(self)
-        before_forward = functools.partial(call_if_used, cache, "before_forward")
-        hooks = [self.decoder.register_forward_pre_hook(before_forward, with_kwargs=True)]
-        if self.rule.site != NOWHERE:
-            block = self.decoder.layers[self.rule.site.l_E - 1]
-            after_emergence = functools.partial(call_if_used, cache, "after_emergence")
-            hooks.append(block.register_forward_hook(after_emergence, with_kwargs=True))
-
-        def remove_hooks():
-            for hook in hooks:
-                hook.remove()
-
-        return weakref.finalize(self, remove_hooks)
+    # `with KVSinkCache(model) as cache` removes the hooks at the end
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         self.close()
-
-
-def call_if_used(cache, method, module, args, kwargs, *output):
-    """A hook: call this method of the cache if the forward pass of `module` uses the cache. `cache`
-    is a weak reference, so that its hooks do not keep it alive."""
-    # The cache may be passed positionally or under another keyword.
-    arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments | kwargs
-    if cache() is not None and any(value is cache() for value in arguments.values()):
-        getattr(cache(), method)(arguments, *output)

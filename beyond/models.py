@@ -67,6 +67,23 @@ def head_sizes(decoder):
     return HEAD_SIZES.setdefault(decoder, sizes)
 
 
+def attended_tokens(arguments, past):
+    """Return which of the new tokens are no padding (b, m), from the arguments of a forward pass
+    that comes after `past` tokens. Raises ValueError if the mask does not cover all tokens."""
+    input_ids = arguments.get("input_ids")
+    inputs = arguments["inputs_embeds"] if input_ids is None else input_ids
+    b, m = inputs.shape[:2]
+    mask = padding_mask(arguments.get("attention_mask"))
+    if mask is None:
+        return torch.ones(b, m, dtype=torch.bool, device=inputs.device)
+    shape = tuple(mask.shape)
+    if shape not in ((b, past + m), (1, past + m)):
+        raise ValueError(
+            f"attention_mask {shape} has to cover all {past + m} tokens of {b} sequences"
+        )
+    return mask[:, past:].bool().expand(b, m)
+
+
 def padding_mask(attention_mask):
     """Return the mask (b, n) of an attention_mask, which may be None, a dict with one mask for each
     kind of layer, or have four dimensions (b, heads, m, n)."""

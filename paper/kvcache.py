@@ -211,7 +211,7 @@ class PackedBlockCache(BlockCache):
         b, h, _, d_k = Q.shape
         n = self.n
         h_kv = self.K.codes.shape[1]
-        q = Q.float().view(b, h_kv, h // h_kv, d_k)
+        q = in_memory(Q.float().view(b, h_kv, h // h_kv, d_k))
         K_kept = self.kept_K
         if self.pre_rope:
             K_kept = apply_rope(K_kept, [table[self.kept][:, None] for table in rope])
@@ -221,13 +221,15 @@ class PackedBlockCache(BlockCache):
         S_kept = dot(q, K_kept.float()) * d_k**-0.5  # (b, h_kv, G, k)
         S_kept = S_kept.masked_fill(unseen_kept, -torch.inf)
         unseen_codes = unseen.scatter(1, self.kept, True)[:, None, :n]
+        # fp32, because a CPU reads a mask of bytes eight times as slowly.
+        unseen_codes = in_memory(unseen_codes.float())
         # Softmax by hand, one query at a time: the scores are written once, and read once for their
         # maximum.
         P = []
         P_kept = []
         S = self.K.scores(q, [table[:n] for table in rope] if self.pre_rope else None, slot)
         for S_g, S_kept_g in zip(S, S_kept.unbind(2)):
-            S_g = (S_g * d_k**-0.5).masked_fill(unseen_codes, -torch.inf)  # (b, h_kv, n)
+            S_g = torch.where(unseen_codes > 0, -torch.inf, S_g * d_k**-0.5)  # (b, h_kv, n)
             m = torch.cat((S_g.amax(-1, keepdim=True), S_kept_g), dim=-1).amax(-1, keepdim=True)
             P.append((S_g - m).exp())
             P_kept.append((S_kept_g - m).exp())
@@ -462,6 +464,12 @@ def dot(Q, K):
     """Return Q K^T, (b, h_kv, G, d), (b, h_kv, m, d) -> (b, h_kv, G, m), for a small m: fused, it
     takes a few microseconds, and a matrix product some fifty."""
     return (Q[:, :, :, None] * K[:, :, None]).sum(-1)
+
+
+def in_memory(X):
+    """Return X. torch.compile writes to memory what it concatenates, and would otherwise compute it
+    anew wherever it is read: in the loops over all tokens."""
+    return torch.cat(X.chunk(2, dim=-1), dim=-1)
 
 
 def split_tokens(X, axis):

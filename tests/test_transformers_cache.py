@@ -57,7 +57,7 @@ if not transformers.__version__.startswith("5.23."):
 
 from beyond import check, side_by_side  # noqa: E402
 from beyond.growing import GrowingStore  # noqa: E402
-from beyond.kvsink_cache import call_if_used  # noqa: E402
+from beyond.hooks import call_if_used  # noqa: E402
 from beyond.layer import Buffer, KVSinkLayer  # noqa: E402
 from beyond.sites import site_of  # noqa: E402
 from beyond.transformers_cache import KVSinkCache  # noqa: E402
