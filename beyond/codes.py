@@ -152,7 +152,8 @@ def take(store, packed):
     if not store.coded:
         return
     coded = store.coded
-    packed.codes[:, :, :coded] = store.parts.pop("codes").view(packed.codes.dtype)
+    codes = store.parts.pop("codes").contiguous()
+    packed.codes[:, :, :coded] = codes.view(packed.codes.dtype)
     if not packed.static:
         for numbers, name in zip(packed.parameters, ("scale", "zero")):
             numbers[:, :, : coded // packed.g] = store.parts.pop(name)
@@ -167,7 +168,7 @@ def give(store, packed, n, coded):
         residual = packed.residual[:, :, : n - coded].clone()
     store.parts["residual"] = residual
     if coded:
-        store.parts["codes"] = as_bytes(packed.codes[:, :, :coded]).to(torch.uint8).contiguous()
+        store.parts["codes"] = as_bytes(packed.codes[:, :, :coded]).contiguous()
         for numbers, name in zip(packed.parameters, ("scale", "zero")):
             groups = numbers.shape[2] if packed.static else coded // packed.g
             store.parts[name] = numbers[:, :, :groups].clone()
@@ -181,8 +182,8 @@ def append_and_attend(block, Q, K, V, slot, unseen):
 
 @functools.cache
 def step_for(shape, bits, tokens, channels):
-    """Return `append_and_attend`, compiled if this machine has a compiler. For other arguments
-    torch.compile makes other code: cached here is that a line has said so."""
+    """Return `append_and_attend`, compiled if this machine has a compiler. Cached, so that each
+    combination of arguments, for which torch.compile makes code of its own, is logged once."""
     step = compiled_on(shape.device.type)
     if step is not append_and_attend:
         what = f"codes of {bits} bits for up to {shape.n:,} tokens"
@@ -196,8 +197,8 @@ def compiled_on(device):
 
 
 def compile_options(device):
-    """Return FUSE with less time between kernels, of which a decoding step has many small ones:
-    C++ launches those of a CPU, and no call checks that global names still mean the same."""
+    """Return FUSE with less time between kernels, many of which are small: on a CPU C++ launches
+    them, and PyTorch does not check before each call whether global names have changed."""
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
     if device == "cpu":
         options["cpp_wrapper"] = True

@@ -42,7 +42,8 @@ class GrowingStore:
         prompt as they are. The masks S_sink and `attended` (False for padding) are (b, n). Only a
         prompt's tokens become sinks. A sink stays one: its group's codes were made without it."""
         past = self.coded + self.parts["residual"].shape[2]
-        self.append(X, S_sink | ~attended, is_prompt)
+        leave_out = S_sink[:, self.coded :] | ~attended[:, self.coded :]
+        self.append(X, leave_out[:, None, :, None], is_prompt)
         X_ = self.dequantized()
         if is_prompt:
             sequence, slot = S_sink.nonzero(as_tuple=True)
@@ -55,13 +56,12 @@ class GrowingStore:
         return X_
 
     def append(self, X, leave_out, is_prompt):
-        """Add new tokens X to the residual, and encode the groups that are now complete."""
+        """Add tokens X to the residual, and encode its complete groups. `leave_out` masks both."""
         residual = torch.cat((self.parts["residual"], X), dim=2)
         # As in paper/kvcache.py, a group that a decoded token completes is read in full precision
         # once more: it is encoded when the next token comes.
         waiting = 1 if self.g > 1 and not is_prompt else 0
         complete = (residual.shape[2] - waiting) // self.g * self.g
-        leave_out = leave_out[:, None, self.coded :, None]
         self.parts["residual"] = residual[:, :, complete:].clone()
         step = max(1, CHUNK // X[:, :, 0].numel() // self.g) * self.g
         for i in range(0, complete, step):

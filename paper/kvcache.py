@@ -330,9 +330,10 @@ class PackedStore:
         in memory, whatever the shape says: a vector register then holds neighbouring tokens, and no
         width leaves it half empty. A look-up in a codebook wants the channels last.
 
-        On a CPU four bytes of a token make one fp32 "number", which `as_bytes` takes apart. It is
-        never computed with. torch.compile loads fp32 straight into a vector register and all else
-        through memory, so that attention takes two to four times as long over single bytes."""
+        On a CPU, if a token has a multiple of four bytes, four make one fp32 "number", (b, h_kv, n,
+        bytes / 4), which `as_bytes` takes apart. It is never computed with. torch.compile loads
+        fp32 straight into a vector register and all else through memory: over single bytes,
+        attention took up to three times as long."""
         size = shape.d_k * self.bits // 8
         options = {"dtype": torch.uint8, "device": shape.device}
         if hasattr(self.quantizer, "levels"):  # the codebook
@@ -373,7 +374,7 @@ class PackedStore:
 
     def store(self, sequences, slots, X, leave_out):
         codes, *parameters = self.quantizer.encode(X.float(), leave_out)
-        codes = pack(codes, self.bits).view(self.codes.dtype)
+        codes = pack(codes, self.bits).contiguous().view(self.codes.dtype)
         self.codes[sequences, :, slots] = codes.transpose(1, 2)
         if not self.static:
             groups = slots[:, :: self.g] // self.g
@@ -626,10 +627,12 @@ def slices(packed, bits):
 
 
 def as_bytes(codes):
-    """Return the bytes (..., bytes) of the codes of a PackedStore. Those that lie four to a number
-    become int32, because torch.compile cannot view a number as four others."""
+    """Return the bytes (..., bytes) of the codes of a PackedStore, uint8. Those that lie four to a
+    number are int32 under torch.compile, which cannot view a number as four others."""
     if codes.dtype == torch.uint8:
         return codes
+    if not torch.compiler.is_compiling():
+        return codes.contiguous().view(torch.uint8)
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=codes.device)
     return (codes.view(torch.int32)[..., None] >> shifts & 255).flatten(-2)
 
@@ -650,7 +653,7 @@ def unpack(packed, bits):
         if words.shape[-1] == 1:  # all parts in one operation
             parts = words >> torch.arange(0, 8, width, dtype=words.dtype, device=words.device)
         else:
-            parts = torch.cat([words >> i for i in range(0, 8, width)], dim=-1)
+            parts = torch.cat([words, *(words >> i for i in range(width, 8, width))], dim=-1)
         parts &= mask
         codes = codes | parts << shift if shift else parts
         first = first + words.shape[-1]

@@ -47,8 +47,8 @@ def error(scheme, bits, shape):
     if scheme != "full":
         block = PackedBlockCache(quantizers(scheme, bits, d_k, K, V), shape, False)
         # As on a GPU: bytes, of which those of Values have the tokens last in memory.
-        block.K.codes = as_bytes(block.K.codes).byte().contiguous()
-        block.V.codes = as_bytes(block.V.codes).byte().mT.contiguous().mT
+        block.K.codes = as_bytes(block.K.codes).contiguous()
+        block.V.codes = as_bytes(block.V.codes).mT.contiguous().mT
     leave_out = torch.zeros(b, 1, M, 1, dtype=torch.bool, device=device)
     leave_out[:, :, [0, 150, 199][:k]] = True
     leave_out[-1, :, 150] = False  # one sequence keeps fewer

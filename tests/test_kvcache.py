@@ -744,7 +744,7 @@ def test_compiled_decoding_is_one_graph_that_never_holds_the_dequantized_cache(
     [(9, 3, 64, "token-dynamic", 4), (4, 4, 128, "channel-dynamic", 3)],
 )
 def test_compiled_attention_is_fused_for_other_heads(h, h_kv, d_k, scheme, bits):
-    """It also loads no bytes: on a CPU that would take two to four times as long."""
+    """It also loads no single bytes, which takes a CPU longer (`PackedStore.empty_codes`)."""
     model = shaped(
         num_hidden_layers=1, num_attention_heads=h, num_key_value_heads=h_kv, head_dim=d_k
     )
