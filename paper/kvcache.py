@@ -632,7 +632,7 @@ def as_bytes(codes):
     if codes.dtype == torch.uint8:
         return codes
     if not torch.compiler.is_compiling():
-        return codes.contiguous().view(torch.uint8)
+        return codes.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=codes.device)
     return (codes.view(torch.int32)[..., None] >> shifts & 255).flatten(-2)
 
