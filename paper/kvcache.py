@@ -632,7 +632,8 @@ def as_bytes(codes):
     if codes.dtype == torch.uint8:
         return codes
     if not torch.compiler.is_compiling():
-        return codes.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        of_words = codes.mT.view(torch.uint8).unflatten(-1, (-1, 4)).mT  # (..., words, 4, n)
+        return of_words.flatten(-3, -2).mT
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=codes.device)
     return (codes.view(torch.int32)[..., None] >> shifts & 255).flatten(-2)
 
