@@ -221,7 +221,7 @@ class PackedBlockCache(BlockCache):
         S_kept = dot(q, K_kept.float()) * d_k**-0.5  # (b, h_kv, G, k)
         S_kept = S_kept.masked_fill(unseen_kept, -torch.inf)
         unseen_codes = unseen.scatter(1, self.kept, True)[:, None, :n]
-        # fp32, because a CPU reads a mask of bytes eight times as slowly.
+        # fp32, because compiled code for a CPU reads a mask slowly, byte by byte.
         unseen_codes = in_memory(unseen_codes.float())
         # Softmax by hand, one query at a time: the scores are written once, and read once for their
         # maximum.
@@ -654,7 +654,7 @@ def unpack(packed, bits):
         if words.shape[-1] == 1:  # all parts in one operation
             parts = words >> torch.arange(0, 8, width, dtype=words.dtype, device=words.device)
         else:
-            parts = torch.cat([words, *(words >> i for i in range(width, 8, width))], dim=-1)
+            parts = torch.cat([words >> i for i in range(0, 8, width)], dim=-1)
         parts &= mask
         codes = codes | parts << shift if shift else parts
         first = first + words.shape[-1]
