@@ -37,13 +37,12 @@ class GrowingStore:
         """The number of tokens that have codes."""
         return self.parts["codes"].shape[2] if "codes" in self.parts else 0
 
-    def update(self, X, S_sink, attended, is_prompt, exact=False):
+    def update(self, X, S_sink, leave_out, is_prompt, exact=False):
         """Store new tokens X, and return all tokens as attention reads them; if `exact`, those of a
-        prompt as they are. The masks S_sink and `attended` (False for padding) are (b, n). Only a
+        prompt as they are. The masks are (b, n): `leave_out` marks sinks and padding. Only a
         prompt's tokens become sinks. A sink stays one: its group's codes were made without it."""
         past = self.coded + self.parts["residual"].shape[2]
-        leave_out = S_sink[:, self.coded :] | ~attended[:, self.coded :]
-        self.append(X, leave_out[:, None, :, None], is_prompt)
+        self.append(X, leave_out, is_prompt)
         X_ = self.dequantized()
         if is_prompt:
             sequence, slot = S_sink.nonzero(as_tuple=True)
@@ -56,7 +55,7 @@ class GrowingStore:
         return X_
 
     def append(self, X, leave_out, is_prompt):
-        """Add tokens X to the residual, and encode its complete groups. `leave_out` masks both."""
+        """Add tokens X to the residual, and encode its complete groups."""
         residual = torch.cat((self.parts["residual"], X), dim=2)
         # As in paper/kvcache.py, a group that a decoded token completes is read in full precision
         # once more: it is encoded when the next token comes.
@@ -65,8 +64,9 @@ class GrowingStore:
         self.parts["residual"] = residual[:, :, complete:].clone()
         step = max(1, CHUNK // X[:, :, 0].numel() // self.g) * self.g
         for i in range(0, complete, step):
-            chunk = slice(i, min(i + step, complete))
-            self.encode(residual[:, :, chunk], leave_out[:, :, chunk])
+            chunk = residual[:, :, i : min(i + step, complete)]
+            slots = slice(self.coded, self.coded + chunk.shape[2])
+            self.encode(chunk, leave_out[:, None, slots, None])
 
     def encode(self, X, leave_out):
         """Add the codes of complete groups of tokens X."""
@@ -91,7 +91,7 @@ class GrowingStore:
             X[:, :, :n] = unpack(self.parts["codes"], self.quantizer.bits)
             s = self.parts["scale"][:, :, :, None, :, None].float()  # (b, h_kv, n / g, 1, d_k/w, 1)
             z = self.parts["zero"][:, :, :, None, :, None].float()
-            X[:, :, :n].unflatten(-1, (s.shape[4], -1)).unflatten(2, (-1, self.g)).sub_(z).mul_(s)
+            X[:, :, :n].view(b, h_kv, -1, self.g, s.shape[4], d_k // s.shape[4]).sub_(z).mul_(s)
         X[:, :, n:] = residual
         X[self.parts["sequence"], :, self.parts["slot"]] = self.parts["kept"].to(X.dtype)
         return X.to(residual.dtype)

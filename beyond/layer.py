@@ -110,11 +110,11 @@ class KVSinkLayer(DynamicLayer):
         """Store the new K and V, and return all of them."""
         m = K.shape[2]
         S_sink = self.tokens[self.S_sink].to(K.device)
-        attended = self.tokens["attended"].to(K.device)
+        leave_out = S_sink | ~self.tokens["attended"].to(K.device)
         is_prompt = m == self.length or m > 1
         with torch.autocast(K.device.type, enabled=False):
             return [
-                store.update(adapt(store, X), S_sink, attended, is_prompt, self.exact_prompt)
+                store.update(adapt(store, X), S_sink, leave_out, is_prompt, self.exact_prompt)
                 for store, X in zip(self.stores, (K, V))
             ]
 

@@ -654,7 +654,10 @@ def unpack(packed, bits):
         if words.shape[-1] == 1:  # all parts in one operation
             parts = words >> torch.arange(0, 8, width, dtype=words.dtype, device=words.device)
         else:
-            parts = torch.cat([words >> i for i in range(0, 8, width)], dim=-1)
+            parts = words.new_empty(*words.shape[:-1], d // size)
+            m = words.shape[-1]
+            for i in range(8 // width):  # straight into their places: torch.cat would copy them
+                torch.bitwise_right_shift(words, width * i, out=parts[..., m * i : m * (i + 1)])
         parts &= mask
         codes = codes | parts << shift if shift else parts
         first = first + words.shape[-1]

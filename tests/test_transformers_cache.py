@@ -458,13 +458,13 @@ def test_a_store_of_two_sequences_with_padding_and_unequal_sinks():
     one of the other."""
     X = torch.randn(2, 1, 16, 8)
     X[1, :, :4] = 1000.0
-    attended = torch.ones(2, 16, dtype=torch.bool)
-    attended[1, :4] = False
+    padding = torch.zeros(2, 16, dtype=torch.bool)
+    padding[1, :4] = True
     S_sink = torch.zeros(2, 16, dtype=torch.bool)
     S_sink[0, [2, 5]] = True
     S_sink[1, 9] = True
     store = GrowingStore(Quantizer(4, "channel", 8, fp16_params=True), Buffer(), X)
-    X_ = store.update(X, S_sink, attended, is_prompt=True).clone()
+    X_ = store.update(X, S_sink, S_sink | padding, is_prompt=True).clone()
     assert (X_ - X).abs()[1, :, 4:].max() < 0.5
     assert torch.equal((X_ == X).all(-1)[:, 0], S_sink)
     assert torch.equal(store.dequantized(), X_)
