@@ -20,8 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from beyond.blocks import add_codes, take_codes
 from paper.decode import FUSE
-from paper.kvcache import CacheShape, PackedBlockCache, as_bytes
+from paper.kvcache import CacheShape, PackedBlockCache, as_bytes, pack, unpack
 from support.cache import log
 from support.machine import Machine
 
@@ -149,10 +150,10 @@ def take(store, packed):
     residual = store.parts.pop("residual")
     if packed.residual is not None:
         packed.residual[:, :, : residual.shape[2]] = residual
-    if not store.coded:
-        return
     coded = store.coded
-    codes = store.parts.pop("codes").contiguous()
+    if not coded:
+        return
+    codes = pack(take_codes(store.parts, store.bits), store.bits)
     packed.codes[:, :, :coded] = codes.view(packed.codes.dtype)
     if not packed.static:
         for numbers, name in zip(packed.parameters, ("scale", "zero")):
@@ -168,7 +169,8 @@ def give(store, packed, n, coded):
         residual = packed.residual[:, :, : n - coded].clone()
     store.parts["residual"] = residual
     if coded:
-        store.parts["codes"] = as_bytes(packed.codes[:, :, :coded]).contiguous()
+        codes = unpack(as_bytes(packed.codes[:, :, :coded]), store.bits)
+        add_codes(store.parts, codes, store.bits)
         for numbers, name in zip(packed.parameters, ("scale", "zero")):
             groups = numbers.shape[2] if packed.static else coded // packed.g
             store.parts[name] = numbers[:, :, :groups].clone()

@@ -1,12 +1,12 @@
 """The Keys or the Values of one layer as packed codes, for a cache that grows token by token.
 
-What this file does not do: paper/kvcache.py packs codes into bytes, and quant.py makes the codes.
+What this file does not do: quant.py makes the codes, and blocks.py packs them.
 Tensors of b sequences, h_kv Key/Value heads and d_k channels are (b, h_kv, tokens, d_k).
 """
 
 import torch
 
-from paper.kvcache import pack, unpack
+from beyond.blocks import add_codes, coded_tokens, empty_blocks, take_codes, write_codes
 
 CHUNK = 2**18  # so many numbers are encoded at a time, which takes several times their memory
 
@@ -16,7 +16,7 @@ class GrowingStore:
     are made again. `parts` holds all tensors that are stored. None is ever written into, so that
     copies may share them.
 
-    codes         packed
+    codes         packed by blocks (blocks.py); `unpacked` are those of an incomplete block
     scale, zero   one of each per group, (b, h_kv, n / g, d_k / width); 16 bits wide if dynamic
     residual      the tokens of the last, incomplete group, in full precision
     kept          the kept tokens of all sequences, (k, h_kv, d_k), in full precision
@@ -26,16 +26,17 @@ class GrowingStore:
     def __init__(self, quantizer, buffer, X):
         self.quantizer = quantizer
         self.buffer = buffer  # see `dequantized`
+        self.bits = quantizer.bits
         self.g = quantizer.tokens_per_group
         place = torch.zeros(0, dtype=torch.int64, device=X.device)
-        self.parts = {"sequence": place, "slot": place}
+        self.parts = empty_blocks(X, self.g, self.bits) | {"sequence": place, "slot": place}
         self.parts["kept"] = X.new_zeros(0, X.shape[1], X.shape[3])
         self.parts["residual"] = X[:, :, :0].clone()  # a view would keep all of X in memory
 
     @property
     def coded(self):
         """The number of tokens that have codes."""
-        return self.parts["codes"].shape[2] if "codes" in self.parts else 0
+        return coded_tokens(self.parts, self.bits)
 
     def update(self, X, S_sink, leave_out, is_prompt, exact=False):
         """Store new tokens X, and return all tokens as attention reads them; if `exact`, those of a
@@ -71,14 +72,12 @@ class GrowingStore:
     def encode(self, X, leave_out):
         """Add the codes of complete groups of tokens X."""
         codes, s, z = self.quantizer.encode(X.float(), leave_out)
-        new = {"codes": pack(codes, self.quantizer.bits)}
+        add_codes(self.parts, codes, self.bits)
         if self.quantizer.static:
             self.parts |= {"scale": s, "zero": z}  # one of each for all tokens
-        else:
-            new |= {"scale": s.half(), "zero": z.half()}
-        for name, part in new.items():
-            old = self.parts.get(name, part[:, :, :0])
-            self.parts[name] = torch.cat((old, part), dim=2)
+            return
+        for name, part in (("scale", s.half()), ("zero", z.half())):
+            self.parts[name] = torch.cat((self.parts.get(name, part[:, :, :0]), part), dim=2)
 
     def dequantized(self):
         """Return all tokens: those that have codes dequantized (Eq. 11), those of the residual and
@@ -88,7 +87,7 @@ class GrowingStore:
         n = self.coded
         X = self.buffer.tensor((b, h_kv, n + m, d_k), residual)
         if n:  # in place: a new tensor for each operation would take three times as long
-            X[:, :, :n] = unpack(self.parts["codes"], self.quantizer.bits)
+            write_codes(self.parts, X[:, :, :n], self.bits)
             s = self.parts["scale"][:, :, :, None, :, None].float()  # (b, h_kv, n / g, 1, d_k/w, 1)
             z = self.parts["zero"][:, :, :, None, :, None].float()
             X[:, :, :n].view(b, h_kv, -1, self.g, s.shape[4], d_k // s.shape[4]).sub_(z).mul_(s)
@@ -100,9 +99,9 @@ class GrowingStore:
         """Keep the first n tokens, and free the others."""
         whole = min(n, self.coded) // self.g * self.g
         self.parts["residual"] = self.dequantized()[:, :, whole:n].clone()
-        for name in self.grown():
-            end = whole if name == "codes" else whole // self.g
-            self.parts[name] = self.parts[name][:, :, :end].clone()
+        add_codes(self.parts, take_codes(self.parts, self.bits)[:, :, :whole], self.bits)
+        for name in self.dynamic_parameters():
+            self.parts[name] = self.parts[name][:, :, : whole // self.g].clone()
         stays = self.parts["slot"] < n
         self.parts |= {name: self.parts[name][stays] for name in ("kept", "sequence", "slot")}
 
@@ -111,10 +110,11 @@ class GrowingStore:
         indices = indices.to(self.parts["slot"].device)
         sequence, entry = (indices[:, None] == self.parts["sequence"]).nonzero(as_tuple=True)
         self.parts |= {name: self.parts[name][entry] for name in ("kept", "slot")}
-        self.parts |= {name: self.parts[name][indices] for name in ("residual", *self.grown())}
+        names = ("residual", "codes", "unpacked", *self.dynamic_parameters())
+        self.parts |= {name: self.parts[name][indices] for name in names}
         self.parts["sequence"] = sequence
 
-    def grown(self):
-        """Return the names of the parts that have grown with the tokens that have codes."""
-        names = ("codes",) if self.quantizer.static else ("codes", "scale", "zero")
+    def dynamic_parameters(self):
+        """Return the names of the parts that have a scale or a zero for each group."""
+        names = () if self.quantizer.static else ("scale", "zero")
         return [name for name in names if name in self.parts]

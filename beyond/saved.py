@@ -14,11 +14,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
+from beyond.blocks import empty_blocks, tokens_per_block
 from beyond.growing import GrowingStore
 from kvsink import Site
 from support.cache import save
 
-FORMAT = "KVSinkCache 1"
+FORMAT = "KVSinkCache 2"
 
 
 def save_cache(cache, file):
@@ -102,17 +103,20 @@ def check_parts(parts, quantizer, b, n):
     _, h_kv, waiting, d_k = parts["residual"].shape
     k = len(parts["slot"])
     coded = n - waiting
+    g = quantizer.tokens_per_group
+    blocks = empty_blocks(parts["residual"], g, quantizer.bits)
+    p = tokens_per_block(blocks, quantizer.bits)
     shapes = {
+        "codes": (b, h_kv, coded // p, blocks["codes"].shape[3]),
+        "unpacked": (b, h_kv, coded % p, d_k),
         "residual": (b, h_kv, waiting, d_k),
         "kept": (k, h_kv, d_k),
         "sequence": (k,),
         "slot": (k,),
     }
     if coded:
-        groups = coded // quantizer.tokens_per_group
         many = 1 if quantizer.granularity == "channel" else quantizer.group_size
-        first = (1, h_kv, 1) if quantizer.static else (b, h_kv, groups)
-        shapes["codes"] = (b, h_kv, coded, d_k * quantizer.bits // 8)
+        first = (1, h_kv, 1) if quantizer.static else (b, h_kv, coded // g)
         shapes["scale"] = shapes["zero"] = (*first, d_k // many)
     for name, shape in shapes.items():
         check(name, parts[name], shape)
