@@ -56,6 +56,7 @@ if not transformers.__version__.startswith("5.23."):
     )
 
 from beyond import check, side_by_side  # noqa: E402
+from beyond.blocks import add_codes, coded_tokens, empty_blocks, take_codes  # noqa: E402
 from beyond.growing import GrowingStore  # noqa: E402
 from beyond.hooks import call_if_used  # noqa: E402
 from beyond.layer import Buffer, KVSinkLayer  # noqa: E402
@@ -452,6 +453,23 @@ def test_codes_are_made_once_and_an_incomplete_group_waits(theirs, sequences):
     for old_parts, store in zip(before, stores_of(cache)):
         for name, part in old_parts.items():
             assert torch.equal(part, store.parts[name][:, :, : part.shape[2]])
+
+
+@pytest.mark.parametrize("g, p", [(1, 8), (4, 8), (12, 12)])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_in_blocks(bits, g, p):
+    """Whatever the pieces in which they come, all codes come back, and only those of an incomplete
+    block take a byte each."""
+    codes = torch.randint(2**bits, (2, 3, 100, 8), dtype=torch.uint8)
+    parts = empty_blocks(codes, g, bits)
+    for piece in codes.split([1, 1, 5, 1, 30, 2, 0, 40, 13, 7], dim=2):
+        add_codes(parts, piece, bits)
+    unpacked = 100 % p
+    assert coded_tokens(parts, bits) == 100
+    assert parts["unpacked"].shape == (2, 3, unpacked, 8)
+    assert parts["codes"].nbytes == 6 * (100 - unpacked) * bits
+    assert torch.equal(take_codes(parts, bits), codes)
+    assert coded_tokens(parts, bits) == sum(part.nbytes for part in parts.values()) == 0
 
 
 def test_a_store_of_two_sequences_with_padding_and_unequal_sinks():
