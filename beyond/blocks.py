@@ -1,11 +1,11 @@
 """The codes of a growing number of tokens, packed in blocks of p tokens.
 
-A block is packed as if it were one token of p d_k channels, because `unpack` shifts long rows in
-half the time. The codes of an incomplete block are not packed yet. So two tensors of a
-GrowingStore's `parts` hold codes of `bits` bits:
+A block is packed as if it were one token of p d_k channels, because `unpack` is faster on long
+rows. The codes of an incomplete block are not packed yet. So two tensors of a GrowingStore's
+`parts` hold codes of `bits` bits:
 
-    codes      (b, h_kv, blocks, p d_k bits / 8)
-    unpacked   (b, h_kv, fewer than p tokens, d_k)
+    codes      (b, h_kv, number of blocks, p d_k bits / 8), packed bytes
+    unpacked   (b, h_kv, fewer than p tokens, d_k), one code a byte
 """
 
 import torch
@@ -24,6 +24,7 @@ def empty_blocks(X, g, bits):
 
 
 def tokens_per_block(parts, bits):
+    """Return p."""
     return parts["codes"].shape[3] * 8 // bits // parts["unpacked"].shape[3]
 
 
@@ -45,11 +46,10 @@ def add_codes(parts, codes, bits):
 
 
 def write_codes(parts, X, bits):
-    """Write all codes to X (b, h_kv, n, d_k), and return it."""
+    """Write all codes to X (b, h_kv, n, d_k)."""
     n = X.shape[2] - parts["unpacked"].shape[2]
     X[:, :, :n] = unpack(parts["codes"], bits).view(*X.shape[:2], n, X.shape[3])
     X[:, :, n:] = parts["unpacked"]
-    return X
 
 
 def take_codes(parts, bits):

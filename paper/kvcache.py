@@ -651,13 +651,10 @@ def unpack(packed, bits):
     for width in planes(bits):
         words = packed[..., first : first + d * width // 8 // size]
         mask = int.from_bytes(bytes([2**width - 1]) * size, "little", signed=size > 1)
-        if words.shape[-1] == 1:  # all parts in one operation
-            parts = words >> torch.arange(0, 8, width, dtype=words.dtype, device=words.device)
-        else:
-            parts = words.new_empty(*words.shape[:-1], d // size)
-            m = words.shape[-1]
-            for i in range(8 // width):  # straight into their places: torch.cat would copy them
-                torch.bitwise_right_shift(words, width * i, out=parts[..., m * i : m * (i + 1)])
+        m = words.shape[-1]
+        parts = words.new_empty(*words.shape[:-1], d // size)
+        for i in range(8 // width):  # straight into their places: torch.cat would copy them
+            torch.bitwise_right_shift(words, width * i, out=parts[..., m * i : m * (i + 1)])
         parts &= mask
         codes = codes | parts << shift if shift else parts
         first = first + words.shape[-1]
