@@ -52,7 +52,7 @@ def load_cache(cls, file, model, options):
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged, or no file of safetensors: {error}") from None
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{file} was not written by this version of KVSinkCache.save")
+        raise ValueError(f"{file} was not written by KVSinkCache.save, or by another version of it")
     site = Site(*json.loads(metadata["site"]))
     cache = cls(model, **json.loads(metadata["options"]), site=site, **options)
     if metadata["model"] != fingerprint(cache.decoder):
