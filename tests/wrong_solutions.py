@@ -337,7 +337,11 @@ WRONG = {
     ],
     "unpack": [
         ("planes lie on top of each other", "<< shift", "<< 0"),
-        ("channels lie below each other", "dim=-1", "dim=0"),
+        (
+            "channels in reverse order",
+            "m * i : m * (i + 1)",
+            "d // size - m * (i + 1) : d // size - m * i",
+        ),
     ],
     "PackedStore.scores": [
         ("the query is rotated in the wrong direction", "-rope[1]", "rope[1]"),
