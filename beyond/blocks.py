@@ -24,7 +24,7 @@ def empty_blocks(X, g, bits):
 
 
 def tokens_per_block(parts, bits):
-    """Return p."""
+    """Return the number of tokens of a block, p."""
     return parts["codes"].shape[3] * 8 // bits // parts["unpacked"].shape[3]
 
 
@@ -46,7 +46,7 @@ def add_codes(parts, codes, bits):
 
 
 def write_codes(parts, X, bits):
-    """Write all codes to X (b, h_kv, n, d_k)."""
+    """Write all codes to X (b, h_kv, n, d_k), of any dtype."""
     n = X.shape[2] - parts["unpacked"].shape[2]
     X[:, :, :n] = unpack(parts["codes"], bits).view(*X.shape[:2], n, X.shape[3])
     X[:, :, n:] = parts["unpacked"]
